@@ -1,0 +1,372 @@
+"""The SpecFormer drafter (arXiv 2511.20340, section 3): a small non-autoregressive network on a target's hidden states.
+
+    target hidden states (B, T, S, d)
+        -> grouped RMSNorm, linear S*d -> d
+        -> context causal attention over the T positions           (its keys and values are cached)
+        -> positional FFN: one linear d -> D*d                      (B, T, D, d)
+        -> draft bidirectional attention over the D slots, SwiGLU
+        -> final norm, and the target's own LM head
+
+Slot j (0-based) at position n predicts token n + 2 + j; the target's own logits at n give token n + 1. With
+`use_anchor_token` the embedding of token n + 1 is one of the S inputs at position n.
+
+Nothing of the decode loop is here: that is `generation/` (`custom_generate/` in a published repository).
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers import Cache, PreTrainedModel
+from transformers.activations import ACT2FN
+from transformers.utils import ModelOutput
+
+from .configuration_specformer import SpecFormerConfig
+
+HOW_TO_GENERATE = (
+    "A SpecFormer drafter does not generate by itself, and transformers' own assisted decoding cannot use it. "
+    "Pass its folder or Hub id as the generation strategy: target.generate(**inputs, assistant_model=drafter, "
+    "custom_generate=drafter.name_or_path, trust_remote_code=True), or, with the package installed, "
+    "specformer.generate(target, drafter, **inputs)."
+)
+
+
+@dataclass
+class SpecFormerOutput(ModelOutput):
+    """
+    Args:
+        draft_hidden_states (`torch.FloatTensor` of shape `(batch_size, sequence_length, num_draft_tokens, hidden_size)`):
+            Normed states of every slot, ready for the target's LM head.
+        context_states (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`):
+            Output of the context layer, from which the slots are drafted.
+    """
+
+    draft_hidden_states: torch.FloatTensor | None = None
+    context_states: torch.FloatTensor | None = None
+
+
+class SpecFormerRMSNorm(nn.Module):
+    """RMSNorm over the last axis. With `groups`, the second last axis has one scale vector per entry."""
+
+    def __init__(self, hidden_size: int, eps: float, groups: int | None = None):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones((hidden_size,) if groups is None else (groups, hidden_size)))
+        self.eps = eps
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return functional.rms_norm(hidden_states, hidden_states.shape[-1:], eps=self.eps) * self.weight
+
+
+def rotate(states: torch.Tensor, position_ids: torch.Tensor, theta: float) -> torch.Tensor:
+    """Rotary position embedding of `states` (B, heads, T, head_dim) at `position_ids` (B or 1, T)."""
+    half = states.shape[-1] // 2
+    exponents = torch.arange(half, device=states.device, dtype=torch.float32) / half
+    angles = position_ids[:, None, :, None].float() * theta**-exponents  # (B, 1, T, head_dim / 2)
+    cos, sin = angles.cos().to(states.dtype), angles.sin().to(states.dtype)
+    first, second = states[..., :half], states[..., half:]
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+class SpecFormerAttention(nn.Module):
+    """Pre-normed grouped-query attention with rotary embeddings and a residual connection."""
+
+    def __init__(self, config: SpecFormerConfig):
+        super().__init__()
+        self.head_dim, self.rope_theta = config.head_dim, config.rope_theta
+        query_size = config.num_attention_heads * config.head_dim
+        key_value_size = config.num_key_value_heads * config.head_dim
+        self.norm = SpecFormerRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, key_value_size, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, key_value_size, bias=False)
+        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=False)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,  # (B, T, d)
+        position_ids: torch.Tensor,  # (B or 1, T)
+        attention_mask: torch.Tensor | None = None,  # bool, broadcasts to (B, heads, T, keys); True is visible
+        is_causal: bool = False,
+        past_key_values: Cache | None = None,
+    ) -> torch.Tensor:
+        normed = self.norm(hidden_states)
+        batch_and_time = hidden_states.shape[:2]
+        query, key, value = (
+            projection(normed).view(*batch_and_time, -1, self.head_dim).transpose(1, 2)  # (B, heads, T, head_dim)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        query, key = (rotate(states, position_ids, self.rope_theta) for states in (query, key))
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, 0)
+        attended = functional.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=attention_mask,
+            is_causal=is_causal,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+        return hidden_states + self.o_proj(attended.transpose(1, 2).flatten(2))
+
+
+class SpecFormerMLP(nn.Module):
+    """Pre-normed SwiGLU with a residual connection."""
+
+    def __init__(self, config: SpecFormerConfig):
+        super().__init__()
+        self.norm = SpecFormerRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.activation = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        normed = self.norm(hidden_states)
+        return hidden_states + self.down_proj(self.activation(self.gate_proj(normed)) * self.up_proj(normed))
+
+
+class SpecFormerModel(PreTrainedModel):
+    """Drafts `config.num_draft_tokens` tokens in one pass from hidden states of a frozen target."""
+
+    config_class = SpecFormerConfig
+    base_model_prefix = "model"
+    main_input_name = "hidden_states"
+    _no_split_modules = ["SpecFormerAttention", "SpecFormerMLP"]
+    _supports_sdpa = True
+
+    def __init__(self, config: SpecFormerConfig):
+        super().__init__(config)
+        size, slots = config.hidden_size, config.num_draft_tokens
+        self.input_norm = SpecFormerRMSNorm(size, config.rms_norm_eps, groups=config.num_input_slices)
+        self.input_proj = nn.Linear(config.num_input_slices * size, size, bias=False)
+        self.context_attention = SpecFormerAttention(config)
+        self.positional_norm = SpecFormerRMSNorm(size, config.rms_norm_eps)
+        self.positional_ffn = nn.Linear(size, slots * size, bias=True)
+        self.draft_attention = SpecFormerAttention(config)
+        self.draft_mlp = SpecFormerMLP(config)
+        self.final_norm = SpecFormerRMSNorm(size, config.rms_norm_eps)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=self.config.initializer_range)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, SpecFormerRMSNorm):
+            nn.init.ones_(module.weight)
+
+    def encode_context(
+        self,
+        hidden_states: torch.Tensor,
+        anchor_embeds: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+    ) -> torch.Tensor:
+        """Fuse the inputs of every position and attend causally over the context (section 3, steps 1 and 2).
+
+        Args:
+            hidden_states: the target's states at `config.target_layer_ids`, (B, T, len(target_layer_ids), d).
+            anchor_embeds: embeddings of the tokens that follow each position, (B, T, d), exactly where
+                `config.use_anchor_token`.
+            position_ids: positions without padding, (B or 1, T); default 0..T-1.
+            attention_mask: bool, broadcasts to (B, heads, T, keys), True where visible; default causal over T.
+            past_key_values: a cache of one layer, which then also supplies earlier keys and values.
+
+        Returns:
+            Context states (B, T, d).
+        """
+        if (anchor_embeds is not None) != self.config.use_anchor_token:
+            raise ValueError(
+                f"anchor_embeds is {'missing' if anchor_embeds is None else 'given'}, but this drafter has "
+                f"use_anchor_token={self.config.use_anchor_token}."
+            )
+        if anchor_embeds is not None:
+            hidden_states = torch.cat([anchor_embeds[:, :, None], hidden_states], dim=2)  # (B, T, S, d)
+        if position_ids is None:
+            position_ids = torch.arange(hidden_states.shape[1], device=hidden_states.device)[None]
+        fused = self.input_proj(self.input_norm(hidden_states).flatten(2))  # (B, T, d)
+        return self.context_attention(
+            fused, position_ids, attention_mask, is_causal=attention_mask is None, past_key_values=past_key_values
+        )
+
+    def draft(self, context_states: torch.Tensor) -> torch.Tensor:
+        """Draft all slots from each context state on its own (section 3, steps 3 and 4): (..., d) -> (..., D, d)."""
+        slots = self.positional_ffn(self.positional_norm(context_states))
+        slots = slots.view(-1, self.config.num_draft_tokens, self.config.hidden_size)  # (B*T, D, d)
+        slot_ids = torch.arange(slots.shape[1], device=slots.device)[None]
+        slots = self.final_norm(self.draft_mlp(self.draft_attention(slots, slot_ids)))
+        return slots.view(*context_states.shape[:-1], *slots.shape[1:])
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        anchor_embeds: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+    ) -> SpecFormerOutput:
+        """Draft from every position: the teacher-forced pass that training uses. See `encode_context`."""
+        context = self.encode_context(hidden_states, anchor_embeds, position_ids, attention_mask, past_key_values)
+        return SpecFormerOutput(draft_hidden_states=self.draft(context), context_states=context)
+
+    def borrow(self, target: PreTrainedModel) -> BorrowedTarget:
+        """What this drafter uses of `target`, checked for a fit. See [`BorrowedTarget`]."""
+        return BorrowedTarget(target, self.config)
+
+    @torch.no_grad()
+    def init_from_target(self, target: PreTrainedModel) -> None:
+        """Start the final norm from the target's, whatever its family calls it. Everything else stays as it is."""
+        self.final_norm.weight.copy_(final_norm_scale(target).to(self.final_norm.weight))
+
+    @classmethod
+    def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
+        """As in transformers, but a checkpoint with missing or unexpected weights raises instead of warning."""
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        problems = {name: sorted(info[name]) for name in ("missing_keys", "unexpected_keys") if info.get(name)}
+        if problems:
+            raise ValueError(
+                f"The checkpoint {model.name_or_path!r} does not hold the weights of the SpecFormer drafter that its "
+                f"config describes: {problems}. Its config.json and its weights are not of one piece; save both again "
+                "with drafter.save_pretrained(...)."
+            )
+        return (model, info) if output_loading_info else model
+
+    def __getattr__(self, name: str):
+        # Plain assisted decoding and pipelines look these up on an assistant; they then end in a sentence that helps.
+        if name in ("generate", "generation_config"):
+            raise AttributeError(HOW_TO_GENERATE)
+        return super().__getattr__(name)
+
+
+SpecFormerModel.register_for_auto_class("AutoModel")
+
+
+class BorrowedTarget:
+    """The target as a drafter sees it: hidden states of its forward passes, token embeddings, and its LM head.
+
+    As a context manager it hooks the target, and every forward pass that the same thread runs leaves its hidden
+    states for `take_hidden_states`. The hooks are gone afterwards, also after an exception. Passes that other threads
+    run on the same target are not seen.
+
+    Raises:
+        ValueError: the target's sizes are not those that the drafter was made for.
+    """
+
+    def __init__(self, target: PreTrainedModel, config: SpecFormerConfig):
+        text_config = target.config.get_text_config(decoder=True)
+        sizes = {"hidden_size": "hidden_size", "vocab_size": "vocab_size", "num_hidden_layers": "target_num_hidden_layers"}
+        differences = [
+            f"{theirs} is {getattr(text_config, theirs)} there and {getattr(config, ours)} here"
+            for theirs, ours in sizes.items()
+            if getattr(text_config, theirs) != getattr(config, ours)
+        ]
+        if differences:
+            raise ValueError(
+                f"This drafter was made for {config.target_name_or_path or 'another target'} and does not fit "
+                f"{target.name_or_path or type(target).__name__}: {'; '.join(differences)}. Load the drafter of this "
+                "target, or train one for it."
+            )
+        self.target, self.text_config, self.layer_ids = target, text_config, list(config.target_layer_ids)
+        self.head: nn.Module = target.get_output_embeddings()
+        if self.head is None:
+            raise ValueError(f"{type(target).__name__} has no LM head (get_output_embeddings() is None).")
+        self._seen: dict[int, torch.Tensor] = {}
+        self._hooks: list = []
+
+    def __enter__(self) -> BorrowedTarget:
+        owner = threading.get_ident()
+
+        def keep(layer_id: int, states: torch.Tensor) -> None:
+            if threading.get_ident() == owner:
+                self._seen[layer_id] = states
+
+        def before_layer(layer_id: int):
+            def hook(module, args, kwargs):
+                keep(layer_id, args[0] if args else kwargs["hidden_states"])
+
+            return hook
+
+        def after_decoder(module, args, kwargs, output):
+            keep(len(layers), output[0])
+
+        decoder, layers = self.target.base_model, decoder_layers(self.target)
+        for layer_id in self.layer_ids:
+            if layer_id < len(layers):
+                hook = layers[layer_id].register_forward_pre_hook(before_layer(layer_id), with_kwargs=True)
+            else:
+                hook = decoder.register_forward_hook(after_decoder, with_kwargs=True)
+            self._hooks.append(hook)
+        return self
+
+    def __exit__(self, *exception) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        self._seen.clear()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the drafter computes: beside the LM head that it shares."""
+        return next(self.head.parameters()).device
+
+    def take_hidden_states(self) -> torch.Tensor:
+        """The hooked states of this thread's last forward pass, (B, T, len(target_layer_ids), d); given once."""
+        missing = [layer_id for layer_id in self.layer_ids if layer_id not in self._seen]
+        if missing:
+            raise RuntimeError(f"No forward pass of the target left its hidden states {missing}.")
+        states = torch.stack([self._seen[layer_id].to(self.device) for layer_id in self.layer_ids], dim=2)
+        self._seen.clear()
+        return states
+
+    def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """The target's input embeddings of `token_ids` (B, T), (B, T, d)."""
+        embeddings = self.target.get_input_embeddings()
+        return embeddings(token_ids.to(embeddings.weight.device)).to(self.device)
+
+    def logits(self, draft_hidden_states: torch.Tensor) -> torch.Tensor:
+        """Next-token logits (..., vocab_size) of drafter states (..., d), with the family's scale and soft cap."""
+        logits = self.head(draft_hidden_states)
+        if (scale := getattr(self.text_config, "logit_scale", None)) is not None:  # Cohere
+            logits = logits * scale
+        if (divisor := getattr(self.text_config, "logits_scaling", None)) is not None:  # Granite
+            logits = logits / divisor
+        if (cap := getattr(self.text_config, "final_logit_softcapping", None)) is not None:  # Gemma
+            logits = cap * torch.tanh(logits / cap)
+        return logits
+
+
+def decoder_layers(target: PreTrainedModel) -> nn.ModuleList:
+    """The target's list of decoder layers, wherever its family keeps it."""
+    count = target.config.get_text_config(decoder=True).num_hidden_layers
+    for module in target.base_model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return module
+    raise ValueError(f"{type(target).__name__} has no nn.ModuleList of {count} decoder layers to read hidden states from.")
+
+
+def final_norm_scale(target: PreTrainedModel) -> torch.Tensor:
+    """Per-channel scale (d,) that the target's final norm applies; ones where it has none.
+
+    Measured rather than read, since some families store weight - 1: a vector of alternating signs has unit RMS and
+    zero mean, so the odd part of the norm's answer to it is the scale, for RMSNorm and LayerNorm alike.
+    """
+    size = target.config.get_text_config(decoder=True).hidden_size
+    inside_layers = set(decoder_layers(target).modules())
+    norms = [
+        module
+        for module in target.base_model.modules()
+        if module not in inside_layers
+        and "norm" in type(module).__name__.lower()
+        and sum(parameter.numel() for parameter in module.parameters()) in (size, 2 * size)
+    ]
+    if not norms:
+        return torch.ones(size)
+    parameter = next(norms[-1].parameters())
+    signs = 1.0 - 2.0 * (torch.arange(size, device=parameter.device) % 2).to(parameter.dtype)
+    with torch.no_grad():
+        return signs * (norms[-1](signs) - norms[-1](-signs)) / 2

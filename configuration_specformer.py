@@ -20,7 +20,7 @@ class SpecFormerConfig(PreTrainedConfig):
         num_key_value_heads (`int`, *optional*): key/value heads; `None` means `num_attention_heads`.
         head_dim (`int`, *optional*): width of one head, even; `None` means `hidden_size / num_attention_heads`.
         num_draft_tokens (`int`, defaults to 8): draft slots `l_d`, the most tokens that one pass can draft.
-        num_assistant_tokens (`int`, defaults to 4): how many of them are drafted when the caller does not say.
+        default_num_assistant_tokens (`int`, defaults to 4): how many of them are drafted when the caller does not say.
         use_anchor_token (`bool`, defaults to `True`): whether the embedding of the token that follows each position
             is an input. It is known when drafting starts, and the paper's drafter does not see it. `False` is the paper.
         target_layer_ids (`list[int]`, *optional*): which of the target's hidden states are inputs: `i` is the state
@@ -48,7 +48,7 @@ class SpecFormerConfig(PreTrainedConfig):
         num_key_value_heads: int | None = None,
         head_dim: int | None = None,
         num_draft_tokens: int = 8,
-        num_assistant_tokens: int = 4,
+        default_num_assistant_tokens: int = 4,
         use_anchor_token: bool = True,
         target_layer_ids: list[int] | None = None,
         target_num_hidden_layers: int = 30,
@@ -66,7 +66,7 @@ class SpecFormerConfig(PreTrainedConfig):
         self.num_key_value_heads = num_key_value_heads if num_key_value_heads is not None else num_attention_heads
         self.head_dim = head_dim if head_dim is not None else hidden_size // max(num_attention_heads, 1)
         self.num_draft_tokens = num_draft_tokens
-        self.num_assistant_tokens = num_assistant_tokens
+        self.default_num_assistant_tokens = default_num_assistant_tokens
         self.use_anchor_token = use_anchor_token
         self.target_num_hidden_layers = target_num_hidden_layers
         if target_layer_ids is None:

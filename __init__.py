@@ -1,0 +1,19 @@
+"""SpecFormer: lossless batched speculative decoding inside transformers' `generate()`.
+
+Names are looked up on first use, and absolutely, so that this file also imports where the folder has another name.
+"""
+
+from importlib import import_module
+
+_HOMES = {
+    "SpecFormerConfig": "specformer.configuration_specformer",
+    "SpecFormerModel": "specformer.modeling_specformer",
+    "generate": "specformer.generation.generate",
+}
+__all__ = ["SpecFormerConfig", "SpecFormerModel", "generate"]
+
+
+def __getattr__(name: str):
+    if name not in _HOMES:
+        raise AttributeError(f"module 'specformer' has no attribute {name!r}; it has {', '.join(__all__)}")
+    return getattr(import_module(_HOMES[name]), name)

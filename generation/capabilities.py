@@ -1,0 +1,208 @@
+"""What cannot be done losslessly is refused here, before the first token, with the reason.
+
+Targets are judged by what they can do, not by a list of names: by the cache layers that they need, the arguments that
+their forward takes, and a probe that decodes a few tokens both ways.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+import warnings
+import weakref
+from contextlib import contextmanager
+
+import torch
+from transformers import DynamicCache, GenerationConfig
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.generation import GenerationMode
+
+from .prompt import PromptLayout
+from .target import prefill, verify
+
+KNOWN_MODEL_KWARGS = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "cache_position"}
+USABLE_ATTENTION = ("sdpa", "eager")
+
+
+class UnsupportedTargetError(ValueError):
+    """This target or this call cannot be decoded speculatively without risking another text."""
+
+
+def refuse(model, reason: str) -> None:
+    raise UnsupportedTargetError(
+        f"{type(model).__name__} cannot be decoded speculatively: {reason} Call generate() without custom_generate and "
+        "assistant_model instead."
+    )
+
+
+def check_target(model) -> None:
+    """Refuse architectures whose cached state cannot be kept per row.
+
+    Raises:
+        UnsupportedTargetError: encoder-decoder, state-space or hybrid layers, ALiBi, multimodal positions.
+    """
+    if model.config.is_encoder_decoder:
+        refuse(model, "it is an encoder-decoder, and only decoder-only models are supported.")
+    config = model.config.get_text_config(decoder=True)
+    if getattr(model, "_is_stateful", False):
+        refuse(model, "it keeps a recurrent state, from which rejected tokens cannot be taken back.")
+    arguments = inspect.signature(model.forward).parameters
+    missing = [name for name in ("attention_mask", "position_ids", "past_key_values") if name not in arguments]
+    if missing:
+        refuse(
+            model,
+            f"its forward does not take {', '.join(missing)}, so rows of different lengths cannot be told apart "
+            "(ALiBi and state-space models are like that).",
+        )
+    if getattr(config, "alibi", False):
+        refuse(model, "it uses ALiBi, whose biases follow the padded columns and not each row's own positions.")
+    strange = {
+        type(layer).__name__
+        for layer in DynamicCache(config=model.config).layers
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer)
+    }
+    if strange:
+        refuse(model, f"it needs cache layers that cannot take back tokens ({', '.join(sorted(strange))}).")
+    if any("mrope_section" in rope for rope in rope_settings(config)):
+        refuse(model, "its rotary positions have several axes (a multimodal model).")
+
+
+def check_call(model, layout: PromptLayout, generation_config: GenerationConfig, model_kwargs: dict, max_length: int):
+    """Refuse what a call asks for and the loop cannot do.
+
+    Raises:
+        UnsupportedTargetError: a RoPE that changes with the length, and would change during this call.
+        ValueError: beam search and other strategies, inputs or outputs that are not supported.
+    """
+    mode = generation_config.get_generation_mode()
+    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+        raise ValueError(
+            f"The generation settings ask for {mode.value.replace('_', ' ')} (num_beams={generation_config.num_beams}), "
+            "and speculation is lossless for greedy search and sampling only. Set num_beams=1 and leave the options of "
+            "other strategies unset."
+        )
+    wanted = [
+        name
+        for name in ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
+        if getattr(generation_config, name) and generation_config.return_dict_in_generate
+    ]
+    if wanted:
+        raise ValueError(f"{', '.join(wanted)} cannot be returned by speculative decoding; leave it unset.")
+    if extra := sorted(
+        key for key, value in model_kwargs.items() if key not in KNOWN_MODEL_KWARGS and value is not None
+    ):
+        raise ValueError(f"The inputs {extra} are not supported by speculative decoding; pass input_ids and a mask.")
+    cache = model_kwargs.get("past_key_values")
+    if cache is not None and cache.get_seq_length() > 0:
+        raise ValueError("A filled past_key_values was passed; speculative decoding starts from an empty cache.")
+    if (kind := generation_config.cache_implementation) not in (None, "dynamic", "static", "hybrid", "dynamic_full"):
+        raise ValueError(f"cache_implementation is {kind!r}; speculative decoding keeps its own cache. Leave it unset.")
+    if (positions := model_kwargs.get("position_ids")) is not None and positions.ndim != 2:
+        refuse(model, f"its position ids have {positions.ndim} axes (a multimodal model).")
+
+    config = model.config.get_text_config(decoder=True)
+    layers = DynamicCache(config=model.config).layers
+    if layout.has_holes and any(type(layer) is DynamicSlidingWindowLayer for layer in layers):
+        refuse(model, "its sliding windows count padding inside a prompt (attention_mask has zeros between ones).")
+    longest_text = layout.longest + max_length - layout.columns.shape[1]
+    for rope in rope_settings(config):
+        kind = rope.get("rope_type", rope.get("type"))
+        limit = rope.get("original_max_position_embeddings") or getattr(
+            config, "original_max_position_embeddings", None
+        ) or config.max_position_embeddings
+        starts_above = kind == "longrope" and min(layout.host_lengths) > limit
+        if kind in ("dynamic", "longrope") and longest_text > limit and not starts_above:
+            refuse(
+                model,
+                f"its {kind} rotary embedding changes at {limit} positions, and this call may reach {longest_text}. "
+                f"A max_length up to {limit} works.",
+            )
+
+
+def rope_settings(config) -> list[dict]:
+    """All rotary settings of a config: one, or one per layer type."""
+    settings = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    nested = [value for value in settings.values() if isinstance(value, dict)]
+    return nested or [settings]
+
+
+# ---- attention implementations
+
+_switches: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # model -> [calls inside, implementation before]
+_switches_lock = threading.Lock()
+
+
+@contextmanager
+def usable_attention(model):
+    """Switch a target with flash or flex attention, which take no mask per row, to sdpa while calls are inside."""
+    with _switches_lock:
+        if model not in _switches and model.config.get_text_config(decoder=True)._attn_implementation in USABLE_ATTENTION:
+            before = None
+        else:
+            if model not in _switches:
+                _switches[model] = [0, model.config.get_text_config(decoder=True)._attn_implementation]
+                model.set_attn_implementation("sdpa")
+            _switches[model][0] += 1
+            before = _switches[model][1]
+    if before is not None:
+        warnings.warn(
+            f"This target was loaded with attn_implementation={before!r}, which cannot mask each row of a batch on its "
+            "own. It runs with 'sdpa' during speculative decoding.",
+            stacklevel=3,
+        )
+    try:
+        yield
+    finally:
+        if before is not None:
+            with _switches_lock:
+                _switches[model][0] -= 1
+                if _switches[model][0] == 0:
+                    model.set_attn_implementation(_switches.pop(model)[1])
+
+
+# ---- probe
+
+_probed: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # model -> attention implementations that passed
+
+
+@torch.no_grad()
+def probe_target(model) -> None:
+    """Once per model and attention: verify three tokens of two ragged rows, and compare with plain forwards.
+
+    The tolerance is what the model's own cached decoding differs by, which is much in half precision.
+
+    Raises:
+        UnsupportedTargetError: the logits differ. The reason is unknown: code of the model reads padding, positions,
+            masks or the cache in a way of its own.
+    """
+    config = model.config.get_text_config(decoder=True)
+    passed = _probed.setdefault(model, set())
+    if config._attn_implementation in passed:
+        return
+    device = model.get_input_embeddings().weight.device
+    lengths, ahead, width = [5, 3], 3, 5
+    tokens = (torch.arange(2 * (width + ahead), device=device).view(2, -1) * 7919 + 11) % config.vocab_size
+    mask = torch.tensor([[1] * 5, [0, 0, 1, 1, 1]], device=device)
+    layout = PromptLayout.from_mask(mask, tokens[:, :width])
+    kwargs = {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+    try:
+        _, cache = prefill(model, tokens[:, :width], layout, width + ahead + 1, ahead, kwargs)
+        ours = verify(model, cache, tokens[:, width:]).double()
+        for row, length in enumerate(lengths):
+            text = tokens[row : row + 1, width - length :]
+            whole = model(input_ids=text, use_cache=False).logits[0, length:].double()
+            own_cache = DynamicCache(config=model.config)
+            model(input_ids=text[:, :length], past_key_values=own_cache, use_cache=True)
+            cached = model(input_ids=text[:, length:], past_key_values=own_cache, use_cache=True).logits[0].double()
+            own_error = (cached - whole).abs().median()
+            allowed = 8 * own_error + torch.finfo(model.dtype).eps ** 0.5 * whole.std()
+            error = (ours[row] - whole).abs().median()
+            if not error <= allowed:  # also when it is NaN
+                raise ValueError(f"logits differ by {error:.2g} from plain decoding, where {allowed:.2g} is usual")
+    except Exception as error:
+        raise UnsupportedTargetError(
+            f"{type(model).__name__} cannot be decoded speculatively: a trial with two rows of different length did "
+            f"not agree with plain decoding ({type(error).__name__}: {error}). Call generate() without custom_generate "
+            "and assistant_model instead."
+        ) from error
+    passed.add(config._attn_implementation)

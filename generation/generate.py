@@ -1,0 +1,170 @@
+"""The custom generation strategy: what `target.generate(..., custom_generate=<this repository>)` calls."""
+
+from __future__ import annotations
+
+import torch
+from transformers import GenerationMixin, StoppingCriteriaList, StopStringCriteria
+from transformers.generation import GenerateDecoderOnlyOutput
+
+from .capabilities import check_call, check_target, probe_target, usable_attention
+from .decoding import decode
+from .draft_length import requested_draft_length
+from .drafter import NoDrafter, SpecFormerDrafter
+from .processors import PrefixFunctionForWantedRows, Processors
+from .prompt import PromptLayout
+from .statistics import GenerationStatistics
+from .stopping import StoppingRules
+
+HUB_ARGUMENTS = {
+    "cache_dir",
+    "code_revision",
+    "force_download",
+    "local_files_only",
+    "proxies",
+    "revision",
+    "subfolder",
+    "token",
+    "trust_remote_code",
+}
+"""generate(custom_generate=<string>) hands these on after it has used them to find this file."""
+
+
+class SpeculativeOutput(GenerateDecoderOnlyOutput):
+    """What generate() returns with `return_dict_in_generate=True`; `statistics` is a `GenerationStatistics`."""
+
+    statistics: GenerationStatistics | None = None
+
+
+def generate(
+    model,
+    assistant_model=None,
+    inputs: torch.Tensor | None = None,
+    generation_config=None,
+    logits_processor=None,
+    stopping_criteria=None,
+    prefix_allowed_tokens_fn=None,
+    synced_gpus: bool | None = None,
+    streamer=None,
+    tokenizer=None,
+    num_assistant_tokens: int | None = None,
+    acceptance: str = "match",
+    **kwargs,
+):
+    """Generate what `model.generate(...)` generates, with tokens drafted by `assistant_model`.
+
+    Args:
+        model: the target, any decoder-only causal LM that keeps keys and values of all tokens.
+        assistant_model: the SpecFormer drafter of that target. It is moved to the target's dtype and device.
+        num_assistant_tokens: tokens to draft each round. `None` takes the generation config's, else the drafter's
+            default; more than the drafter has slots is cut to them; 0 decodes plainly.
+        acceptance: "match", the only rule so far: greedy decoding gives the same tokens as plain generate(), sampling
+            gives the same tokens as plain generate() with the same torch seed.
+        tokenizer: needed for `stop_strings`.
+
+    The other arguments are those of transformers' `generate()`.
+
+    Returns:
+        Token ids (batch, prompt + new tokens); with `return_dict_in_generate=True` an output with `sequences` and
+        `statistics`.
+
+    Raises:
+        UnsupportedTargetError: this target cannot be decoded speculatively without risking another text.
+        ValueError: an argument that does not fit; the message says what was expected.
+    """
+    for name in HUB_ARGUMENTS:
+        kwargs.pop(name, None)
+    if acceptance != "match":
+        raise ValueError(f"acceptance is {acceptance!r}; expected 'match'.")
+    if synced_gpus:
+        raise ValueError("synced_gpus=True (FSDP, ZeRO-3) is not supported: rows of one process would wait for others.")
+    if isinstance(first := inputs if inputs is not None else kwargs.get("input_ids"), torch.Tensor) and not len(first):
+        raise ValueError(f"The batch is empty: input_ids has shape {tuple(first.shape)}. Pass at least one prompt.")
+    if kwargs.get("inputs_embeds") is not None:
+        raise ValueError("inputs_embeds is not supported: drafting needs the tokens of the prompt. Pass input_ids.")
+    check_target(model)
+    drafter = bind_drafter(model, assistant_model, num_assistant_tokens)
+    num_assistant_tokens = requested_draft_length(
+        num_assistant_tokens,
+        [config for config in (generation_config, model.generation_config) if config is not None],
+        default=getattr(getattr(assistant_model, "config", None), "default_num_assistant_tokens", 0),
+        most=drafter.max_draft_tokens,
+    )
+    if num_assistant_tokens == 0:
+        drafter = NoDrafter()
+    prefix_function = None
+    if prefix_allowed_tokens_fn is not None:
+        prefix_function = PrefixFunctionForWantedRows(prefix_allowed_tokens_fn)
+
+    # generate() drops the tokenizer before a callable strategy can see it, so stop strings become a criterion here.
+    stopping_criteria = StoppingCriteriaList(stopping_criteria or [])
+    configs = (generation_config, model.generation_config)
+    stop_strings = kwargs.pop("stop_strings", None) or next(
+        (config.stop_strings for config in configs if config is not None and config.stop_strings), None
+    )
+    if stop_strings is not None:
+        if tokenizer is None:
+            raise ValueError(f"stop_strings is {stop_strings!r}; pass tokenizer=... as well, to find them in the text.")
+        stopping_criteria.append(StopStringCriteria(tokenizer=tokenizer, stop_strings=stop_strings))
+        kwargs["stop_strings"] = None
+
+    def strategy(model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
+        processors = Processors(logits_processor)
+        rules = StoppingRules(stopping_criteria, generation_config.max_length)
+        layout = PromptLayout.from_mask(model_kwargs.get("attention_mask"), input_ids)
+        check_call(model, layout, generation_config, model_kwargs, rules.max_length)
+        probe_target(model)
+        sequences, statistics = decode(
+            model,
+            drafter,
+            input_ids,
+            layout,
+            processors,
+            rules,
+            generation_config,
+            model_kwargs,
+            num_assistant_tokens,
+            streamer,
+            prefix_function,
+        )
+        if not generation_config.return_dict_in_generate:
+            return sequences
+        output = SpeculativeOutput(sequences=sequences)
+        output.statistics = statistics
+        return output
+
+    with usable_attention(model):
+        # The class's generate, since the instance's may be a repository's own strategy.
+        return GenerationMixin.generate(
+            model,
+            inputs,
+            generation_config=generation_config,
+            logits_processor=logits_processor,
+            stopping_criteria=stopping_criteria,
+            prefix_allowed_tokens_fn=prefix_function,
+            streamer=streamer,
+            custom_generate=strategy,
+            **kwargs,
+        )
+
+
+def bind_drafter(model, assistant_model, num_assistant_tokens):
+    """The drafter behind `assistant_model`: a SpecFormer network, or an object that is a `Drafter` already.
+
+    Raises:
+        ValueError: neither of them, or the drafter of another target.
+    """
+    if assistant_model is None:
+        if num_assistant_tokens != 0:
+            raise ValueError(
+                "No drafter was passed: give assistant_model=AutoModel.from_pretrained(<drafter>, "
+                "trust_remote_code=True), or num_assistant_tokens=0 for plain decoding."
+            )
+        return NoDrafter()
+    if hasattr(assistant_model, "propose"):
+        return assistant_model
+    if not hasattr(assistant_model, "borrow"):
+        raise ValueError(
+            f"assistant_model is a {type(assistant_model).__name__}; expected a SpecFormer drafter, loaded with "
+            "AutoModel.from_pretrained(<drafter>, trust_remote_code=True)."
+        )
+    return SpecFormerDrafter(assistant_model, model)

@@ -1,0 +1,82 @@
+"""Logits processors under speculation, sorted by what they need to see.
+
+Prefix-free ones map each row of scores on its own and run once over all drafted positions. Every other one is called
+as plain generate() calls it: with the whole original batch in its original order, all rows at one length, since some
+are bound to the batch they were made for. Those that remember their earlier calls cannot be replayed and are refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from transformers import LogitsProcessorList
+
+PREFIX_FREE = {
+    "TemperatureLogitsWarper",
+    "TopPLogitsWarper",
+    "TopKLogitsWarper",
+    "TopHLogitsWarper",
+    "MinPLogitsWarper",
+    "TypicalLogitsWarper",
+    "EpsilonLogitsWarper",
+    "EtaLogitsWarper",
+    "InfNanRemoveLogitsProcessor",
+    "LogitNormalization",
+    "SuppressTokensLogitsProcessor",
+}
+
+STATEFUL = {
+    "UnbatchedClassifierFreeGuidanceLogitsProcessor": "guidance_scale",
+    "SynthIDTextWatermarkLogitsProcessor": "watermarking_config (SynthID)",
+    "WhisperNoSpeechDetection": "no-speech detection",
+    "ClassifierFreeGuidanceLogitsProcessor": "guidance_scale",
+    "DiaClassifierFreeGuidanceLogitsProcessor": "guidance_scale",
+    "DiaEOSDelayPatternLogitsProcessor": "Dia's delay pattern",
+}
+
+
+def library_name(processor) -> str | None:
+    """Class name of a processor of transformers; `None` for anybody else's."""
+    kind = type(processor)
+    return kind.__name__ if kind.__module__.startswith("transformers.") else None
+
+
+class Processors:
+    """The processors of one call.
+
+    Raises:
+        ValueError: one of them keeps state between calls.
+    """
+
+    def __init__(self, processors: LogitsProcessorList):
+        for processor in processors:
+            if (name := library_name(processor)) in STATEFUL:
+                raise ValueError(
+                    f"{name} (from {STATEFUL[name]}) remembers its earlier calls, so it cannot be evaluated on drafted "
+                    "tokens that may be rejected. Switch it off, or call generate() without custom_generate."
+                )
+        self.all = processors
+        self.prefix_free = LogitsProcessorList(p for p in processors if library_name(p) in PREFIX_FREE)
+        self.need_prefix = len(self.prefix_free) < len(processors)
+
+    def warp(self, scores: torch.Tensor) -> torch.Tensor:
+        """Apply the prefix-free processors to scores (..., V)."""
+        return self.prefix_free(None, scores.flatten(0, -2)).view(scores.shape)
+
+
+class PrefixFunctionForWantedRows:
+    """`prefix_allowed_tokens_fn`, asked only about the rows whose answer is used.
+
+    The other rows of a call hold text of another length. A constraint such as a trie may not know it, and plain
+    generate() would never ask.
+    """
+
+    def __init__(self, function: Callable[[int, torch.Tensor], list[int]]):
+        self.function = function
+        self.wanted: set[int] | None = None
+
+    def __call__(self, batch_id: int, input_ids: torch.Tensor) -> list[int]:
+        if self.wanted is not None and batch_id not in self.wanted:
+            return [0]
+        return self.function(batch_id, input_ids)

@@ -1,0 +1,57 @@
+"""Where the real tokens of a padded batch of prompts are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass
+class PromptLayout:
+    """
+    Args:
+        columns: the columns of row b's real tokens in order, then its padding, (B, P).
+        lengths: real tokens per row, (B,).
+        host_lengths: the same as Python integers.
+    """
+
+    columns: torch.Tensor
+    lengths: torch.Tensor
+    host_lengths: list[int]
+
+    @classmethod
+    def from_mask(cls, attention_mask: torch.Tensor | None, input_ids: torch.Tensor) -> PromptLayout:
+        """Read a 2-D mask (B, P); `None` means that nothing is padded.
+
+        Raises:
+            ValueError: a row is empty or padded on the right: there is no last token to go on from.
+        """
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        real = attention_mask.to(input_ids.device).bool()
+        host_lengths = real.sum(1).tolist()
+        if not bool(real[:, -1].all()):
+            rows = (~real[:, -1]).nonzero().flatten().tolist()
+            raise ValueError(
+                f"Rows {rows} of the batch are padded on the right (their last attention_mask entry is 0). Pad on the "
+                "left: tokenizer.padding_side = 'left'."
+            )
+        columns = torch.argsort((~real).to(torch.uint8), dim=1, stable=True)
+        return cls(columns, real.sum(1), host_lengths)
+
+    @property
+    def longest(self) -> int:
+        return max(self.host_lengths)
+
+    @property
+    def has_holes(self) -> bool:
+        """Whether padding stands between real tokens of some row."""
+        width = self.columns.shape[1]
+        first = self.columns[:, 0]
+        return bool((width - first != self.lengths).any())
+
+    def compact(self, states: torch.Tensor) -> torch.Tensor:
+        """Move real tokens to the front: (B, P, ...) -> (B, P, ...), row b's tokens at 0..lengths[b]-1."""
+        index = self.columns.to(states.device)
+        return states[torch.arange(len(index), device=states.device)[:, None], index]

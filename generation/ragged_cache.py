@@ -1,0 +1,157 @@
+"""A key/value cache in which every row has its own length, and the masks that go with it.
+
+Row b's real tokens occupy slots 0..lengths[b]-1 of one buffer per layer, so that a slot's number is the token's
+position. New keys and values are scattered behind each row's length; those of rejected tokens are overwritten by the
+next pass. Nothing is cropped, shifted or padded again: cached data moves only when the buffer grows or rows leave.
+"""
+
+from __future__ import annotations
+
+import torch
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+KV_LENGTH_STEP = 64
+
+
+class RaggedLayer(CacheLayerMixin):
+    """Keys and values of one layer, (B, kv heads, capacity + 1, head_dim). The last slot is spare: it takes what must
+    not be kept."""
+
+    is_compileable = False
+    is_sliding = False
+    is_croppable = False
+
+    def __init__(self, owner: RaggedCache):
+        super().__init__()
+        self.owner = owner
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        # Zeros, not empty: a masked slot still enters 0 * value, and 0 * NaN is NaN.
+        self.keys, self.values = (
+            states.new_zeros(*states.shape[:2], self.owner.capacity + 1, states.shape[-1])
+            for states in (key_states, value_states)
+        )
+        self.is_initialized = True
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        """Write this pass's states (B, kv heads, q, head_dim) at the owner's slots; return the slots in use."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        slots = self.owner.slots.to(self.device)  # (B, q)
+        rows = torch.arange(len(slots), device=self.device)[:, None]
+        self.keys[rows, :, slots] = key_states.transpose(1, 2)
+        self.values[rows, :, slots] = value_states.transpose(1, 2)
+        return self.keys[:, :, : self.owner.kv_length], self.values[:, :, : self.owner.kv_length]
+
+    def load(self, key_states: torch.Tensor, value_states: torch.Tensor, columns: torch.Tensor) -> None:
+        """Fill the first slots with prompt states: slot s of row b takes column columns[b, s]."""
+        self.lazy_initialization(key_states, value_states)
+        index = columns.to(self.device)[:, None, :, None]  # (B, 1, P, 1)
+        for buffer, states in ((self.keys, key_states), (self.values, value_states)):
+            buffer[:, :, : columns.shape[1]] = states.gather(
+                2, index.expand(-1, states.shape[1], -1, states.shape[-1])
+            )
+
+    def resize(self, capacity: int) -> None:
+        if self.is_initialized:
+            self.keys, self.values = (
+                torch.cat([buffer[:, :, :-1], buffer.new_zeros(*buffer.shape[:2], extra, buffer.shape[-1])], dim=2)
+                for buffer in (self.keys, self.values)
+                for extra in [capacity + 2 - buffer.shape[2]]
+            )
+
+    def select_rows(self, index: torch.Tensor) -> None:
+        if self.is_initialized:
+            self.keys, self.values = (buffer[index.to(self.device)] for buffer in (self.keys, self.values))
+
+    def get_seq_length(self) -> int:
+        return self.owner.longest
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.owner.kv_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+class RaggedCache(Cache):
+    """One `RaggedLayer` per layer of a model, and one length per row.
+
+    A pass goes: `position_ids = cache.prepare(q)`, the forward, then `cache.advance(counts, longest)` with the number
+    of tokens that each row keeps of the q.
+
+    Args:
+        num_layers: layers of the model.
+        lengths: tokens already there per row, (B,); filled by `load`.
+        longest: the largest of them, known to the host.
+        capacity: slots to start with. They double when the longest row needs more.
+        max_length: positions at or past it are never kept. They go to the spare slot, and their position ids are
+            clamped below it, since models with a position table fail past its end.
+    """
+
+    def __init__(self, num_layers: int, lengths: torch.Tensor, longest: int, capacity: int, max_length: int):
+        self.lengths, self.longest = lengths, longest
+        self.capacity, self.max_length = capacity, max_length
+        self.kv_length = longest
+        self.slots: torch.Tensor | None = None
+        super().__init__(layers=[RaggedLayer(self) for _ in range(num_layers)])
+
+    def prepare(self, query_length: int) -> torch.Tensor:
+        """Choose the slots of the next pass; returns its position ids (B, q)."""
+        needed = min(self.longest + query_length, self.max_length)
+        if needed > self.capacity:
+            self.capacity = min(max(2 * self.capacity, needed), self.max_length)
+            for layer in self.layers:
+                layer.resize(self.capacity)
+        self.kv_length = min(-(-needed // KV_LENGTH_STEP) * KV_LENGTH_STEP, self.capacity)
+        positions = self.lengths[:, None] + torch.arange(query_length, device=self.lengths.device)
+        self.slots = torch.where(positions < self.max_length, positions, self.capacity)
+        return positions.clamp(max=self.max_length - 1)
+
+    def advance(self, counts: torch.Tensor, longest: int) -> None:
+        """Keep `counts` (B,) more tokens of each row; `longest` is the largest length that results."""
+        self.lengths, self.longest = self.lengths + counts, longest
+
+    def select_rows(self, index: torch.Tensor, longest: int) -> None:
+        """Keep only the rows of `index` (R,); `longest` is the largest of their lengths."""
+        self.lengths, self.longest = self.lengths[index], longest
+        for layer in self.layers:
+            layer.select_rows(index)
+
+    def mask(self, position_ids: torch.Tensor, window: int | None = None, chunk: int | None = None) -> torch.Tensor:
+        """Which slots the queries at `position_ids` (B, q) see, bool (B, 1, q, kv_length): themselves and what came
+        before, within a sliding `window` or a `chunk` of positions where the layer has one."""
+        query = position_ids[:, None, :, None]
+        slot = torch.arange(self.kv_length, device=position_ids.device)
+        visible = slot <= query
+        if window is not None:
+            visible = visible & (slot > query - window)
+        if chunk is not None:
+            visible = visible & (slot // chunk == query // chunk)
+        return visible
+
+
+def attention_masks(config, cache: RaggedCache, position_ids: torch.Tensor, dtype: torch.dtype):
+    """The `attention_mask` argument of one pass: a 4-D mask, or one per layer type where the config tells types apart.
+
+    Bool for sdpa; for eager attention, which adds its mask, floats of `dtype`.
+    """
+    config = config.get_text_config(decoder=True)
+    window = getattr(config, "sliding_window", None)
+
+    def for_layers(layer_type: str):
+        visible = cache.mask(
+            position_ids,
+            window=window if layer_type == "sliding_attention" else None,
+            chunk=config.attention_chunk_size if layer_type == "chunked_attention" else None,
+        )
+        if config._attn_implementation == "sdpa":
+            return visible
+        return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill(
+            ~visible, torch.finfo(dtype).min
+        )
+
+    if (layer_types := getattr(config, "layer_types", None)) is not None:
+        return {layer_type: for_layers(layer_type) for layer_type in set(layer_types)}
+    return for_layers("full_attention" if window is None else "sliding_attention")

@@ -1,0 +1,68 @@
+"""What a call to generate() did, for the caller."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from time import perf_counter
+
+
+@dataclass
+class GenerationStatistics:
+    """
+    Attributes:
+        rounds: target passes after the prompt's.
+        target_passes_per_row: rounds in which each row of the batch was running.
+        tokens_per_row: tokens generated per row, the one from the prompt pass included.
+        drafted_per_slot: how often slot j was drafted for a running row.
+        accepted_per_slot: how often it was accepted, the slots before it included.
+        seconds: wall-clock of the host in "prefill", "draft", "verify" and "accept". On a GPU the host runs ahead, so
+            only the sum means something there.
+    """
+
+    batch_size: int
+    rounds: int = 0
+    target_passes_per_row: list[int] = field(default_factory=list)
+    tokens_per_row: list[int] = field(default_factory=list)
+    drafted_per_slot: list[int] = field(default_factory=list)
+    accepted_per_slot: list[int] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self):
+        self.target_passes_per_row = [0] * self.batch_size
+        self.tokens_per_row = [0] * self.batch_size
+        self._clock = perf_counter()
+
+    def lap(self, part: str) -> None:
+        """Book the time since the last lap under `part`."""
+        now = perf_counter()
+        self.seconds[part] = self.seconds.get(part, 0.0) + now - self._clock
+        self._clock = now
+
+    def count(self, rows: list[int], drafted: int, outcome: list[list[int]], is_prompt: bool) -> None:
+        """Book one pass: `outcome` holds [accepted drafts, tokens added] of each of `rows`."""
+        self.rounds += not is_prompt
+        slots = max(drafted, len(self.drafted_per_slot))
+        for counts in (self.drafted_per_slot, self.accepted_per_slot):
+            counts.extend([0] * (slots - len(counts)))
+        for row, (accepted, added) in zip(rows, outcome, strict=True):
+            if added == 0:
+                continue  # finished earlier and only carried along
+            self.tokens_per_row[row] += added
+            self.target_passes_per_row[row] += not is_prompt
+            for slot in range(drafted):
+                self.drafted_per_slot[slot] += 1
+                self.accepted_per_slot[slot] += slot < accepted
+
+    @property
+    def tokens_per_pass_per_row(self) -> list[float | None]:
+        """Tokens per target pass of each row, prompt pass and its token left out; `None` for rows without a pass."""
+        return [
+            (tokens - 1) / passes if passes else None
+            for tokens, passes in zip(self.tokens_per_row, self.target_passes_per_row, strict=True)
+        ]
+
+    @property
+    def tokens_per_pass(self) -> float | None:
+        """The same over all rows together. 1 is plain decoding."""
+        passes = sum(self.target_passes_per_row)
+        return sum(tokens - 1 for tokens in self.tokens_per_row) / passes if passes else None

@@ -1,0 +1,76 @@
+"""The two passes of the target: the prompt, and a block of drafted tokens behind it."""
+
+from __future__ import annotations
+
+import torch
+from transformers import DynamicCache
+
+from .prompt import PromptLayout
+from .ragged_cache import RaggedCache, attention_masks
+
+FIRST_CAPACITY = 256
+"""New tokens that the cache has room for at first. Not max_length: few texts get there."""
+
+
+def prefill(
+    model,
+    input_ids: torch.Tensor,
+    layout: PromptLayout,
+    max_length: int,
+    block_size: int,
+    model_kwargs: dict,
+    chunk_size: int | None = None,
+) -> tuple[torch.Tensor, RaggedCache]:
+    """Run the prompts (B, P) the way plain generate() does, and move their keys and values into a ragged cache.
+
+    Args:
+        max_length: tokens, padding included, at which generate() stops.
+        block_size: most tokens of one later pass.
+        model_kwargs: what generate() prepared: attention_mask, position_ids, past_key_values, logits_to_keep.
+        chunk_size: tokens of one pass (`prefill_chunk_size`); default all.
+
+    Returns:
+        Logits of the last prompt position (B, 1, V), and the cache.
+    """
+    width = input_ids.shape[1]
+    kwargs = {key: value for key, value in model_kwargs.items() if key not in ("attention_mask", "position_ids")}
+    mask, position_ids = model_kwargs.get("attention_mask"), model_kwargs.get("position_ids")
+    if type(kwargs.get("past_key_values")) is not DynamicCache:
+        kwargs["past_key_values"] = DynamicCache(config=model.config)
+    kwargs["use_cache"] = True
+    for start in range(0, width, chunk_size or width):
+        end = min(start + (chunk_size or width), width)
+        inputs = model.prepare_inputs_for_generation(
+            input_ids[:, start:end],
+            attention_mask=None if mask is None else mask[:, :end],
+            position_ids=None if position_ids is None else position_ids[:, start:end],
+            is_first_iteration=start == 0,
+            **kwargs,
+        )
+        logits = model(**inputs, return_dict=True).logits
+    prompt_cache: DynamicCache = kwargs["past_key_values"]
+    # Rows are counted without their padding, so the longest ends max_length - (width - longest) tokens on.
+    longest_text = layout.longest + max_length - width
+    capacity = min(layout.longest + FIRST_CAPACITY + block_size, longest_text)
+    cache = RaggedCache(len(prompt_cache.layers), layout.lengths, layout.longest, capacity, longest_text)
+    columns = layout.columns[:, : layout.longest]
+    for ragged, dynamic in zip(cache.layers, prompt_cache.layers, strict=True):
+        if dynamic.is_initialized:
+            # A sliding layer kept its last columns only; the others are out of every later query's window.
+            dropped = width - dynamic.keys.shape[2]
+            ragged.load(dynamic.keys, dynamic.values, (columns - dropped).clamp(min=0))
+            dynamic.keys = dynamic.values = None
+    return logits[:, -1:], cache
+
+
+def verify(model, cache: RaggedCache, tokens: torch.Tensor) -> torch.Tensor:
+    """One pass over `tokens` (B, q), which follow what the cache holds of each row: logits (B, q, V)."""
+    position_ids = cache.prepare(tokens.shape[1])
+    return model(
+        input_ids=tokens,
+        position_ids=position_ids,
+        attention_mask=attention_masks(model.config, cache, position_ids, model.dtype),
+        past_key_values=cache,
+        use_cache=True,
+        return_dict=True,
+    ).logits

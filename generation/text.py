@@ -1,0 +1,182 @@
+"""The text of a batch while it is written: every row as far as it has got."""
+
+from __future__ import annotations
+
+import torch
+
+from .stopping import StoppingRules
+
+FIRST_WIDTH = 256
+"""New tokens that the buffer has room for at first; it doubles."""
+
+
+class Text:
+    """Token ids of all rows of the original batch, and which of them still run.
+
+    A row's text is its prompt, padding included, then its `generated` tokens; the pad token fills the rest. `rows`
+    are the rows that the passes carry, in order: the running ones and those that finished since rows last left.
+
+    Args:
+        input_ids: prompts as generate() prepared them, (B, P).
+        rules: when to stop.
+        pad_token_id: what to fill with; `None` where plain generate() has none either.
+        streamer: receives what plain generate() would put into it, in the same order.
+    """
+
+    def __init__(self, input_ids: torch.Tensor, rules: StoppingRules, pad_token_id: int | None, streamer=None):
+        self.batch_size, self.prompt_width = input_ids.shape
+        self.rules, self.streamer = rules, streamer
+        self.pad_token_id = 0 if pad_token_id is None else pad_token_id
+        self.max_new_tokens = rules.max_length - self.prompt_width
+        self.ids = input_ids  # (B, width)
+        self.rows = list(range(self.batch_size))
+        self.generated = [0] * self.batch_size
+        self.stopped_at: list[int | None] = [None] * self.batch_size
+        self.finished = [False] * self.batch_size
+        self.end: int | None = None  # generated tokens of the result, once that is known
+        self.streamed = 0
+        # the same on the device, for the rows that the passes carry
+        self.device_rows = torch.arange(self.batch_size, device=input_ids.device)
+        self.device_generated = torch.zeros_like(self.device_rows)
+        self.device_running = torch.ones_like(self.device_rows, dtype=torch.bool)
+
+    @property
+    def done(self) -> bool:
+        return all(self.finished)
+
+    def is_running(self, row: int) -> bool:
+        return not self.finished[row]
+
+    def running_lengths(self) -> list[int]:
+        """Generated tokens of each running row."""
+        return [length for length, finished in zip(self.generated, self.finished, strict=True) if not finished]
+
+    def first_columns(self, generated: int) -> torch.Tensor:
+        """All rows at the length of `generated` new tokens, as plain generate() would show them: (B, P + generated)."""
+        return self.ids[:, : self.prompt_width + generated]
+
+    def last_tokens(self) -> torch.Tensor:
+        """The newest token of each carried row, (R, 1)."""
+        return self.ids[self.device_rows, self.prompt_width + self.device_generated - 1][:, None]
+
+    def write_ahead(self, places: list[int], ahead: int, drafts: torch.Tensor) -> None:
+        """Show drafts[places, ahead] to processors that read the text. `append` writes over them."""
+        self._reserve(drafts.shape[1] + 1)
+        for place in places:
+            row = self.rows[place]
+            self.ids[row, self.prompt_width + self.generated[row] + ahead] = drafts[place, ahead]
+
+    def append(self, tokens: torch.Tensor, accepted: torch.Tensor) -> tuple[torch.Tensor, list[list[int]]]:
+        """Add each row's accepted drafts and the token behind them, as far as its stopping rules let it.
+
+        Args:
+            tokens: the target's tokens, (R, q).
+            accepted: how many of them were drafted, (R,), from 0 to q - 1.
+
+        Returns:
+            Tokens added per row, (R,), on the device; and per row [accepted, added] for the host. This is the one
+            point of a round where the host waits for the device.
+        """
+        width = tokens.shape[1]
+        self._reserve(width)
+        counts = torch.minimum(accepted + 1, self.max_new_tokens - self.device_generated)
+        first_eos = self.rules.first_eos(tokens)
+        stopped = first_eos < counts
+        counts = torch.minimum(counts, first_eos + 1) * self.device_running
+        offsets = torch.arange(width, device=tokens.device)
+        columns = self.prompt_width + self.device_generated[:, None] + offsets
+        self.ids[self.device_rows[:, None], columns] = torch.where(
+            offsets < counts[:, None], tokens, self.pad_token_id
+        )
+        self.device_generated = self.device_generated + counts
+        host = to_host(torch.stack([accepted, counts, stopped.long()], dim=1))
+        self._stop_rows(host)
+        self._stream()
+        return counts, [[accepted, added] for accepted, added, _ in host]
+
+    def drop_finished(self) -> torch.Tensor | None:
+        """When at least half of the carried rows have finished: the places of the others (R',), else `None`."""
+        places = [place for place, row in enumerate(self.rows) if not self.finished[row]]
+        if 2 * len(places) > len(self.rows):
+            return None
+        index = torch.tensor(places, device=self.ids.device)
+        self.rows = [self.rows[place] for place in places]
+        self.device_rows = self.device_rows[index]
+        self.device_generated = self.device_generated[index]
+        self.device_running = self.device_running[index]
+        return index
+
+    def result(self) -> torch.Tensor:
+        """What plain generate() returns: (B, P + generated tokens of the longest row)."""
+        return self.ids[:, : self.prompt_width + self.end]
+
+    def _reserve(self, extra: int) -> None:
+        """Make room for `extra` more tokens of the longest row."""
+        needed = self.prompt_width + max(self.generated) + extra
+        if needed > self.ids.shape[1]:
+            width = max(needed, 2 * self.ids.shape[1] - self.prompt_width, self.prompt_width + FIRST_WIDTH)
+            filling = self.ids.new_full((self.batch_size, width - self.ids.shape[1]), self.pad_token_id)
+            self.ids = torch.cat([self.ids, filling], dim=1)
+
+    def _stop_rows(self, host: list[list[int]]) -> None:
+        """Bring the host's view up to date with what one round added: [accepted, added, stopped by EOS] per row."""
+        before = list(self.generated)
+        for row, (_, added, eos) in zip(self.rows, host, strict=True):
+            self.generated[row] += added
+            if self.stopped_at[row] is None and (eos or self.generated[row] == self.max_new_tokens):
+                self.stopped_at[row] = self.generated[row]
+        if self.rules.others:
+            self._ask_other_criteria(before)
+        if self.rules.time_is_up(self.ids):
+            self.end = min(self.running_lengths()) if not self.rules.pads else max(self.generated)
+            self.stopped_at = [self.end if at is None else at for at in self.stopped_at]
+        elif all(at is not None for at in self.stopped_at):
+            self.end = max(self.stopped_at)
+        for place, row in enumerate(self.rows):
+            if self.finished[row]:
+                continue
+            if self.rules.pads:
+                self.finished[row] = self.stopped_at[row] is not None
+            else:
+                end = self.max_new_tokens if self.end is None else self.end
+                self.finished[row] = self.generated[row] >= end
+            if self.finished[row]:
+                self.device_running[place] = False
+
+    def _ask_other_criteria(self, before: list[int]) -> None:
+        """Ask stop strings and custom criteria about every new token, shortest text first."""
+        for length in sorted({n for old, new in zip(before, self.generated, strict=True) for n in range(old + 1, new + 1)}):
+            rows = [
+                row
+                for row in self.rows
+                if before[row] < length <= self.generated[row]
+                and (self.stopped_at[row] is None or self.stopped_at[row] > length)
+            ]
+            if not rows:
+                continue
+            is_done = self.rules.others(self.first_columns(length), None).tolist()
+            for row in rows:
+                if is_done[row]:
+                    self.stopped_at[row] = length
+                    if self.rules.pads:
+                        self.generated[row] = length
+                        self.ids[row, self.prompt_width + length :] = self.pad_token_id
+
+    def _stream(self) -> None:
+        """Put every column that no running row can change any more."""
+        if self.streamer is None:
+            return
+        upto = min(self.running_lengths(), default=self.end)
+        if self.end is not None:
+            upto = min(upto, self.end)
+        columns = self.ids[:, self.prompt_width + self.streamed : self.prompt_width + upto].cpu()
+        for column in columns.unbind(dim=1):
+            self.streamer.put(column)
+        self.streamed = upto
+        if self.done:
+            self.streamer.end()
+
+
+def to_host(packed: torch.Tensor) -> list[list[int]]:
+    """The one transfer, and so the one wait, of a round."""
+    return packed.tolist()

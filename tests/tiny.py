@@ -1,0 +1,42 @@
+"""Tiny random targets and batches. Weights have a standard deviation of 0.15: with the default one the logits are so
+flat that every model writes one token for ever, and no test of exactness could fail."""
+
+from __future__ import annotations
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+VOCAB = 64
+PAD, BOS, EOS = 0, 1, 5
+
+
+def llama_config(**overrides) -> LlamaConfig:
+    fields = dict(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        initializer_range=0.15,
+        pad_token_id=PAD,
+        bos_token_id=BOS,
+        eos_token_id=EOS,
+    )
+    return LlamaConfig(**{**fields, **overrides})
+
+
+def llama(dtype: torch.dtype = torch.float64, seed: int = 0, **overrides) -> PreTrainedModel:
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(llama_config(**overrides)).to(dtype).eval()
+
+
+def ragged_batch(padding=(0, 3, 5, 1, 8), width: int = 9, seed: int = 1) -> dict[str, torch.Tensor]:
+    """Left-padded prompts of different lengths, as a tokenizer returns them."""
+    generator = torch.Generator().manual_seed(seed)
+    input_ids = torch.randint(EOS + 1, VOCAB, (len(padding), width), generator=generator)
+    attention_mask = torch.ones_like(input_ids)
+    for row, count in enumerate(padding):
+        input_ids[row, :count], attention_mask[row, :count] = PAD, 0
+    return {"input_ids": input_ids, "attention_mask": attention_mask}

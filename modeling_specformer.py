@@ -249,9 +249,9 @@ SpecFormerModel.register_for_auto_class("AutoModel")
 class BorrowedTarget:
     """The target as a drafter sees it: hidden states of its forward passes, token embeddings, and its LM head.
 
-    As a context manager it hooks the target, and every forward pass that the same thread runs leaves its hidden
-    states for `take_hidden_states`. The hooks are gone afterwards, also after an exception. Passes that other threads
-    run on the same target are not seen.
+    As a context manager it hooks the target, and forward passes that the same thread runs leave their hidden states
+    for `take_hidden_states`. The hooks are gone afterwards, also after an exception. Passes that other threads run on
+    the same target are not seen.
 
     Raises:
         ValueError: the target's sizes are not those that the drafter was made for.
@@ -275,7 +275,7 @@ class BorrowedTarget:
         self.head: nn.Module = target.get_output_embeddings()
         if self.head is None:
             raise ValueError(f"{type(target).__name__} has no LM head (get_output_embeddings() is None).")
-        self._seen: dict[int, torch.Tensor] = {}
+        self._seen: dict[int, list[torch.Tensor]] = {}
         self._hooks: list = []
 
     def __enter__(self) -> BorrowedTarget:
@@ -283,7 +283,7 @@ class BorrowedTarget:
 
         def keep(layer_id: int, states: torch.Tensor) -> None:
             if threading.get_ident() == owner:
-                self._seen[layer_id] = states
+                self._seen.setdefault(layer_id, []).append(states)
 
         def before_layer(layer_id: int):
             def hook(module, args, kwargs):
@@ -294,7 +294,7 @@ class BorrowedTarget:
         def after_decoder(module, args, kwargs, output):
             keep(len(layers), output[0])
 
-        decoder, layers = self.target.base_model, decoder_layers(self.target)
+        decoder, layers = find_decoder(self.target)
         for layer_id in self.layer_ids:
             if layer_id < len(layers):
                 hook = layers[layer_id].register_forward_pre_hook(before_layer(layer_id), with_kwargs=True)
@@ -315,13 +315,15 @@ class BorrowedTarget:
         return next(self.head.parameters()).device
 
     def take_hidden_states(self) -> torch.Tensor:
-        """The hooked states of this thread's last forward pass, (B, T, len(target_layer_ids), d); given once."""
+        """The hooked states of this thread's passes since the last call, one behind the other along T:
+        (B, T, len(target_layer_ids), d)."""
         missing = [layer_id for layer_id in self.layer_ids if layer_id not in self._seen]
         if missing:
             raise RuntimeError(f"No forward pass of the target left its hidden states {missing}.")
-        states = torch.stack([self._seen[layer_id].to(self.device) for layer_id in self.layer_ids], dim=2)
+        passes = zip(*(self._seen[layer_id] for layer_id in self.layer_ids), strict=True)
+        states = [torch.stack([slice_.to(self.device) for slice_ in one_pass], dim=2) for one_pass in passes]
         self._seen.clear()
-        return states
+        return states[0] if len(states) == 1 else torch.cat(states, dim=1)
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         """The target's input embeddings of `token_ids` (B, T), (B, T, d)."""
@@ -340,12 +342,13 @@ class BorrowedTarget:
         return logits
 
 
-def decoder_layers(target: PreTrainedModel) -> nn.ModuleList:
-    """The target's list of decoder layers, wherever its family keeps it."""
+def find_decoder(target: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList]:
+    """The target's module that runs the decoder layers and the final norm, and its list of layers."""
     count = target.config.get_text_config(decoder=True).num_hidden_layers
     for module in target.base_model.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count:
-            return module
+        for child in module.children():
+            if isinstance(child, nn.ModuleList) and len(child) == count:
+                return module, child
     raise ValueError(f"{type(target).__name__} has no nn.ModuleList of {count} decoder layers to read hidden states from.")
 
 
@@ -356,10 +359,11 @@ def final_norm_scale(target: PreTrainedModel) -> torch.Tensor:
     zero mean, so the odd part of the norm's answer to it is the scale, for RMSNorm and LayerNorm alike.
     """
     size = target.config.get_text_config(decoder=True).hidden_size
-    inside_layers = set(decoder_layers(target).modules())
+    decoder, layers = find_decoder(target)
+    inside_layers = set(layers.modules())
     norms = [
         module
-        for module in target.base_model.modules()
+        for module in decoder.modules()
         if module not in inside_layers
         and "norm" in type(module).__name__.lower()
         and sum(parameter.numel() for parameter in module.parameters()) in (size, 2 * size)

@@ -134,30 +134,37 @@ _switches_lock = threading.Lock()
 
 @contextmanager
 def usable_attention(model):
-    """Switch a target with flash or flex attention, which take no mask per row, to sdpa while calls are inside."""
+    """Switch a target with flash or flex attention, which take no mask per row, to sdpa while calls are inside.
+
+    Where the family has no sdpa, to eager. Several threads may be inside with one target.
+    """
     with _switches_lock:
-        if model not in _switches and model.config.get_text_config(decoder=True)._attn_implementation in USABLE_ATTENTION:
-            before = None
-        else:
-            if model not in _switches:
-                _switches[model] = [0, model.config.get_text_config(decoder=True)._attn_implementation]
+        switch = model in _switches or attention_of(model) not in USABLE_ATTENTION
+        if switch and model not in _switches:
+            _switches[model] = [0, attention_of(model)]
+            try:
                 model.set_attn_implementation("sdpa")
+            except ValueError:
+                model.set_attn_implementation("eager")
+            warnings.warn(
+                f"This target was loaded with attn_implementation={_switches[model][1]!r}, which cannot mask each row "
+                f"of a batch on its own. It runs with {attention_of(model)!r} during speculative decoding.",
+                stacklevel=4,
+            )
+        if switch:
             _switches[model][0] += 1
-            before = _switches[model][1]
-    if before is not None:
-        warnings.warn(
-            f"This target was loaded with attn_implementation={before!r}, which cannot mask each row of a batch on its "
-            "own. It runs with 'sdpa' during speculative decoding.",
-            stacklevel=3,
-        )
     try:
         yield
     finally:
-        if before is not None:
+        if switch:
             with _switches_lock:
                 _switches[model][0] -= 1
                 if _switches[model][0] == 0:
                     model.set_attn_implementation(_switches.pop(model)[1])
+
+
+def attention_of(model) -> str:
+    return model.config.get_text_config(decoder=True)._attn_implementation
 
 
 # ---- probe
@@ -177,7 +184,7 @@ def probe_target(model) -> None:
     """
     config = model.config.get_text_config(decoder=True)
     passed = _probed.setdefault(model, set())
-    if config._attn_implementation in passed:
+    if attention_of(model) in passed:
         return
     device = model.get_input_embeddings().weight.device
     lengths, ahead, width = [5, 3], 3, 5
@@ -205,4 +212,4 @@ def probe_target(model) -> None:
             f"not agree with plain decoding ({type(error).__name__}: {error}). Call generate() without custom_generate "
             "and assistant_model instead."
         ) from error
-    passed.add(config._attn_implementation)
+    passed.add(attention_of(model))

@@ -28,12 +28,11 @@ class StoppingRules:
         self.others = StoppingCriteriaList(criterion for criterion in criteria if type(criterion) not in known)
         self.pads = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
 
-    def first_eos(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Offset of the first end-of-sequence token in each row of `tokens` (R, q); q where there is none: (R,)."""
+    def is_eos(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Which of `tokens` end their row, bool of the same shape."""
         if self.eos_token_ids is None:
-            return tokens.new_full((len(tokens),), tokens.shape[1])
-        is_eos = torch.isin(tokens, self.eos_token_ids.to(tokens.device))
-        return (~is_eos).long().cumprod(dim=1).sum(dim=1)
+            return torch.zeros_like(tokens, dtype=torch.bool)
+        return torch.isin(tokens, self.eos_token_ids.to(tokens.device))
 
     def time_is_up(self, input_ids: torch.Tensor) -> bool:
         return bool(self.timers) and bool(self.timers(input_ids, None).any())

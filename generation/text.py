@@ -80,7 +80,7 @@ class Text:
         width = tokens.shape[1]
         self._reserve(width)
         counts = torch.minimum(accepted + 1, self.max_new_tokens - self.device_generated)
-        first_eos = self.rules.first_eos(tokens)
+        first_eos = (~self.rules.is_eos(tokens)).long().cumprod(dim=1).sum(dim=1)  # width where there is none
         stopped = first_eos < counts
         counts = torch.minimum(counts, first_eos + 1) * self.device_running
         offsets = torch.arange(width, device=tokens.device)

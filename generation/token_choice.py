@@ -79,7 +79,9 @@ class TokenChoice:
                     taken = sample_with_noise(scores, noise)
                 tokens[places, ahead] = taken
             if ahead + 1 < width:
-                right = (tokens[:, ahead] == drafts[:, ahead]).tolist()
-                live = [place for place in live if right[place]]
+                goes_on = (tokens[:, ahead] == drafts[:, ahead]) & ~text.rules.is_eos(tokens[:, ahead])
+                goes_on = goes_on.tolist()
+                room = text.max_new_tokens - ahead - 1
+                live = [place for place in live if goes_on[place] and text.generated[text.rows[place]] < room]
                 text.write_ahead(live, ahead, drafts)
         return tokens

@@ -1,0 +1,165 @@
+"""Tokens, streamer calls and the generator's final state equal plain generate()'s, family by family.
+
+Targets are tiny and random, float64; batches are ragged and left-padded; drafters know the answer and use that
+knowledge in the ways that could break something.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from architectures import FAMILIES, make_target
+from exactness import assert_meaningful, check, choose_eos, oracle, plain
+from specformer import SpecFormerConfig, SpecFormerModel
+from tiny import ragged_batch
+
+NEW_TOKENS = 24
+SAMPLING = dict(do_sample=True, temperature=1.3, top_k=20, top_p=0.95)
+
+
+@torch.no_grad()
+def meaningful_target(name: str):
+    """The first seed whose greedy text is varied and free of near ties."""
+    batch = ragged_batch()
+    for seed in range(20):
+        target = make_target(name, seed)
+        sequences = target.generate(**batch, max_new_tokens=NEW_TOKENS, eos_token_id=None)
+        try:
+            assert_meaningful(target, batch, sequences)
+        except AssertionError:
+            continue
+        return target, batch, choose_eos(sequences, batch["input_ids"].shape[1])
+    raise AssertionError(f"no seed gives {name} a text worth testing")
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family(name: str):
+    target, batch, eos = meaningful_target(name)
+    for arguments in (dict(eos_token_id=eos), dict(eos_token_id=eos, **SAMPLING), dict(eos_token_id=None)):
+        arguments = dict(arguments, max_new_tokens=NEW_TOKENS)
+        reference = plain(target, batch, **arguments)
+        for k in (1, 4, 8):
+            for kind in ("sometimes", "adversarial"):
+                drafter = oracle(reference, batch, kind, eos)
+                check(target, batch, reference, drafter, k, **arguments)
+
+
+SETTINGS = {
+    "greedy": {},
+    "repetition penalty": dict(repetition_penalty=1.4),
+    "no repeated n-gram": dict(no_repeat_ngram_size=2),
+    "min_new_tokens": dict(min_new_tokens=12),
+    "sampling": SAMPLING,
+    "sampling with a penalty": dict(SAMPLING, repetition_penalty=1.2),
+    "num_return_sequences": dict(SAMPLING, num_return_sequences=3),
+}
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("kind", ["never", "always", "sometimes", "adversarial"])
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2"])
+def test_full_cross(name: str, kind: str, setting: str):
+    target, batch, eos = meaningful_target(name)
+    arguments = dict(SETTINGS[setting], eos_token_id=eos, max_new_tokens=NEW_TOKENS)
+    reference = plain(target, batch, **arguments)
+    for k in range(1, 9):
+        statistics = check(target, batch, reference, oracle(reference, batch, kind, eos), k, **arguments)
+        if kind == "never":
+            assert sum(statistics.accepted_per_slot) == 0
+        if kind == "always":
+            assert statistics.accepted_per_slot == statistics.drafted_per_slot or eos in reference.sequences
+            assert statistics.tokens_per_pass > 1 or not sum(statistics.drafted_per_slot)
+
+
+@pytest.mark.parametrize("k", [1, 3, 8])
+@pytest.mark.parametrize("kind", ["always", "sometimes", "adversarial"])
+def test_max_length_is_the_position_table(kind: str, k: int):
+    """Blocks reach past the last position of the table; what they write there is never kept."""
+    target = make_target("gpt2", n_positions=32)
+    batch = ragged_batch(padding=(0, 3, 5, 0, 8))
+    for sampling in ({}, SAMPLING):
+        reference = plain(target, batch, max_length=32, **sampling)
+        assert reference.sequences.shape[1] == 32
+        check(target, batch, reference, oracle(reference, batch, kind, None), k, max_length=32, **sampling)
+
+
+@pytest.mark.parametrize("anchor", [True, False], ids=["anchor", "paper"])
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2", "opt", "deepseek-v3"])
+def test_the_network_as_drafter(name: str, anchor: bool):
+    """The same with a (random) SpecFormer network, in a batch that loses rows on the way."""
+    target, batch, eos = meaningful_target(name)
+    drafter = SpecFormerModel(SpecFormerConfig.from_target_config(target.config, use_anchor_token=anchor))
+    for sampling in ({}, SAMPLING):
+        arguments = dict(sampling, eos_token_id=eos, max_new_tokens=NEW_TOKENS)
+        reference = plain(target, batch, **arguments)
+        for k in (0, 1, 4, None, 100):
+            check(target, batch, reference, drafter, k, **arguments)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_float32(implementation: str):
+    target, batch, eos = meaningful_target("gemma3")
+    target = target.float()
+    target.set_attn_implementation(implementation)
+    arguments = dict(eos_token_id=eos, max_new_tokens=NEW_TOKENS)
+    reference = plain(target, batch, **arguments)
+    for kind in ("sometimes", "adversarial"):
+        check(target, batch, reference, oracle(reference, batch, kind, eos), 4, **arguments)
+
+
+class StopAt:
+    """A custom criterion without an EOS id: each row stops at one of the given lengths."""
+
+    def __init__(self, lengths: list[int]):
+        self.lengths = torch.tensor(lengths)
+
+    def __call__(self, input_ids, scores, **kwargs):
+        return torch.tensor(input_ids.shape[1]) >= self.lengths
+
+
+@pytest.mark.parametrize("with_eos", [False, True])
+@pytest.mark.parametrize("kind", ["always", "sometimes", "adversarial"])
+def test_rows_that_stop_are_padded_exactly_where_plain_generate_pads_them(kind: str, with_eos: bool):
+    """Without an EOS id plain generate() writes real tokens into a stopped row until every row has stopped."""
+    target, batch, eos = meaningful_target("llama")
+    arguments = dict(eos_token_id=eos if with_eos else None, max_new_tokens=NEW_TOKENS, stopping_criteria=[StopAt([12, 30, 17, 11, 22])])
+    for sampling in ({}, SAMPLING):
+        reference = plain(target, batch, **arguments, **sampling)
+        assert reference.sequences.shape[1] < 9 + NEW_TOKENS
+        for k in (1, 4, 8):
+            check(target, batch, reference, oracle(reference, batch, kind, eos), k, **arguments, **sampling)
+
+
+def test_prefix_function_is_asked_about_real_text_only():
+    target, batch, eos = meaningful_target("llama")
+    seen: set[tuple] = set()
+
+    def allowed(row: int, input_ids: torch.Tensor) -> list[int]:
+        seen.add((row, tuple(input_ids.tolist())))
+        return list(range((row + len(input_ids)) % 5, 64, 2))
+
+    arguments = dict(eos_token_id=None, max_new_tokens=NEW_TOKENS, prefix_allowed_tokens_fn=allowed)
+    reference = plain(target, batch, **arguments)
+    asked_by_plain = set(seen)
+    for kind in ("never", "sometimes", "adversarial"):
+        seen.clear()
+        check(target, batch, reference, oracle(reference, batch, kind, eos), 4, **arguments)
+        assert seen == asked_by_plain
+
+
+def test_mask_with_holes():
+    target, batch, eos = meaningful_target("llama")
+    batch["attention_mask"][2, 6] = 0
+    arguments = dict(eos_token_id=eos, max_new_tokens=NEW_TOKENS)
+    reference = plain(target, batch, **arguments)
+    for kind in ("sometimes", "adversarial"):
+        check(target, batch, reference, oracle(reference, batch, kind, eos), 4, **arguments)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2"])
+def test_prefill_in_chunks(name: str):
+    target, batch, eos = meaningful_target(name)
+    arguments = dict(eos_token_id=eos, max_new_tokens=NEW_TOKENS, prefill_chunk_size=4)
+    reference = plain(target, batch, **arguments)
+    drafter = SpecFormerModel(SpecFormerConfig.from_target_config(target.config))
+    check(target, batch, reference, drafter, 4, **arguments)

@@ -1,0 +1,112 @@
+"""The exactness check is able to fail: each of these faults, planted into the product, must make it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from exactness import check, oracle, plain
+from specformer.generation import capabilities, generate as entry, ragged_cache, target as target_passes
+from specformer.generation.ragged_cache import RaggedCache
+from test_exactness import NEW_TOKENS, meaningful_target
+
+mask, prepare, advance, masks = (
+    RaggedCache.mask,
+    RaggedCache.prepare,
+    RaggedCache.advance,
+    ragged_cache.attention_masks,
+)
+
+
+def ignore_the_window(monkeypatch) -> None:
+    monkeypatch.setattr(RaggedCache, "mask", lambda self, ids, window=None, chunk=None: mask(self, ids, None, chunk))
+
+
+def count_padding_as_positions(monkeypatch) -> None:
+    monkeypatch.setattr(RaggedCache, "prepare", lambda self, q: prepare(self, q) + (self.longest - self.lengths)[:, None])
+
+
+def show_one_future_slot(monkeypatch) -> None:
+    monkeypatch.setattr(RaggedCache, "mask", lambda self, ids, **kwargs: mask(self, ids + 1, **kwargs))
+
+
+def use_one_mask_for_all_layer_types(monkeypatch) -> None:
+    def fault(*args):
+        per_type = masks(*args)
+        return dict.fromkeys(per_type, per_type["full_attention"])
+
+    monkeypatch.setattr(target_passes, "attention_masks", fault)
+
+
+def count_one_token_too_many(monkeypatch) -> None:
+    def fault(self, counts, longest):
+        advance(self, counts + 1, longest + 1)
+
+    monkeypatch.setattr(RaggedCache, "advance", fault)
+
+
+FAULTS = [
+    ("mistral-sliding", ignore_the_window),
+    ("gemma3", ignore_the_window),
+    ("gpt2", count_padding_as_positions),  # rotary embeddings do not notice a constant offset
+    ("opt", count_padding_as_positions),
+    ("llama", show_one_future_slot),
+    ("gpt2", show_one_future_slot),
+    ("gemma3", use_one_mask_for_all_layer_types),
+    ("olmo3", use_one_mask_for_all_layer_types),
+    ("llama", count_one_token_too_many),
+    ("gemma3", count_one_token_too_many),
+]
+
+
+def run(name: str) -> None:
+    target, batch, eos = meaningful_target(name)
+    arguments = dict(eos_token_id=eos, max_new_tokens=NEW_TOKENS)
+    reference = plain(target, batch, **arguments)
+    for kind in ("always", "sometimes"):
+        check(target, batch, reference, oracle(reference, batch, kind, eos), 4, **arguments)
+
+
+@pytest.mark.parametrize(("name", "plant"), FAULTS, ids=lambda value: getattr(value, "__name__", value))
+def test_planted_fault_is_found(name: str, plant: Callable, monkeypatch):
+    # The probe would refuse most of these before the first token, and must not be what saves the check.
+    monkeypatch.setattr(entry, "probe_target", lambda model: None)
+    run(name)
+    plant(monkeypatch)
+    with pytest.raises(AssertionError):
+        run(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "plant"),
+    [
+        ("gpt2", count_padding_as_positions),
+        ("llama", show_one_future_slot),
+        ("gpt2", show_one_future_slot),
+    ],
+    ids=lambda value: getattr(value, "__name__", value),
+)
+def test_probe_refuses_a_target_that_would_be_decoded_wrongly(name: str, plant: Callable, monkeypatch):
+    target, _, _ = meaningful_target(name)
+    plant(monkeypatch)
+    with pytest.raises(capabilities.UnsupportedTargetError, match="did not agree with plain decoding"):
+        capabilities.probe_target(target)
+
+
+def test_noise_of_another_row_is_found(monkeypatch):
+    """The check of seeded sampling can fail as well."""
+    from specformer.generation.noise import StepNoise
+
+    target, batch, eos = meaningful_target("llama")
+    arguments = dict(eos_token_id=eos, max_new_tokens=NEW_TOKENS, do_sample=True)
+    reference = plain(target, batch, **arguments)
+    gather = StepNoise.gather
+    monkeypatch.setattr(
+        StepNoise, "gather", lambda self, rows, steps, size: gather(self, [(row + 1) % 5 for row in rows], steps, size)
+    )
+    with pytest.raises(AssertionError):
+        check(target, batch, reference, oracle(reference, batch, "sometimes", eos), 4, **arguments)
+    monkeypatch.undo()
+    check(target, batch, reference, oracle(reference, batch, "sometimes", eos), 4, **arguments)
+    assert torch.equal(torch.get_rng_state(), reference.generator_state)

@@ -14,19 +14,17 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import platform
 import shutil
-import sys
 import time
 from pathlib import Path
 
 import torch
-import transformers
 from torch import nn
 from torch.nn import functional
 
 from specformer.configuration_specformer import SpecFormerConfig
 from specformer.modeling_specformer import BorrowedTarget, SpecFormerModel
+from specformer.scripts.provenance import provenance
 
 IGNORED = -100
 
@@ -197,9 +195,7 @@ def main(arguments: argparse.Namespace) -> None:
     drafter, optimizer, train_loader, eval_loader = accelerator.prepare(drafter, optimizer, train_loader, eval_loader)
 
     log = {
-        "command": " ".join(["python -m specformer.scripts.train", *sys.argv[1:]]),
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-        "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, {accelerator.device}",
+        **provenance("specformer.scripts.train"),
         "parameters": sum(parameter.numel() for parameter in drafter.parameters()),
         "answer_tokens": sum(sum(label != IGNORED for label in labels) for _, labels in train_set),
         "epochs": [],

@@ -1,0 +1,203 @@
+"""Training and decoding agree on who predicts what: cached drafts equal those of the teacher-forced pass over the
+finished text, and labels and loss are those of the slots."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from exactness import choose_eos
+from specformer import SpecFormerConfig, SpecFormerModel, generate
+from specformer.generation.drafter import SpecFormerDrafter
+from specformer.scripts.train import IGNORED, HeadCrossEntropy, drafter_loss, slot_labels
+from tiny import VOCAB, llama, ragged_batch
+from torch.nn import functional
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+NEW_TOKENS = 16
+PRESETS = {"anchor": SpecFormerConfig.from_target_config, "paper": SpecFormerConfig.paper}
+
+
+@dataclass
+class Draft:
+    """What one running row drafted when its text had `generated` new tokens."""
+
+    row: int
+    generated: int
+    logits: torch.Tensor  # (k, V)
+    tokens: list[int]
+    proposed: list[int]
+
+
+@pytest.fixture
+def target(monkeypatch):
+    """A llama whose norms compute in float64 too: its own ones round to float32."""
+
+    def forward(self, states):
+        return functional.rms_norm(states, states.shape[-1:], self.weight, self.variance_epsilon)
+
+    monkeypatch.setattr(LlamaRMSNorm, "forward", forward)
+    return llama()
+
+
+def make_network(preset: str, target) -> SpecFormerModel:
+    config = PRESETS[preset](target.config, num_draft_tokens=4, initializer_range=0.3)
+    return SpecFormerModel(config).to(torch.float64).eval()
+
+
+def record_drafts(monkeypatch, answer: torch.Tensor | None = None) -> list[Draft]:
+    """Note what every running row drafts. With `answer` (B, T), what it proposes is the answer instead, wrong from
+    another slot on in every row and round."""
+    drafts: list[Draft] = []
+    propose = SpecFormerDrafter.propose
+
+    def recorded(self, num_tokens, choose):
+        seen = []
+        tokens = propose(self, num_tokens, lambda logits: seen.append(logits) or choose(logits))
+        text, proposed = choose.__self__.text, tokens.clone()
+        for place, row in enumerate(text.rows):
+            if not text.is_running(row):
+                continue
+            generated = text.generated[row]
+            if answer is not None:
+                truth = answer[row, generated : generated + num_tokens]
+                proposed[place, : len(truth)] = truth
+                proposed[place, (row + generated) % (num_tokens + 1) :] += 1
+                proposed[place] %= VOCAB
+            drafts.append(Draft(row, generated, seen[0][place], tokens[place].tolist(), proposed[place].tolist()))
+        return proposed
+
+    monkeypatch.setattr(SpecFormerDrafter, "propose", recorded)
+    return drafts
+
+
+@torch.no_grad()
+def assert_teacher_forced_agrees(target, network, batch, sequences, drafts, shift: int = 0) -> None:
+    """Every draft equals the one of its position, `shift` tokens on, in one pass over the whole text of its row."""
+    prompt_width = batch["input_ids"].shape[1]
+    for row in {draft.row for draft in drafts}:
+        padding = int((batch["attention_mask"][row] == 0).sum())
+        text = sequences[row : row + 1, padding:]
+        with network.borrow(target) as borrowed:
+            target(input_ids=text)
+            hidden_states = borrowed.take_hidden_states()
+        anchors = borrowed.embed(functional.pad(text[:, 1:], (0, 1))) if network.config.use_anchor_token else None
+        logits = borrowed.logits(network(hidden_states, anchors).draft_hidden_states)[0]  # (T, D, V)
+        for draft in (draft for draft in drafts if draft.row == row):
+            # the newest token is not read yet: the target read up to the one before it
+            position = prompt_width - padding + draft.generated - 2 + shift
+            expected = logits[position, : len(draft.logits)]
+            torch.testing.assert_close(draft.logits, expected, rtol=0, atol=1e-9)
+            assert draft.tokens == expected.argmax(-1).tolist()
+
+
+@torch.no_grad()
+def run(monkeypatch, target, preset: str, k: int, kind: str):
+    """Decode a ragged batch whose rows end at different times: network, batch, sequences, statistics, drafts."""
+    batch, network = ragged_batch(), make_network(preset, target)
+    arguments = dict(max_new_tokens=NEW_TOKENS, return_dict_in_generate=True)
+    free = target.generate(**batch, eos_token_id=None, max_new_tokens=NEW_TOKENS)
+    width = batch["input_ids"].shape[1]
+    arguments["eos_token_id"] = choose_eos(free, width)
+    drafts = record_drafts(monkeypatch, free[:, width:] if kind == "oracle" else None)
+    output = generate(target, network, **batch, num_assistant_tokens=k, **arguments)
+    plain = target.generate(**batch, **{**arguments, "return_dict_in_generate": False})
+    assert output.sequences.tolist() == plain.tolist()
+    return network, batch, output.sequences, output.statistics, drafts
+
+
+@pytest.mark.parametrize("kind", ["own", "oracle"])
+@pytest.mark.parametrize("k", [1, 4])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_cached_drafts_equal_teacher_forced(preset: str, k: int, kind: str, monkeypatch, target):
+    network, batch, sequences, statistics, drafts = run(monkeypatch, target, preset, k, kind)
+    assert_teacher_forced_agrees(target, network, batch, sequences, drafts)
+    assert {draft.row for draft in drafts} == set(range(5))
+    assert len(set(statistics.tokens_per_row)) > 2  # rows dropped out at different times
+    if kind == "oracle":
+        assert statistics.accepted_per_slot[-1] > 0  # some blocks were accepted whole, others in part
+        assert len(set(statistics.accepted_per_slot)) == k
+        assert statistics.accepted_per_slot[0] < statistics.drafted_per_slot[0]
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("shift", [-1, 1])
+def test_the_comparison_notices_the_position_beside(preset: str, shift: int, monkeypatch, target):
+    network, batch, sequences, _, drafts = run(monkeypatch, target, preset, 4, "oracle")
+    with pytest.raises(AssertionError, match="Tensor-likes"):
+        assert_teacher_forced_agrees(target, network, batch, sequences, drafts, shift)
+
+
+def test_the_comparison_notices_anchors_shifted_by_one(monkeypatch, target):
+    anchors = SpecFormerDrafter._anchors
+    monkeypatch.setattr(SpecFormerDrafter, "_anchors", lambda self, tokens: anchors(self, tokens.roll(1, dims=1)))
+    network, batch, sequences, _, drafts = run(monkeypatch, target, "anchor", 4, "oracle")
+    with pytest.raises(AssertionError, match="Tensor-likes"):
+        assert_teacher_forced_agrees(target, network, batch, sequences, drafts)
+
+
+def test_sampled_drafts_equal_teacher_forced(monkeypatch, target):
+    """Noise shared with the target gets drafts accepted; the states behind them are the teacher-forced ones."""
+    batch, network = ragged_batch(), make_network("anchor", target)
+    drafts = record_drafts(monkeypatch)
+    arguments = dict(do_sample=True, top_k=0, temperature=8.0, max_new_tokens=NEW_TOKENS, eos_token_id=None)
+    output = generate(
+        target, network, **batch, num_assistant_tokens=4, return_dict_in_generate=True, **arguments
+    )
+    assert sum(output.statistics.accepted_per_slot) > 0
+    for draft in drafts:
+        draft.tokens = draft.logits.argmax(-1).tolist()  # sampled ones are not comparable; states are
+    assert_teacher_forced_agrees(target, network, batch, output.sequences, drafts)
+
+
+def test_slot_j_at_n_is_labelled_with_token_n_plus_2_plus_j():
+    tokens = torch.arange(100, 114).view(2, 7)
+    tokens[0, :2] = IGNORED
+    labels = slot_labels(tokens, 3)
+    assert labels.shape == (2, 7, 3)
+    for row in range(2):
+        for n in range(7):
+            for j in range(3):
+                inside = n + 2 + j < 7
+                assert labels[row, n, j] == (tokens[row, n + 2 + j] if inside else IGNORED)
+
+
+def test_labels_and_drafts_mean_the_same_token(monkeypatch, target):
+    """The label of slot j, where decoding drafts from, is the token that its draft is verified against."""
+    _, batch, sequences, _, drafts = run(monkeypatch, target, "anchor", 4, "oracle")
+    prompt_width = batch["input_ids"].shape[1]
+    for draft in drafts:
+        padding = int((batch["attention_mask"][draft.row] == 0).sum())
+        text = sequences[draft.row, padding:]
+        labels = slot_labels(text[None], 4)[0, prompt_width - padding + draft.generated - 2]
+        verified = text[prompt_width - padding + draft.generated :][:4].tolist()
+        assert [label for label in labels.tolist() if label != IGNORED] == verified
+
+
+@pytest.mark.parametrize("count", [1, 4, 5, 8, 11])
+@pytest.mark.parametrize("factor", [1.0, -2.5])
+def test_head_cross_entropy_is_cross_entropy(count: int, factor: float):
+    """Chunks of 4 that fit and that do not. The loss itself is computed in float32."""
+    head = torch.randn(16, 30, dtype=torch.float64)
+    states = torch.randn(count, 16, dtype=torch.float64, requires_grad=True)
+    labels = torch.randint(0, 30, (count,))
+    naive = functional.cross_entropy(states @ head, labels, reduction="sum")
+    (expected,) = torch.autograd.grad(factor * naive, states)
+    ours = HeadCrossEntropy.apply(states, labels, lambda chunk: chunk @ head, 4)
+    (gradient,) = torch.autograd.grad(factor * ours, states)
+    torch.testing.assert_close(ours, naive, rtol=1e-6, atol=0)
+    torch.testing.assert_close(gradient, expected, rtol=0, atol=1e-5)
+
+
+def test_drafter_loss_is_the_mean_over_labelled_slots(target):
+    network = make_network("anchor", target)
+    borrowed = network.borrow(target)
+    states = torch.randn(2, 6, 4, 32, dtype=torch.float64, requires_grad=True)
+    labels = slot_labels(torch.randint(0, VOCAB, (2, 6)), 4)
+    naive = functional.cross_entropy(borrowed.logits(states).flatten(0, 2), labels.flatten(), ignore_index=IGNORED)
+    loss = drafter_loss(states, labels, borrowed, chunk_size=7)
+    torch.testing.assert_close(loss, naive, rtol=1e-6, atol=0)
+    ours, expected = (torch.autograd.grad(value, states)[0] for value in (loss, naive))
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-6)
+    assert drafter_loss(states, torch.full_like(labels, IGNORED), borrowed) == 0

@@ -1,0 +1,154 @@
+"""Acceptance by comparison, and the noise that makes seeded sampling the same as plain generate()'s."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from specformer.generation import noise as noise_module
+from specformer.generation.noise import StepNoise
+from specformer.generation.verification import count_matches, sample_with_noise
+
+CPU = torch.device("cpu")
+BATCH, VOCAB = 3, 50
+
+
+@given(st.data())
+def test_count_matches(data):
+    rows, k = data.draw(st.integers(1, 4)), data.draw(st.integers(0, 6))
+    token = st.integers(0, 2)
+    drafts = data.draw(st.lists(st.lists(token, min_size=k, max_size=k), min_size=rows, max_size=rows))
+    tokens = data.draw(st.lists(st.lists(token, min_size=k + 1, max_size=k + 1), min_size=rows, max_size=rows))
+    expected = []
+    for drafted, taken in zip(drafts, tokens, strict=True):
+        wrong = [slot for slot in range(k) if drafted[slot] != taken[slot]]
+        expected.append(min(wrong, default=k))
+    counts = count_matches(torch.tensor(drafts, dtype=torch.long).view(rows, k), torch.tensor(tokens))
+    assert counts.tolist() == expected
+
+
+def random_scores(rows: int, vocab_size: int, zeros: bool = False) -> torch.Tensor:
+    scores = 2 * torch.randn(rows, vocab_size)
+    if zeros:  # as top-k leaves them
+        scores[torch.rand(scores.shape) < 0.9] = -torch.inf
+        scores[:, vocab_size // 2] = 0.0
+    return scores
+
+
+@pytest.mark.parametrize("zeros", [False, True])
+@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("vocab_size", [2, 15, 16, 17, 1000, 49152])
+def test_sample_with_noise_is_multinomial(vocab_size: int, rows: int, zeros: bool):
+    for seed in range(5):
+        torch.manual_seed(seed)
+        scores = random_scores(rows, vocab_size, zeros)
+        before = torch.get_rng_state()
+        expected = torch.multinomial(scores.softmax(-1), 1)[:, 0]
+        after = torch.get_rng_state()
+        torch.set_rng_state(before)
+        taken = sample_with_noise(scores, torch.empty(rows, vocab_size).exponential_(1))
+        assert taken.tolist() == expected.tolist()
+        assert torch.equal(torch.get_rng_state(), after)
+        assert (scores.gather(1, taken[:, None]) > -torch.inf).all()
+
+
+def plain_draws(scores: list[torch.Tensor]) -> tuple[list[list[int]], list[torch.Tensor]]:
+    """Tokens of consecutive steps as plain generate() samples them, and the generator's state before each step and
+    after the last. The default generator is left as it was."""
+    states, tokens = [torch.get_rng_state()], []
+    for step in scores:
+        tokens.append(torch.multinomial(step.softmax(-1), 1)[:, 0].tolist())
+        states.append(torch.get_rng_state())
+    torch.set_rng_state(states[0])
+    return tokens, states
+
+
+@pytest.fixture(params=["roomy", "tiny"])
+def kept_bytes(request, monkeypatch):
+    if request.param == "tiny":
+        monkeypatch.setattr(noise_module, "KEPT_BYTES", 1)
+
+
+def check_steps(asked: list[int]) -> None:
+    torch.manual_seed(11)
+    scores = [random_scores(BATCH, VOCAB) for _ in range(8)]
+    expected, states = plain_draws(scores)
+    noise = StepNoise(BATCH, CPU)
+    for step in asked:
+        assert sample_with_noise(scores[step], noise.step(step, VOCAB)).tolist() == expected[step]
+    assert torch.equal(torch.get_rng_state(), states[0])
+    noise.leave_after(len(scores), VOCAB)
+    assert torch.equal(torch.get_rng_state(), states[-1])
+
+
+@settings(max_examples=40)
+@given(st.lists(st.integers(0, 7), max_size=12))
+def test_steps_in_any_order_are_the_consecutive_ones(asked: list[int]):
+    check_steps(asked)
+
+
+@settings(max_examples=40)
+@given(st.lists(st.integers(0, 7), max_size=12))
+def test_steps_that_were_not_kept_are_drawn_again(asked: list[int]):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(noise_module, "KEPT_BYTES", 1)
+        check_steps(asked)
+
+
+def test_gather_takes_each_pair_of_row_and_step(kept_bytes):
+    pairs = [(2, 1), (0, 5), (1, 1), (2, 0), (0, 1), (0, 0), (2, 5)]
+    reference = [StepNoise(BATCH, CPU).step(step, VOCAB) for step in range(6)]
+    gathered = StepNoise(BATCH, CPU).gather([row for row, _ in pairs], [step for _, step in pairs], VOCAB)
+    for noise, (row, step) in zip(gathered, pairs, strict=True):
+        assert torch.equal(noise, reference[step][row])
+
+
+@pytest.mark.parametrize("forgotten", [0, 1, 3, 4])
+def test_forget_before(forgotten: int, kept_bytes):
+    reference = [StepNoise(BATCH, CPU).step(step, VOCAB) for step in range(7)]
+    noise = StepNoise(BATCH, CPU)
+    noise.step(4, VOCAB)
+    noise.forget_before(forgotten)
+    assert all(step >= forgotten for step in [*noise.kept, *noise.states])
+    for step in [6, *range(forgotten, 7)]:
+        assert torch.equal(noise.step(step, VOCAB), reference[step])
+
+
+def test_what_is_kept_fits_into_its_bytes(monkeypatch):
+    monkeypatch.setattr(noise_module, "KEPT_BYTES", 3 * BATCH * VOCAB * 4)
+    noise = StepNoise(BATCH, CPU)
+    for step in range(9):
+        noise.step(step, VOCAB)
+        assert len(noise.kept) == min(step + 1, 3)
+    assert list(noise.kept) == [6, 7, 8]
+
+
+@pytest.mark.parametrize("end", [0, 1, 3, 5, 6])
+def test_leave_after(end: int, kept_bytes):
+    """Fewer steps than were looked at, as many, and one more."""
+    _, states = plain_draws([torch.zeros(BATCH, VOCAB)] * 6)
+    noise = StepNoise(BATCH, CPU)
+    noise.gather([0, 1, 2], [4, 2, 0], VOCAB)
+    noise.leave_after(end, VOCAB)
+    assert torch.equal(torch.get_rng_state(), states[end])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_noise_is_float32_whatever_the_default_dtype(dtype: torch.dtype):
+    """generate() samples from float32 scores."""
+    expected, states = plain_draws([torch.zeros(BATCH, VOCAB)] * 3)
+    torch.set_default_dtype(dtype)
+    try:
+        noise = StepNoise(BATCH, CPU)
+        tokens = [
+            sample_with_noise(
+                torch.zeros(BATCH, VOCAB, dtype=torch.float32), noise.gather([0, 1, 2], [step] * 3, VOCAB)
+            )
+            for step in range(3)
+        ]
+        noise.leave_after(3, VOCAB)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert [step.tolist() for step in tokens] == expected
+    assert torch.equal(torch.get_rng_state(), states[-1])

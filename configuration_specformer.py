@@ -4,6 +4,17 @@ from __future__ import annotations
 
 from transformers import PreTrainedConfig
 
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "num_draft_tokens",
+    "target_num_hidden_layers",
+)
+
 
 class SpecFormerConfig(PreTrainedConfig):
     r"""
@@ -22,7 +33,7 @@ class SpecFormerConfig(PreTrainedConfig):
         num_draft_tokens (`int`, defaults to 8): draft slots `l_d`, the most tokens that one pass can draft.
         default_num_assistant_tokens (`int`, defaults to 4): how many of them are drafted when the caller does not say.
         use_anchor_token (`bool`, defaults to `True`): whether the embedding of the token that follows each position
-            is an input. It is known when drafting starts, and the paper's drafter does not see it. `False` is the paper.
+            is an input. It is known when drafting starts, and the paper's drafter does not see it (`False`).
         target_layer_ids (`list[int]`, *optional*): which of the target's hidden states are inputs: `i` is the state
             that enters layer `i`, and `target_num_hidden_layers` the last one, after the final norm. `None` means the
             paper's `[0, L/2, L-1, L]`, without the first where the anchor token takes its place.
@@ -117,10 +128,7 @@ class SpecFormerConfig(PreTrainedConfig):
         return cls.from_target_config(target_config, **{"use_anchor_token": False, **overrides})
 
     def _check_sizes(self) -> None:
-        for name in (
-            "vocab_size hidden_size intermediate_size num_attention_heads num_key_value_heads head_dim "
-            "num_draft_tokens target_num_hidden_layers"
-        ).split():
+        for name in SIZES:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"SpecFormerConfig: {name} is {value!r}; expected a positive integer.")

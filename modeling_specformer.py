@@ -39,10 +39,10 @@ HOW_TO_GENERATE = (
 class SpecFormerOutput(ModelOutput):
     """
     Args:
-        draft_hidden_states (`torch.FloatTensor` of shape `(batch_size, sequence_length, num_draft_tokens, hidden_size)`):
-            Normed states of every slot, ready for the target's LM head.
-        context_states (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`):
-            Output of the context layer, from which the slots are drafted.
+        draft_hidden_states (`torch.FloatTensor`): normed states of every slot, ready for the target's LM head,
+            `(batch_size, sequence_length, num_draft_tokens, hidden_size)`.
+        context_states (`torch.FloatTensor`): output of the context layer, from which the slots are drafted,
+            `(batch_size, sequence_length, hidden_size)`.
     """
 
     draft_hidden_states: torch.FloatTensor | None = None
@@ -135,7 +135,7 @@ class SpecFormerModel(PreTrainedModel):
     config_class = SpecFormerConfig
     base_model_prefix = "model"
     main_input_name = "hidden_states"
-    _no_split_modules = ["SpecFormerAttention", "SpecFormerMLP"]
+    _no_split_modules = ("SpecFormerAttention", "SpecFormerMLP")
     _supports_sdpa = True
 
     def __init__(self, config: SpecFormerConfig):
@@ -259,7 +259,11 @@ class BorrowedTarget:
 
     def __init__(self, target: PreTrainedModel, config: SpecFormerConfig):
         text_config = target.config.get_text_config(decoder=True)
-        sizes = {"hidden_size": "hidden_size", "vocab_size": "vocab_size", "num_hidden_layers": "target_num_hidden_layers"}
+        sizes = {
+            "hidden_size": "hidden_size",
+            "vocab_size": "vocab_size",
+            "num_hidden_layers": "target_num_hidden_layers",
+        }
         differences = [
             f"{theirs} is {getattr(text_config, theirs)} there and {getattr(config, ours)} here"
             for theirs, ours in sizes.items()
@@ -349,7 +353,9 @@ def find_decoder(target: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList]:
         for child in module.children():
             if isinstance(child, nn.ModuleList) and len(child) == count:
                 return module, child
-    raise ValueError(f"{type(target).__name__} has no nn.ModuleList of {count} decoder layers to read hidden states from.")
+    raise ValueError(
+        f"{type(target).__name__} has no nn.ModuleList of {count} decoder layers to read hidden states from."
+    )
 
 
 def final_norm_scale(target: PreTrainedModel) -> torch.Tensor:

@@ -20,7 +20,14 @@ from transformers.generation import GenerationMode
 from .prompt import PromptLayout
 from .target import prefill, verify
 
-KNOWN_MODEL_KWARGS = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "cache_position"}
+KNOWN_MODEL_KWARGS = {
+    "attention_mask",
+    "position_ids",
+    "past_key_values",
+    "use_cache",
+    "logits_to_keep",
+    "cache_position",
+}
 USABLE_ATTENTION = ("sdpa", "eager")
 
 
@@ -77,8 +84,8 @@ def check_call(model, layout: PromptLayout, generation_config: GenerationConfig,
     mode = generation_config.get_generation_mode()
     if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
         raise ValueError(
-            f"The generation settings ask for {mode.value.replace('_', ' ')} (num_beams={generation_config.num_beams}), "
-            "and speculation is lossless for greedy search and sampling only. Set num_beams=1 and leave the options of "
+            f"The generation settings ask for {mode.value.replace('_', ' ')} (num_beams={generation_config.num_beams}). "
+            "Speculation is lossless for greedy search and sampling only. Set num_beams=1 and leave the options of "
             "other strategies unset."
         )
     wanted = [
@@ -107,9 +114,11 @@ def check_call(model, layout: PromptLayout, generation_config: GenerationConfig,
     longest_text = layout.longest + max_length - layout.columns.shape[1]
     for rope in rope_settings(config):
         kind = rope.get("rope_type", rope.get("type"))
-        limit = rope.get("original_max_position_embeddings") or getattr(
-            config, "original_max_position_embeddings", None
-        ) or config.max_position_embeddings
+        limit = (
+            rope.get("original_max_position_embeddings")
+            or getattr(config, "original_max_position_embeddings", None)
+            or config.max_position_embeddings
+        )
         starts_above = kind == "longrope" and min(layout.host_lengths) > limit
         if kind in ("dynamic", "longrope") and longest_text > limit and not starts_above:
             refuse(

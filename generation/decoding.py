@@ -91,6 +91,7 @@ def decode(
                     noise.forget_before(min(text.running_lengths()))
                 statistics.lap("draft")
 
+    statistics.tokens_per_row = [min(generated, text.end) for generated in text.generated]
     if noise is not None:
         noise.leave_after(text.end, logits.shape[-1])
     return text.result(), statistics

@@ -49,9 +49,7 @@ class RaggedLayer(CacheLayerMixin):
         self.lazy_initialization(key_states, value_states)
         index = columns.to(self.device)[:, None, :, None]  # (B, 1, P, 1)
         for buffer, states in ((self.keys, key_states), (self.values, value_states)):
-            buffer[:, :, : columns.shape[1]] = states.gather(
-                2, index.expand(-1, states.shape[1], -1, states.shape[-1])
-            )
+            buffer[:, :, : columns.shape[1]] = states.gather(2, index.expand(-1, states.shape[1], -1, states.shape[-1]))
 
     def resize(self, capacity: int) -> None:
         if self.is_initialized:

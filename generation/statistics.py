@@ -47,7 +47,6 @@ class GenerationStatistics:
         for row, (accepted, added) in zip(rows, outcome, strict=True):
             if added == 0:
                 continue  # finished earlier and only carried along
-            self.tokens_per_row[row] += added
             self.target_passes_per_row[row] += not is_prompt
             for slot in range(drafted):
                 self.drafted_per_slot[slot] += 1

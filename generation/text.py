@@ -85,9 +85,7 @@ class Text:
         counts = torch.minimum(counts, first_eos + 1) * self.device_running
         offsets = torch.arange(width, device=tokens.device)
         columns = self.prompt_width + self.device_generated[:, None] + offsets
-        self.ids[self.device_rows[:, None], columns] = torch.where(
-            offsets < counts[:, None], tokens, self.pad_token_id
-        )
+        self.ids[self.device_rows[:, None], columns] = torch.where(offsets < counts[:, None], tokens, self.pad_token_id)
         self.device_generated = self.device_generated + counts
         host = to_host(torch.stack([accepted, counts, stopped.long()], dim=1))
         self._stop_rows(host)
@@ -145,7 +143,9 @@ class Text:
 
     def _ask_other_criteria(self, before: list[int]) -> None:
         """Ask stop strings and custom criteria about every new token, shortest text first."""
-        for length in sorted({n for old, new in zip(before, self.generated, strict=True) for n in range(old + 1, new + 1)}):
+        for length in sorted(
+            {n for old, new in zip(before, self.generated, strict=True) for n in range(old + 1, new + 1)}
+        ):
             rows = [
                 row
                 for row in self.rows

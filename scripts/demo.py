@@ -14,11 +14,10 @@ import time
 from pathlib import Path
 
 import torch
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import logging
-
 from specformer.scripts.fetch_target import fetch_target
 from specformer.scripts.prompts import encode
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
 
 ROOT = Path(__file__).resolve().parents[1]
 NEW_TOKENS = 96
@@ -97,7 +96,9 @@ def main() -> int:
     plain_rate, our_rate = (tokens / statistics.median(seconds) for seconds in (plain_seconds, our_seconds))
     threads = f"{torch.get_num_threads()} threads" if device == "cpu" else torch.cuda.get_device_name()
     print(f"tokens per target pass  {output.statistics.tokens_per_pass:.2f}  (plain generate: 1)")
-    print(f"tokens/s                {our_rate:.1f}  (plain generate: {plain_rate:.1f}; ratio {our_rate / plain_rate:.2f})")
+    print(
+        f"tokens/s                {our_rate:.1f}  (plain generate: {plain_rate:.1f}; ratio {our_rate / plain_rate:.2f})"
+    )
     print(f"                        median of {REPEATS}, {len(PROMPTS)} rows, float32, {device}, {threads}")
     print(f"identical texts         {sum(identical)}/{len(identical)}")
     return 0 if all(identical) else 1

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-
 from specformer.scripts.fetch_target import fetch_target
 from specformer.scripts.prompts import encode, read_prompts
 from specformer.scripts.provenance import provenance

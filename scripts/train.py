@@ -19,12 +19,11 @@ import time
 from pathlib import Path
 
 import torch
-from torch import nn
-from torch.nn import functional
-
 from specformer.configuration_specformer import SpecFormerConfig
 from specformer.modeling_specformer import BorrowedTarget, SpecFormerModel
 from specformer.scripts.provenance import provenance
+from torch import nn
+from torch.nn import functional
 
 IGNORED = -100
 
@@ -149,10 +148,9 @@ def slot_accuracy(drafter: nn.Module, borrowed: BorrowedTarget, loader) -> tuple
 def main(arguments: argparse.Namespace) -> None:
     from accelerate import Accelerator
     from accelerate.utils import set_seed
+    from specformer.scripts.fetch_target import fetch_target
     from tqdm import tqdm
     from transformers import AutoModelForCausalLM, get_cosine_schedule_with_warmup
-
-    from specformer.scripts.fetch_target import fetch_target
 
     set_seed(arguments.seed)
     accelerator = Accelerator(mixed_precision=arguments.mixed_precision)

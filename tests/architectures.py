@@ -47,7 +47,10 @@ FAMILIES: dict[str, tuple[str, dict]] = {
     "mistral": ("Mistral", dict(sliding_window=None)),
     "mistral-sliding": ("Mistral", dict(sliding_window=6)),
     "gemma": ("Gemma", dict(tie_word_embeddings=False)),
-    "gemma2": ("Gemma2", dict(tie_word_embeddings=False, sliding_window=6, query_pre_attn_scalar=8, final_logit_softcapping=200.0)),
+    "gemma2": (
+        "Gemma2",
+        dict(tie_word_embeddings=False, sliding_window=6, query_pre_attn_scalar=8, final_logit_softcapping=200.0),
+    ),
     "gemma3": ("Gemma3", dict(sliding_window=6, query_pre_attn_scalar=8, **MIXED)),
     "phi": ("Phi", {}),
     "phi3": ("Phi3", dict(sliding_window=None)),
@@ -68,7 +71,15 @@ FAMILIES: dict[str, tuple[str, dict]] = {
     "glm4": ("Glm4", {}),
     "deepseek-v3": (
         "DeepseekV3",
-        dict(MLA, num_key_value_heads=4, head_dim=None, n_routed_experts=4, n_group=1, topk_group=1, num_experts_per_tok=2)
+        dict(
+            MLA,
+            num_key_value_heads=4,
+            head_dim=None,
+            n_routed_experts=4,
+            n_group=1,
+            topk_group=1,
+            num_experts_per_tok=2,
+        )
         | dict(moe_intermediate_size=24, first_k_dense_replace=1, n_shared_experts=1),
     ),
     "gpt-oss": ("GptOss", dict(num_local_experts=4, num_experts_per_tok=2, sliding_window=6, **MIXED)),

@@ -15,3 +15,14 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def real_target():
+    """Folder of SmolLM2-135M-Instruct; the test is skipped where it can neither be found nor fetched."""
+    from specformer.scripts.fetch_target import fetch_target
+
+    try:
+        return fetch_target()
+    except RuntimeError as error:
+        pytest.skip(f"the default target is not here: {error}")

@@ -142,9 +142,7 @@ def test_sampled_drafts_equal_teacher_forced(monkeypatch, target):
     batch, network = ragged_batch(), make_network("anchor", target)
     drafts = record_drafts(monkeypatch)
     arguments = dict(do_sample=True, top_k=0, temperature=8.0, max_new_tokens=NEW_TOKENS, eos_token_id=None)
-    output = generate(
-        target, network, **batch, num_assistant_tokens=4, return_dict_in_generate=True, **arguments
-    )
+    output = generate(target, network, **batch, num_assistant_tokens=4, return_dict_in_generate=True, **arguments)
     assert sum(output.statistics.accepted_per_slot) > 0
     for draft in drafts:
         draft.tokens = draft.logits.argmax(-1).tolist()  # sampled ones are not comparable; states are

@@ -122,7 +122,11 @@ class StopAt:
 def test_rows_that_stop_are_padded_exactly_where_plain_generate_pads_them(kind: str, with_eos: bool):
     """Without an EOS id plain generate() writes real tokens into a stopped row until every row has stopped."""
     target, batch, eos = meaningful_target("llama")
-    arguments = dict(eos_token_id=eos if with_eos else None, max_new_tokens=NEW_TOKENS, stopping_criteria=[StopAt([12, 30, 17, 11, 22])])
+    arguments = dict(
+        eos_token_id=eos if with_eos else None,
+        max_new_tokens=NEW_TOKENS,
+        stopping_criteria=[StopAt([12, 30, 17, 11, 22])],
+    )
     for sampling in ({}, SAMPLING):
         reference = plain(target, batch, **arguments, **sampling)
         assert reference.sequences.shape[1] < 9 + NEW_TOKENS

@@ -7,7 +7,9 @@ from collections.abc import Callable
 import pytest
 import torch
 from exactness import check, oracle, plain
-from specformer.generation import capabilities, generate as entry, ragged_cache, target as target_passes
+from specformer.generation import capabilities, ragged_cache
+from specformer.generation import generate as entry
+from specformer.generation import target as target_passes
 from specformer.generation.ragged_cache import RaggedCache
 from test_exactness import NEW_TOKENS, meaningful_target
 
@@ -24,7 +26,9 @@ def ignore_the_window(monkeypatch) -> None:
 
 
 def count_padding_as_positions(monkeypatch) -> None:
-    monkeypatch.setattr(RaggedCache, "prepare", lambda self, q: prepare(self, q) + (self.longest - self.lengths)[:, None])
+    monkeypatch.setattr(
+        RaggedCache, "prepare", lambda self, q: prepare(self, q) + (self.longest - self.lengths)[:, None]
+    )
 
 
 def show_one_future_slot(monkeypatch) -> None:

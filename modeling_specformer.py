@@ -135,7 +135,7 @@ class SpecFormerModel(PreTrainedModel):
     config_class = SpecFormerConfig
     base_model_prefix = "model"
     main_input_name = "hidden_states"
-    _no_split_modules = ("SpecFormerAttention", "SpecFormerMLP")
+    _no_split_modules = ["SpecFormerAttention", "SpecFormerMLP"]
     _supports_sdpa = True
 
     def __init__(self, config: SpecFormerConfig):

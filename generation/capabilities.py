@@ -84,7 +84,7 @@ def check_call(model, layout: PromptLayout, generation_config: GenerationConfig,
     mode = generation_config.get_generation_mode()
     if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
         raise ValueError(
-            f"The generation settings ask for {mode.value.replace('_', ' ')} (num_beams={generation_config.num_beams}). "
+            f"The settings ask for {mode.value.replace('_', ' ')} (num_beams={generation_config.num_beams}). "
             "Speculation is lossless for greedy search and sampling only. Set num_beams=1 and leave the options of "
             "other strategies unset."
         )

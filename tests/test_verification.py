@@ -137,18 +137,13 @@ def test_leave_after(end: int, kept_bytes):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_noise_is_float32_whatever_the_default_dtype(dtype: torch.dtype):
     """generate() samples from float32 scores."""
-    expected, states = plain_draws([torch.zeros(BATCH, VOCAB)] * 3)
+    scores = [random_scores(BATCH, 5000) for _ in range(3)]
+    expected, _ = plain_draws(scores)
+    noise = StepNoise(BATCH, CPU)
     torch.set_default_dtype(dtype)
     try:
-        noise = StepNoise(BATCH, CPU)
-        tokens = [
-            sample_with_noise(
-                torch.zeros(BATCH, VOCAB, dtype=torch.float32), noise.gather([0, 1, 2], [step] * 3, VOCAB)
-            )
-            for step in range(3)
-        ]
-        noise.leave_after(3, VOCAB)
+        drawn = [noise.gather(list(range(BATCH)), [step] * BATCH, 5000) for step in range(3)]
     finally:
         torch.set_default_dtype(torch.float32)
-    assert [step.tolist() for step in tokens] == expected
-    assert torch.equal(torch.get_rng_state(), states[-1])
+    assert {draw.dtype for draw in drawn} == {torch.float32}
+    assert [sample_with_noise(*pair).tolist() for pair in zip(scores, drawn, strict=True)] == expected

@@ -42,7 +42,7 @@ class StepNoise:
             return self.kept[step]
         for current in range(min(step, self.drawn), step + 1):
             self.generator.set_state(self.states[current])
-            noise = torch.empty(self.batch_size, vocab_size, device=self.device)
+            noise = torch.empty(self.batch_size, vocab_size, dtype=torch.float32, device=self.device)
             noise.exponential_(1, generator=self.generator)
             self.kept[current] = noise
             if current == self.drawn:
@@ -54,7 +54,7 @@ class StepNoise:
 
     def gather(self, rows: list[int], steps: list[int], vocab_size: int) -> torch.Tensor:
         """Noise of (row, step) pairs, (len(rows), V)."""
-        noise = torch.empty(len(rows), vocab_size, device=self.device)
+        noise = torch.empty(len(rows), vocab_size, dtype=torch.float32, device=self.device)
         for step in sorted(set(steps)):
             places = [place for place, other in enumerate(steps) if other == step]
             noise[places] = self.step(step, vocab_size)[[rows[place] for place in places]]

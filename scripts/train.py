@@ -37,12 +37,13 @@ class HeadCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, states: torch.Tensor, labels: torch.Tensor, logits_of, chunk_size: int) -> torch.Tensor:
-        total = torch.zeros((), dtype=torch.float32, device=states.device)
+        precise = torch.promote_types(states.dtype, torch.float32)
+        total = torch.zeros((), dtype=precise, device=states.device)
         gradients = torch.empty_like(states)
         for start in range(0, len(states), chunk_size):
             with torch.enable_grad():
                 chunk = states[start : start + chunk_size].detach().requires_grad_()
-                logits = logits_of(chunk).float()
+                logits = logits_of(chunk).to(precise)
                 loss = functional.cross_entropy(logits, labels[start : start + chunk_size], reduction="sum")
             gradients[start : start + chunk_size] = torch.autograd.grad(loss, chunk)[0]
             total += loss.detach()

@@ -82,7 +82,8 @@ class SpecFormerConfig(PreTrainedConfig):
         self.target_num_hidden_layers = target_num_hidden_layers
         if target_layer_ids is None:
             layers = target_num_hidden_layers
-            target_layer_ids = [0, layers // 2, layers - 1, layers][1 if use_anchor_token else 0 :]
+            # in shallow targets some of them coincide
+            target_layer_ids = sorted({*([] if use_anchor_token else [0]), layers // 2, layers - 1, layers})
         self.target_layer_ids = target_layer_ids
         self.target_name_or_path = target_name_or_path
         self.hidden_act = hidden_act
@@ -132,6 +133,11 @@ class SpecFormerConfig(PreTrainedConfig):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"SpecFormerConfig: {name} is {value!r}; expected a positive integer.")
+        default = self.default_num_assistant_tokens
+        if not isinstance(default, int) or isinstance(default, bool) or default < 0:
+            raise ValueError(
+                f"SpecFormerConfig: default_num_assistant_tokens is {default!r}; expected an integer from 0."
+            )
         if self.head_dim % 2:
             raise ValueError(f"SpecFormerConfig: head_dim is {self.head_dim}; rotary embeddings need an even number.")
         if self.num_attention_heads % self.num_key_value_heads:

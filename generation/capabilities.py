@@ -102,8 +102,6 @@ def check_call(model, layout: PromptLayout, generation_config: GenerationConfig,
     cache = model_kwargs.get("past_key_values")
     if cache is not None and cache.get_seq_length() > 0:
         raise ValueError("A filled past_key_values was passed; speculative decoding starts from an empty cache.")
-    if (kind := generation_config.cache_implementation) not in (None, "dynamic", "static", "hybrid", "dynamic_full"):
-        raise ValueError(f"cache_implementation is {kind!r}; speculative decoding keeps its own cache. Leave it unset.")
     if (positions := model_kwargs.get("position_ids")) is not None and positions.ndim != 2:
         refuse(model, f"its position ids have {positions.ndim} axes (a multimodal model).")
 
@@ -121,10 +119,11 @@ def check_call(model, layout: PromptLayout, generation_config: GenerationConfig,
         )
         starts_above = kind == "longrope" and min(layout.host_lengths) > limit
         if kind in ("dynamic", "longrope") and longest_text > limit and not starts_above:
+            advice = f" A text of at most {limit} tokens, prompt included, works." if layout.longest < limit else ""
             refuse(
                 model,
-                f"its {kind} rotary embedding changes at {limit} positions, and this call may reach {longest_text}. "
-                f"A max_length up to {limit} works.",
+                f"its {kind} rotary embedding changes at {limit} positions, and this call goes from "
+                f"{min(layout.host_lengths)} to {longest_text}.{advice}",
             )
 
 
@@ -183,7 +182,7 @@ _probed: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # model -> att
 
 @torch.no_grad()
 def probe_target(model) -> None:
-    """Once per model and attention: verify three tokens of two ragged rows, and compare with plain forwards.
+    """Once per model and attention: verify three tokens of two rows that have got apart, beside plain forwards.
 
     The tolerance is what the model's own cached decoding differs by, which is much in half precision.
 
@@ -196,21 +195,27 @@ def probe_target(model) -> None:
     if attention_of(model) in passed:
         return
     device = model.get_input_embeddings().weight.device
-    lengths, ahead, width = [5, 3], 3, 5
-    tokens = (torch.arange(2 * (width + ahead), device=device).view(2, -1) * 7919 + 11) % config.vocab_size
-    mask = torch.tensor([[1] * 5, [0, 0, 1, 1, 1]], device=device)
-    layout = PromptLayout.from_mask(mask, tokens[:, :width])
-    kwargs = {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+    width, block = 4, 3
+    tokens = (torch.arange(2 * (width + 2 * block), device=device).view(2, -1) * 7919 + 11) % config.vocab_size
+    prompt, first, second = tokens.split([width, block, block], dim=1)
+    kept = [block, 1]  # of the first block, so that the second one stands at another position in each row
     try:
-        _, cache = prefill(model, tokens[:, :width], layout, width + ahead + 1, ahead, kwargs)
-        ours = verify(model, cache, tokens[:, width:]).double()
-        for row, length in enumerate(lengths):
-            text = tokens[row : row + 1, width - length :]
-            whole = model(input_ids=text, use_cache=False).logits[0, length:].double()
+        layout = PromptLayout.from_mask(None, prompt)
+        kwargs = {"position_ids": torch.arange(width, device=device).expand(2, -1)}
+        _, cache = prefill(model, prompt, layout, width + 2 * block + 1, block, kwargs)
+        verify(model, cache, first)
+        cache.advance(torch.tensor(kept, device=device), width + max(kept))
+        ours = verify(model, cache, second).double()
+        for row, count in enumerate(kept):
+            context = torch.cat([prompt[row], first[row, :count]])[None]
+            text = torch.cat([context, second[row : row + 1]], dim=1)
+            whole = model(input_ids=text, use_cache=False).logits[0, -block:].double()
             own_cache = DynamicCache(config=model.config)
-            model(input_ids=text[:, :length], past_key_values=own_cache, use_cache=True)
-            cached = model(input_ids=text[:, length:], past_key_values=own_cache, use_cache=True).logits[0].double()
-            own_error = (cached - whole).abs().median()
+            model(input_ids=context, past_key_values=own_cache, use_cache=True)
+            cached = (
+                model(input_ids=second[row : row + 1], past_key_values=own_cache, use_cache=True).logits[0].double()
+            )
+            own_error = (cached.double() - whole).abs().median()
             allowed = 8 * own_error + torch.finfo(model.dtype).eps ** 0.5 * whole.std()
             error = (ours[row] - whole).abs().median()
             if not error <= allowed:  # also when it is NaN

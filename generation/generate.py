@@ -9,7 +9,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from .capabilities import check_call, check_target, probe_target, usable_attention
 from .decoding import decode
 from .draft_length import requested_draft_length
-from .drafter import NoDrafter, SpecFormerDrafter
+from .drafter import Drafter, NoDrafter, SpecFormerDrafter
 from .processors import PrefixFunctionForWantedRows, Processors
 from .prompt import PromptLayout
 from .statistics import GenerationStatistics
@@ -27,6 +27,9 @@ HUB_ARGUMENTS = {
     "trust_remote_code",
 }
 """generate(custom_generate=<string>) hands these on after it has used them to find this file."""
+
+EXACT_CACHES = (None, "dynamic", "dynamic_full", "static", "hybrid")
+"""Cache implementations that give the text of the default one, as the ragged cache does."""
 
 
 class SpeculativeOutput(GenerateDecoderOnlyOutput):
@@ -82,24 +85,21 @@ def generate(
     if kwargs.get("inputs_embeds") is not None:
         raise ValueError("inputs_embeds is not supported: drafting needs the tokens of the prompt. Pass input_ids.")
     check_target(model)
-    drafter = bind_drafter(model, assistant_model, num_assistant_tokens)
-    num_assistant_tokens = requested_draft_length(
-        num_assistant_tokens,
-        [config for config in (generation_config, model.generation_config) if config is not None],
-        default=getattr(getattr(assistant_model, "config", None), "default_num_assistant_tokens", 0),
-        most=drafter.max_draft_tokens,
+    configs = [config for config in (generation_config, model.generation_config) if config is not None]
+    drafter, num_assistant_tokens = bind_drafter(
+        model, assistant_model, requested_draft_length(num_assistant_tokens, configs)
     )
-    if num_assistant_tokens == 0:
-        drafter = NoDrafter()
+    caches = (kwargs.get("cache_implementation"), *(config.cache_implementation for config in configs))
+    if (kind := next((name for name in caches if name is not None), None)) not in EXACT_CACHES:
+        raise ValueError(f"cache_implementation is {kind!r}; speculative decoding keeps its own cache. Leave it unset.")
     prefix_function = None
     if prefix_allowed_tokens_fn is not None:
         prefix_function = PrefixFunctionForWantedRows(prefix_allowed_tokens_fn)
 
     # generate() drops the tokenizer before a callable strategy can see it, so stop strings become a criterion here.
     stopping_criteria = StoppingCriteriaList(stopping_criteria or [])
-    configs = (generation_config, model.generation_config)
     stop_strings = kwargs.pop("stop_strings", None) or next(
-        (config.stop_strings for config in configs if config is not None and config.stop_strings), None
+        (config.stop_strings for config in configs if config.stop_strings), None
     )
     if stop_strings is not None:
         if tokenizer is None:
@@ -147,8 +147,10 @@ def generate(
         )
 
 
-def bind_drafter(model, assistant_model, num_assistant_tokens):
-    """The drafter behind `assistant_model`: a SpecFormer network, or an object that is a `Drafter` already.
+def bind_drafter(model, assistant_model, num_assistant_tokens: int | None) -> tuple[Drafter, int]:
+    """The drafter behind `assistant_model`, and how many tokens it drafts each round.
+
+    `assistant_model` is a SpecFormer network, or an object that is a `Drafter` already.
 
     Raises:
         ValueError: neither of them, or the drafter of another target.
@@ -159,12 +161,19 @@ def bind_drafter(model, assistant_model, num_assistant_tokens):
                 "No drafter was passed: give assistant_model=AutoModel.from_pretrained(<drafter>, "
                 "trust_remote_code=True), or num_assistant_tokens=0 for plain decoding."
             )
-        return NoDrafter()
+        return NoDrafter(), 0
     if hasattr(assistant_model, "propose"):
-        return assistant_model
-    if not hasattr(assistant_model, "borrow"):
+        drafter, default = assistant_model, assistant_model.max_draft_tokens
+    elif hasattr(assistant_model, "borrow"):
+        drafter = SpecFormerDrafter(assistant_model, model)
+        default = assistant_model.config.default_num_assistant_tokens
+    else:
         raise ValueError(
             f"assistant_model is a {type(assistant_model).__name__}; expected a SpecFormer drafter, loaded with "
             "AutoModel.from_pretrained(<drafter>, trust_remote_code=True)."
         )
-    return SpecFormerDrafter(assistant_model, model)
+    if num_assistant_tokens is None:
+        num_assistant_tokens = default
+    if num_assistant_tokens == 0:
+        return NoDrafter(), 0
+    return drafter, min(num_assistant_tokens, drafter.max_draft_tokens)

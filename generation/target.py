@@ -47,8 +47,15 @@ def prefill(
             is_first_iteration=start == 0,
             **kwargs,
         )
-        logits = model(**inputs, return_dict=True).logits
-    prompt_cache: DynamicCache = kwargs["past_key_values"]
+        outputs = model(**inputs, return_dict=True)
+        # Not the cache that went in: some families start a new one for long prompts.
+        kwargs["past_key_values"] = outputs.past_key_values
+    prompt_cache = kwargs["past_key_values"]
+    if not isinstance(prompt_cache, DynamicCache) or prompt_cache.get_seq_length() != width:
+        raise RuntimeError(
+            f"{type(model).__name__} did not fill its cache with the {width} tokens of the prompt. If it is training "
+            "with gradient checkpointing, which switches the cache off, call model.eval() first."
+        )
     # Rows are counted without their padding, so the longest ends max_length - (width - longest) tokens on.
     longest_text = layout.longest + max_length - width
     capacity = min(layout.longest + FIRST_CAPACITY + block_size, longest_text)
@@ -60,7 +67,7 @@ def prefill(
             dropped = width - dynamic.keys.shape[2]
             ragged.load(dynamic.keys, dynamic.values, (columns - dropped).clamp(min=0))
             dynamic.keys = dynamic.values = None
-    return logits[:, -1:], cache
+    return outputs.logits[:, -1:], cache
 
 
 def verify(model, cache: RaggedCache, tokens: torch.Tensor) -> torch.Tensor:

@@ -9,6 +9,7 @@ Wall-clock around the target's forward and around the drafter's network and head
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import statistics
 import time
@@ -32,6 +33,7 @@ def timed_calls(seconds: dict[str, float], part: str, owner, *names: str):
     depth = 0
 
     def wrap(method):
+        @functools.wraps(method)
         def call(*args, **kwargs):
             nonlocal depth
             depth += 1

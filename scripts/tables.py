@@ -39,11 +39,34 @@ def results_section() -> str:
     return "\n".join([header, *rows, "", *dict.fromkeys(notes)]) + "\n"
 
 
-def render(readme: str) -> str:
+def profile_section() -> str:
+    """Shares of one call's time."""
+    result = json.loads((RESULTS / "profile_cpu_batch_16.json").read_text())
+    regime, seconds, outside = result["regime"], result["median_seconds"], result["share_outside_the_models"]
+    return (
+        "| part | share of the call |\n|---|---|\n"
+        f"| target | {seconds['target'] / seconds['total']:.1%} |\n"
+        f"| drafter | {seconds['drafter'] / seconds['total']:.1%} |\n"
+        f"| everything else | {outside['median']:.1%} ({outside['min']:.1%} to {outside['max']:.1%}) |\n\n"
+        f"{regime['target']} in {regime['dtype']}, greedy, {regime['batch_size']} different MT-Bench prompts, "
+        f"{regime['max_new_tokens']} new tokens, {regime['num_assistant_tokens']} drafted a round, median of "
+        f"{regime['repeats']} runs of {seconds['total']:.1f} s; {result['machine']['device']} "
+        f"({result['machine']['cpu']}, {result['machine']['torch_threads']} threads), torch "
+        f"{result['versions']['torch']}, transformers {result['versions']['transformers']}.\n"
+    )
+
+
+PAGES = {"README.md": results_section, "docs/profile.md": profile_section}
+
+
+def render(page: str) -> str:
+    """The page as it should be: its text, and the section of today's result files between the markers."""
     begin, end = MARKERS
-    return re.sub(f"(?<={re.escape(begin)}).*?(?={re.escape(end)})", lambda _: results_section(), readme, flags=re.S)
+    section = PAGES[page]()
+    text = (ROOT / page).read_text()
+    return re.sub(f"(?<={re.escape(begin)}).*?(?={re.escape(end)})", lambda _: section, text, flags=re.S)
 
 
 if __name__ == "__main__":
-    path = ROOT / "README.md"
-    path.write_text(render(path.read_text()))
+    for page in PAGES:
+        (ROOT / page).write_text(render(page))

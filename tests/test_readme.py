@@ -6,14 +6,15 @@ import re
 from pathlib import Path
 
 import pytest
-from specformer.scripts.tables import render
+from specformer.scripts.tables import PAGES, render
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 
 
-def test_figures_come_from_the_result_files():
-    assert render(README) == README, "run python -m specformer.scripts.tables"
+@pytest.mark.parametrize("page", PAGES)
+def test_figures_come_from_the_result_files(page: str):
+    assert render(page) == (ROOT / page).read_text(), "run python -m specformer.scripts.tables"
 
 
 @pytest.mark.real

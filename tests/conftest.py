@@ -1,13 +1,17 @@
 """Shared fixtures. Tiny models run on one thread: with two they are many times slower beside another process."""
 
 import os
+import tempfile
 
+# Remote code is copied into and imported from a folder of this run, set before transformers is imported.
+modules_cache = tempfile.TemporaryDirectory(prefix="specformer-modules-")
+os.environ["HF_MODULES_CACHE"] = modules_cache.name
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-import pytest
-import torch
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 torch.set_num_threads(1)
 

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
 import transformers
 from exactness import Recorder, check, oracle, plain
-from safetensors.torch import load_file, save_file
 from specformer import SpecFormerConfig, SpecFormerModel, generate
 from specformer.generation import capabilities
 from specformer.generation.capabilities import UnsupportedTargetError, probe_target
 from tiny import BOS, EOS, PAD, VOCAB, llama, llama_config, ragged_batch
-from transformers import AutoModel, GenerationConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import GenerationConfig, LlamaForCausalLM, PreTrainedModel
 
 NEW_TOKENS = 8
 
@@ -224,8 +222,8 @@ def longrope_phi3() -> PreTrainedModel:
 class TestRopeThatChanges:
     def test_crossing_is_refused(self, make: Callable, kind: str):
         message = refusal(make(), error=UnsupportedTargetError, max_new_tokens=LIMIT - 9 + 1)
-        assert contains(message, f"{kind} rotary embedding changes at {LIMIT} positions", f"may reach {LIMIT + 1}")
-        assert contains(message, f"max_length up to {LIMIT} works")
+        assert contains(message, f"{kind} rotary embedding changes at {LIMIT} positions", str(LIMIT + 1))
+        assert contains(message, f"at most {LIMIT} tokens")
 
     @pytest.mark.parametrize("kind_of_draft", ["sometimes", "adversarial"])
     def test_up_to_the_limit_is_exact(self, make: Callable, kind: str, kind_of_draft: str):
@@ -242,11 +240,18 @@ class TestRopeThatChanges:
         batch = ragged_batch(padding=(0, LIMIT - 4), width=LIMIT + 2)
         message = refusal(make(), error=UnsupportedTargetError, **batch)
         assert contains(message, f"{kind} rotary embedding changes at {LIMIT} positions")
-        assert f"max_length up to {LIMIT} works" not in message  # the prompt itself is longer
+        assert f"at most {LIMIT} tokens" not in message  # a prompt is longer
 
 
 def test_longrope_above_its_limit_throughout():
     target, batch = longrope_phi3(), ragged_batch(padding=(0, 3, 1), width=LIMIT + 4)
+    reference = plain(target, batch, max_new_tokens=NEW_TOKENS)
+    check(target, batch, reference, drafter_for(target), 4, max_new_tokens=NEW_TOKENS)
+
+
+def test_longrope_with_a_wide_batch_of_short_prompts():
+    """Phi3 throws its cache away when the columns, not the tokens, reach the limit."""
+    target, batch = longrope_phi3(), ragged_batch(padding=(12, 15, 13), width=LIMIT + 2)
     reference = plain(target, batch, max_new_tokens=NEW_TOKENS)
     check(target, batch, reference, drafter_for(target), 4, max_new_tokens=NEW_TOKENS)
 
@@ -280,7 +285,12 @@ def test_longrope_above_its_limit_throughout():
         (dict(stop_strings="a"), ["stop_strings", "'a'", "tokenizer="]),
         (dict(generation_config=GenerationConfig(stop_strings=["a"])), ["stop_strings", "['a']", "tokenizer="]),
         (dict(cache_implementation="quantized"), ["cache_implementation", "quantized", "unset"]),
+        (
+            dict(generation_config=GenerationConfig(cache_implementation="quantized")),
+            ["cache_implementation", "quantized", "unset"],
+        ),
         (dict(cache_implementation="offloaded"), ["cache_implementation", "offloaded", "unset"]),
+        (dict(cache_implementation="paged"), ["cache_implementation", "paged", "unset"]),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
@@ -294,8 +304,7 @@ def test_wrong_num_assistant_tokens(value, with_drafter: bool):
     target = llama()
     drafter = drafter_for(target, num_draft_tokens=6) if with_drafter else None
     message = refusal(target, assistant_model=drafter, num_assistant_tokens=value)
-    if with_drafter:
-        assert contains(message, f"num_assistant_tokens is {value!r}", "expected an integer", "can draft 6")
+    assert contains(message, f"num_assistant_tokens is {value!r}", "expected an integer", "0 for plain decoding")
 
 
 def test_no_drafter_and_false():
@@ -398,25 +407,7 @@ def test_zero_in_a_generation_config_needs_no_drafter():
     assert torch.equal(generate(target, None, **batch, generation_config=config), reference)
 
 
-# ---- checkpoints
-
-
-@pytest.mark.parametrize("loader", [SpecFormerModel, AutoModel], ids=lambda loader: loader.__name__)
-@pytest.mark.parametrize("fault", ["missing", "unexpected"])
-def test_broken_checkpoint(tmp_path: Path, loader: type, fault: str):
-    drafter_for(llama(torch.float32)).save_pretrained(tmp_path)
-    assert loader.from_pretrained(tmp_path, trust_remote_code=True)
-    weights = load_file(tmp_path / "model.safetensors")
-    if fault == "missing":
-        name = "positional_ffn.bias"
-        del weights[name]
-    else:
-        name = "second_layer.weight"
-        weights[name] = torch.zeros(2)
-    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError) as caught:
-        loader.from_pretrained(tmp_path, trust_remote_code=True)
-    assert contains(str(caught.value), str(tmp_path), f"{fault}_keys", name, "save_pretrained")
+# ---- configurations
 
 
 @pytest.mark.parametrize(
@@ -492,21 +483,18 @@ def test_flex_attention_is_switched_and_restored():
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        (dict(logits_processor=[Spy(fail_at=3)]), "the processor broke"),
-        (dict(streamer=BreakingStreamer()), "the streamer broke"),
+        (lambda: dict(logits_processor=[Spy(fail_at=3)]), "the processor broke"),
+        (lambda: dict(streamer=BreakingStreamer()), "the streamer broke"),
     ],
     ids=["processor", "streamer"],
 )
 @pytest.mark.filterwarnings("ignore:This target was loaded with attn_implementation")
-def test_exception_in_the_middle(make: Callable, arguments: dict, reason: str):
+def test_exception_in_the_middle(make: Callable, arguments: Callable, reason: str):
     target = make()
     implementation = target.config._attn_implementation
-    for value in (arguments.get("streamer"), *arguments.get("logits_processor", [])):
-        if value is not None:
-            value.calls = [] if isinstance(value, Recorder) else 0
     batch, drafter = ragged_batch(), drafter_for(target)
     with pytest.raises(RuntimeError, match=reason):
-        generate(target, drafter, **batch, max_new_tokens=16, eos_token_id=None, **arguments)
+        generate(target, drafter, **batch, max_new_tokens=16, eos_token_id=None, **arguments())
     assert hooks_of(target) == 0
     assert target.config._attn_implementation == implementation
     reference = plain(llama(target.dtype), batch, max_new_tokens=NEW_TOKENS)  # and the target works as before
@@ -538,7 +526,16 @@ class IgnoresMask(LlamaForCausalLM):
         )
 
 
-@pytest.mark.parametrize("target_class", [IgnoresPositions, IgnoresMask])
+class CountsPaddedPrompts(LlamaForCausalLM):
+    """Counts columns under a 2-D mask, as plain generate() passes it, and believes the positions under a 4-D one."""
+
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, **kwargs):
+        if attention_mask is None or attention_mask.ndim == 2:
+            position_ids = None
+        return super().forward(input_ids, attention_mask, position_ids, past_key_values, **kwargs)
+
+
+@pytest.mark.parametrize("target_class", [IgnoresPositions, IgnoresMask, CountsPaddedPrompts])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_probe_refuses(target_class: type, dtype: torch.dtype):
     torch.manual_seed(0)
@@ -557,9 +554,11 @@ def test_probe_passes_once(dtype: torch.dtype, monkeypatch):
     probes: list[int] = []
     verify = capabilities.verify
     monkeypatch.setattr(capabilities, "verify", lambda *args: probes.append(1) or verify(*args))
-    for _ in range(2):
-        generate(target, drafter_for(target), **batch, max_new_tokens=2)
-        assert len(probes) == 1
-    target.set_attn_implementation("eager")
     generate(target, drafter_for(target), **batch, max_new_tokens=2)
-    assert len(probes) == 2  # another kernel is another target
+    first = len(probes)
+    generate(target, drafter_for(target), **batch, max_new_tokens=2)
+    assert len(probes) == first > 0
+    if dtype != torch.float64:  # with padding, float64 eager attention of transformers is NaN
+        target.set_attn_implementation("eager")
+        generate(target, drafter_for(target), **batch, max_new_tokens=2)
+        assert len(probes) == 2 * first  # another kernel is another target

@@ -7,6 +7,8 @@ Prints every text with its tokens per target pass, the speed of both, and whethe
 
 from __future__ import annotations
 
+import argparse
+import json
 import statistics
 import sys
 import textwrap
@@ -16,6 +18,7 @@ from pathlib import Path
 import torch
 from specformer.scripts.fetch_target import fetch_target
 from specformer.scripts.prompts import encode
+from specformer.scripts.provenance import provenance
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
@@ -45,7 +48,7 @@ def timed(function):
     return result, time.perf_counter() - started
 
 
-def main() -> int:
+def main(result_file: Path | None) -> int:
     logging.set_verbosity_error()
     print("Loading the target (SmolLM2-135M-Instruct) and the drafter ...", flush=True)
     folder = fetch_target()
@@ -101,8 +104,28 @@ def main() -> int:
     )
     print(f"                        median of {REPEATS}, {len(PROMPTS)} rows, float32, {device}, {threads}")
     print(f"identical texts         {sum(identical)}/{len(identical)}")
+    if result_file is not None:
+        result = {
+            **provenance("specformer.scripts.demo"),
+            "regime": {
+                "target": drafter.config.target_name_or_path,
+                "dtype": "float32",
+                "decoding": "greedy",
+                "batch_size": len(PROMPTS),
+                "max_new_tokens": NEW_TOKENS,
+                "num_assistant_tokens": drafter.config.default_num_assistant_tokens,
+                "repeats": REPEATS,
+            },
+            "identical": sum(identical),
+            "tokens_per_pass": output.statistics.tokens_per_pass,
+            "tokens_per_second": our_rate,
+            "plain_tokens_per_second": plain_rate,
+        }
+        result_file.write_text(json.dumps(result, indent=2) + "\n")
     return 0 if all(identical) else 1
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, help="JSON file for the figures")
+    sys.exit(main(parser.parse_args().output))

@@ -32,11 +32,19 @@ def results_section() -> str:
                 f"{result['machine']['device']} ({result['machine']['cpu']}, {result['machine']['torch_threads']} "
                 f"threads), torch {result['versions']['torch']}, transformers {result['versions']['transformers']}."
             )
+    demo = json.loads((RESULTS / "demo_cpu.json").read_text())
+    ratio = demo["tokens_per_second"] / demo["plain_tokens_per_second"]
+    speed = (
+        f"`make demo` on that machine: {demo['tokens_per_second']:.0f} tokens/s where plain `generate` makes "
+        f"{demo['plain_tokens_per_second']:.0f} ({ratio:.2f} times), at {demo['tokens_per_pass']:.2f} tokens per "
+        f"target pass; batch of {demo['regime']['batch_size']}, {demo['regime']['num_assistant_tokens']} drafted a "
+        f"round, medians of {demo['regime']['repeats']} in turn."
+    )
     header = (
         "| prompts, none of them trained on | decoding | texts identical to plain `generate` | "
         "tokens per target pass (95 %) | accepted drafts, slot by slot |\n|---|---|---|---|---|"
     )
-    return "\n".join([header, *rows, "", *dict.fromkeys(notes)]) + "\n"
+    return "\n".join([header, *rows, "", *dict.fromkeys(notes), "", speed]) + "\n"
 
 
 def profile_section() -> str:

@@ -55,9 +55,13 @@ SETTINGS = {
 }
 
 
+IN_EVERY_RUN = ["llama", "gemma3", "gpt2"]
+IN_LONG_RUNS = [pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES if name not in IN_EVERY_RUN]
+
+
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("kind", ["never", "always", "sometimes", "adversarial"])
-@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2"])
+@pytest.mark.parametrize("name", [*IN_EVERY_RUN, *IN_LONG_RUNS])
 def test_full_cross(name: str, kind: str, setting: str):
     target, batch, eos = meaningful_target(name)
     arguments = dict(SETTINGS[setting], eos_token_id=eos, max_new_tokens=NEW_TOKENS)

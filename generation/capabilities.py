@@ -11,6 +11,7 @@ import threading
 import warnings
 import weakref
 from contextlib import contextmanager
+from typing import NoReturn
 
 import torch
 from transformers import DynamicCache, GenerationConfig
@@ -35,7 +36,7 @@ class UnsupportedTargetError(ValueError):
     """This target or this call cannot be decoded speculatively without risking another text."""
 
 
-def refuse(model, reason: str) -> None:
+def refuse(model, reason: str) -> NoReturn:
     raise UnsupportedTargetError(
         f"{type(model).__name__} cannot be decoded speculatively: {reason} Call generate() without custom_generate and "
         "assistant_model instead."
@@ -48,6 +49,8 @@ def check_target(model) -> None:
     Raises:
         UnsupportedTargetError: encoder-decoder, state-space or hybrid layers, ALiBi, multimodal positions.
     """
+    if not model.can_generate():
+        refuse(model, "it has no LM head. Load it with AutoModelForCausalLM.")
     if model.config.is_encoder_decoder:
         refuse(model, "it is an encoder-decoder, and only decoder-only models are supported.")
     config = model.config.get_text_config(decoder=True)
@@ -75,7 +78,7 @@ def check_target(model) -> None:
 
 
 def check_call(model, layout: PromptLayout, generation_config: GenerationConfig, model_kwargs: dict, max_length: int):
-    """Refuse what a call asks for and the loop cannot do.
+    """Refuse what a call asks for and the loop cannot do. `max_length` counts columns, as generate() does.
 
     Raises:
         UnsupportedTargetError: a RoPE that changes with the length, and would change during this call.
@@ -83,27 +86,26 @@ def check_call(model, layout: PromptLayout, generation_config: GenerationConfig,
     """
     mode = generation_config.get_generation_mode()
     if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+        options = ("num_beams", "prompt_lookup_num_tokens", "penalty_alpha", "dola_layers", "constraints")
+        values = {name: getattr(generation_config, name, None) for name in options}
+        given = ", ".join(f"{name}={value}" for name, value in values.items() if value not in (None, 1))
         raise ValueError(
-            f"The settings ask for {mode.value.replace('_', ' ')} (num_beams={generation_config.num_beams}). "
-            "Speculation is lossless for greedy search and sampling only. Set num_beams=1 and leave the options of "
-            "other strategies unset."
+            f"The settings ask for {mode.value.replace('_', ' ')} ({given}), and speculation is lossless for greedy "
+            "search and sampling only. Set num_beams=1 and leave options of other strategies unset."
         )
-    wanted = [
-        name
-        for name in ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
-        if getattr(generation_config, name) and generation_config.return_dict_in_generate
-    ]
-    if wanted:
-        raise ValueError(f"{', '.join(wanted)} cannot be returned by speculative decoding; leave it unset.")
+    outputs = [name for name in ("output_attentions", "output_hidden_states") if getattr(generation_config, name)]
+    if generation_config.return_dict_in_generate:
+        outputs += [name for name in ("output_scores", "output_logits") if getattr(generation_config, name)]
+    if outputs:
+        raise ValueError(f"{', '.join(outputs)} cannot be returned by speculative decoding; leave it unset.")
     if extra := sorted(
         key for key, value in model_kwargs.items() if key not in KNOWN_MODEL_KWARGS and value is not None
     ):
         raise ValueError(f"The inputs {extra} are not supported by speculative decoding; pass input_ids and a mask.")
-    cache = model_kwargs.get("past_key_values")
-    if cache is not None and cache.get_seq_length() > 0:
-        raise ValueError("A filled past_key_values was passed; speculative decoding starts from an empty cache.")
     if (positions := model_kwargs.get("position_ids")) is not None and positions.ndim != 2:
         refuse(model, f"its position ids have {positions.ndim} axes (a multimodal model).")
+    if positions is not None and not layout.numbers_rows_from_zero(positions):
+        raise ValueError("position_ids do not count each row's tokens from 0; leave them unset.")
 
     config = model.config.get_text_config(decoder=True)
     layers = DynamicCache(config=model.config).layers
@@ -184,7 +186,8 @@ _probed: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # model -> att
 def probe_target(model) -> None:
     """Once per model and attention: verify three tokens of two rows that have got apart, beside plain forwards.
 
-    The tolerance is what the model's own cached decoding differs by, which is much in half precision.
+    The tolerance is what the model's own cached decoding differs by, which is much in half precision. Windows and
+    chunks longer than the probe's eleven tokens are not seen.
 
     Raises:
         UnsupportedTargetError: the logits differ. The reason is unknown: code of the model reads padding, positions,
@@ -222,6 +225,8 @@ def probe_target(model) -> None:
             error = (ours[row] - whole).abs().median()
             if not error <= allowed:  # also when it is NaN
                 raise ValueError(f"logits differ by {error:.2g} from plain decoding, where {allowed:.2g} is usual")
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:
         raise UnsupportedTargetError(
             f"{type(model).__name__} cannot be decoded speculatively: a trial with two rows of different length did "

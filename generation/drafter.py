@@ -99,7 +99,7 @@ class SpecFormerDrafter:
         capacity = min(layout.longest + FIRST_CAPACITY, limit)
         self.cache = RaggedCache(1, torch.zeros_like(lengths), 0, capacity, limit)
         positions = self.cache.prepare(layout.longest)
-        self.cache.kv_length = layout.longest
+        self.cache.kv_length = layout.longest  # plain causal attention wants exactly as many keys as queries
         states = self.network.encode_context(
             hidden_states, self._anchors(next_tokens), positions, past_key_values=self.cache
         )
@@ -130,4 +130,6 @@ class SpecFormerDrafter:
         self.context, self.rows = self.context[index], self.rows[: len(index)]
 
     def _anchors(self, next_tokens: torch.Tensor) -> torch.Tensor | None:
-        return self.borrowed.embed(next_tokens) if self.network.config.use_anchor_token else None
+        if not self.network.config.use_anchor_token:
+            return None
+        return self.borrowed.embed(next_tokens.clamp(min=0))  # behind a wrong draft there may be no token

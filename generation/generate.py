@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from transformers import GenerationMixin, StoppingCriteriaList, StopStringCriteria
 from transformers.generation import GenerateDecoderOnlyOutput
@@ -32,6 +34,7 @@ EXACT_CACHES = (None, "dynamic", "dynamic_full", "static", "hybrid")
 """Cache implementations that give the text of the default one, as the ragged cache does."""
 
 
+@dataclass
 class SpeculativeOutput(GenerateDecoderOnlyOutput):
     """What generate() returns with `return_dict_in_generate=True`; `statistics` is a `GenerationStatistics`."""
 
@@ -80,10 +83,7 @@ def generate(
         raise ValueError(f"acceptance is {acceptance!r}; expected 'match'.")
     if synced_gpus:
         raise ValueError("synced_gpus=True (FSDP, ZeRO-3) is not supported: rows of one process would wait for others.")
-    if isinstance(first := inputs if inputs is not None else kwargs.get("input_ids"), torch.Tensor) and not len(first):
-        raise ValueError(f"The batch is empty: input_ids has shape {tuple(first.shape)}. Pass at least one prompt.")
-    if kwargs.get("inputs_embeds") is not None:
-        raise ValueError("inputs_embeds is not supported: drafting needs the tokens of the prompt. Pass input_ids.")
+    check_inputs(inputs if inputs is not None else kwargs.get("input_ids"), kwargs)
     check_target(model)
     configs = [config for config in (generation_config, model.generation_config) if config is not None]
     drafter, num_assistant_tokens = bind_drafter(
@@ -98,18 +98,20 @@ def generate(
 
     # generate() drops the tokenizer before a callable strategy can see it, so stop strings become a criterion here.
     stopping_criteria = StoppingCriteriaList(stopping_criteria or [])
-    stop_strings = kwargs.pop("stop_strings", None) or next(
-        (config.stop_strings for config in configs if config.stop_strings), None
+    stop_strings = (
+        kwargs.pop("stop_strings")
+        if "stop_strings" in kwargs
+        else next((config.stop_strings for config in configs if config.stop_strings), None)
     )
     if stop_strings is not None:
         if tokenizer is None:
             raise ValueError(f"stop_strings is {stop_strings!r}; pass tokenizer=... as well, to find them in the text.")
         stopping_criteria.append(StopStringCriteria(tokenizer=tokenizer, stop_strings=stop_strings))
-        kwargs["stop_strings"] = None
+    kwargs["stop_strings"] = None
 
     def strategy(model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
         processors = Processors(logits_processor)
-        rules = StoppingRules(stopping_criteria, generation_config.max_length)
+        rules = StoppingRules(stopping_criteria, generation_config.max_length, input_ids.shape[1])
         layout = PromptLayout.from_mask(model_kwargs.get("attention_mask"), input_ids)
         check_call(model, layout, generation_config, model_kwargs, rules.max_length)
         probe_target(model)
@@ -128,12 +130,10 @@ def generate(
         )
         if not generation_config.return_dict_in_generate:
             return sequences
-        output = SpeculativeOutput(sequences=sequences)
-        output.statistics = statistics
-        return output
+        return SpeculativeOutput(sequences=sequences, statistics=statistics)
 
     with usable_attention(model):
-        # The class's generate, since the instance's may be a repository's own strategy.
+        # GenerationMixin's, since the model's own generate may be this very strategy, or another repository's.
         return GenerationMixin.generate(
             model,
             inputs,
@@ -145,6 +145,30 @@ def generate(
             custom_generate=strategy,
             **kwargs,
         )
+
+
+def check_inputs(input_ids, kwargs: dict) -> None:
+    """Refuse inputs that drafting cannot start from.
+
+    Raises:
+        ValueError: with what was given and what was expected.
+    """
+    if kwargs.get("inputs_embeds") is not None:
+        raise ValueError("inputs_embeds is not supported: drafting needs the tokens of the prompt. Pass input_ids.")
+    if kwargs.get("past_key_values") is not None:
+        raise ValueError(
+            "past_key_values was passed; speculative decoding keeps its own cache and would leave nothing in yours. "
+            "Leave it unset."
+        )
+    if kwargs.get("token_healing"):
+        raise ValueError("token_healing is not supported; leave it unset.")
+    if input_ids is None:
+        return  # generate() starts from the BOS token
+    if not isinstance(input_ids, torch.Tensor) or input_ids.ndim != 2:
+        given = f"shape {tuple(input_ids.shape)}" if isinstance(input_ids, torch.Tensor) else type(input_ids).__name__
+        raise ValueError(f"input_ids is a {given}; expected a tensor of token ids, (batch, tokens).")
+    if not input_ids.numel():
+        raise ValueError(f"The batch is empty: input_ids has shape {tuple(input_ids.shape)}. Pass at least one prompt.")
 
 
 def bind_drafter(model, assistant_model, num_assistant_tokens: int | None) -> tuple[Drafter, int]:

@@ -29,6 +29,11 @@ class PromptLayout:
         """
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
+        if attention_mask.shape != input_ids.shape:
+            raise ValueError(
+                f"attention_mask has shape {tuple(attention_mask.shape)} and input_ids {tuple(input_ids.shape)}; "
+                "expected one entry for every token of the prompts."
+            )
         real = attention_mask.to(input_ids.device).bool()
         host_lengths = real.sum(1).tolist()
         if not bool(real[:, -1].all()):
@@ -50,6 +55,12 @@ class PromptLayout:
         width = self.columns.shape[1]
         first = self.columns[:, 0]
         return bool((width - first != self.lengths).any())
+
+    def numbers_rows_from_zero(self, position_ids: torch.Tensor) -> bool:
+        """Whether position ids (B or 1, P) count the real tokens of each row: 0, 1, 2, ..."""
+        ids = position_ids.to(self.columns.device).expand(len(self.lengths), -1).gather(1, self.columns)
+        expected = torch.arange(ids.shape[1], device=ids.device)
+        return bool(((ids == expected) | (expected >= self.lengths[:, None])).all())
 
     def compact(self, states: torch.Tensor) -> torch.Tensor:
         """Move real tokens to the front: (B, P, ...) -> (B, P, ...), row b's tokens at 0..lengths[b]-1."""

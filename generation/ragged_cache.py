@@ -8,6 +8,7 @@ next pass. Nothing is cropped, shifted or padded again: cached data moves only w
 from __future__ import annotations
 
 import torch
+from torch.nn import functional
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 KV_LENGTH_STEP = 64
@@ -53,10 +54,9 @@ class RaggedLayer(CacheLayerMixin):
 
     def resize(self, capacity: int) -> None:
         if self.is_initialized:
+            extra = capacity + 1 - (self.keys.shape[2] - 1)
             self.keys, self.values = (
-                torch.cat([buffer[:, :, :-1], buffer.new_zeros(*buffer.shape[:2], extra, buffer.shape[-1])], dim=2)
-                for buffer in (self.keys, self.values)
-                for extra in [capacity + 2 - buffer.shape[2]]
+                functional.pad(buffer[:, :, :-1], (0, 0, 0, extra)) for buffer in (self.keys, self.values)
             )
 
     def select_rows(self, index: torch.Tensor) -> None:

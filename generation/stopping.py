@@ -10,7 +10,8 @@ class StoppingRules:
     """
     Attributes:
         eos_token_ids: ids that end a row, or `None`. Checked for all new tokens at once.
-        max_length: columns, prompt and padding included, at which generation ends.
+        max_length: columns, prompt and padding included, at which generation ends: past the prompt by one at least,
+            since plain generate() asks its criteria after the first token.
         timers: `max_time`, asked once a round for the whole batch.
         others: stop strings and custom criteria. They are asked token by token about text that plain generate() would
             show them: the whole batch in its original order, all rows at one length.
@@ -18,14 +19,17 @@ class StoppingRules:
             `eos_token_id`. Otherwise it goes on writing real tokens into the row until all rows have stopped.
     """
 
-    def __init__(self, criteria: StoppingCriteriaList, max_length: int):
+    def __init__(self, criteria: StoppingCriteriaList, max_length: int, prompt_width: int):
         eos = [criterion.eos_token_id for criterion in criteria if type(criterion) is EosTokenCriteria]
         self.eos_token_ids = torch.cat([ids.flatten() for ids in eos]) if eos else None
         limits = [criterion.max_length for criterion in criteria if type(criterion) is MaxLengthCriteria]
-        self.max_length = min([max_length, *limits])
-        self.timers = StoppingCriteriaList(c for c in criteria if type(c) is MaxTimeCriteria)
-        known = (EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria)
-        self.others = StoppingCriteriaList(criterion for criterion in criteria if type(criterion) not in known)
+        self.max_length = max(min([max_length, *limits]), prompt_width + 1)
+        self.timers = StoppingCriteriaList(c for c in criteria if isinstance(c, MaxTimeCriteria))
+        self.others = StoppingCriteriaList(
+            criterion
+            for criterion in criteria
+            if type(criterion) not in (EosTokenCriteria, MaxLengthCriteria) and criterion not in self.timers
+        )
         self.pads = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
 
     def is_eos(self, tokens: torch.Tensor) -> torch.Tensor:

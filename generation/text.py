@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from .stopping import StoppingRules
+from .verification import NO_TOKEN
 
 FIRST_WIDTH = 256
 """New tokens that the buffer has room for at first; it doubles."""
@@ -53,7 +54,7 @@ class Text:
 
     def first_columns(self, generated: int) -> torch.Tensor:
         """All rows at the length of `generated` new tokens, as plain generate() would show them: (B, P + generated)."""
-        return self.ids[:, : self.prompt_width + generated]
+        return self.ids[:, : self.prompt_width + generated].contiguous()
 
     def last_tokens(self) -> torch.Tensor:
         """The newest token of each carried row, (R, 1)."""
@@ -76,6 +77,9 @@ class Text:
         Returns:
             Tokens added per row, (R,), on the device; and per row [accepted, added] for the host. This is the one
             point of a round where the host waits for the device.
+
+        Raises:
+            RuntimeError: a row could not be sampled, as in plain generate().
         """
         width = tokens.shape[1]
         self._reserve(width)
@@ -87,10 +91,15 @@ class Text:
         columns = self.prompt_width + self.device_generated[:, None] + offsets
         self.ids[self.device_rows[:, None], columns] = torch.where(offsets < counts[:, None], tokens, self.pad_token_id)
         self.device_generated = self.device_generated + counts
-        host = to_host(torch.stack([accepted, counts, stopped.long()], dim=1))
+        missing = ((tokens == NO_TOKEN) & (offsets < counts[:, None])).any(dim=1)
+        host = to_host(torch.stack([accepted, counts, stopped.long(), missing.long()], dim=1))
+        if any(row[3] for row in host):
+            raise RuntimeError(
+                "A row cannot be sampled: its scores contain NaN or inf, or no token is left above -inf."
+            )
         self._stop_rows(host)
         self._stream()
-        return counts, [[accepted, added] for accepted, added, _ in host]
+        return counts, [row[:2] for row in host]
 
     def drop_finished(self) -> torch.Tensor | None:
         """When at least half of the carried rows have finished: the places of the others (R',), else `None`."""
@@ -106,7 +115,7 @@ class Text:
 
     def result(self) -> torch.Tensor:
         """What plain generate() returns: (B, P + generated tokens of the longest row)."""
-        return self.ids[:, : self.prompt_width + self.end]
+        return self.ids[:, : self.prompt_width + self.end].clone()
 
     def _reserve(self, extra: int) -> None:
         """Make room for `extra` more tokens of the longest row."""
@@ -117,16 +126,22 @@ class Text:
             self.ids = torch.cat([self.ids, filling], dim=1)
 
     def _stop_rows(self, host: list[list[int]]) -> None:
-        """Bring the host's view up to date with what one round added: [accepted, added, stopped by EOS] per row."""
+        """Bring the host's view up to date with what one round added: [accepted, added, stopped by EOS, ...]."""
         before = list(self.generated)
-        for row, (_, added, eos) in zip(self.rows, host, strict=True):
+        for row, (_, added, eos, _) in zip(self.rows, host, strict=True):
             self.generated[row] += added
             if self.stopped_at[row] is None and (eos or self.generated[row] == self.max_new_tokens):
                 self.stopped_at[row] = self.generated[row]
         if self.rules.others:
             self._ask_other_criteria(before)
         if self.rules.time_is_up(self.ids):
-            self.end = min(self.running_lengths()) if not self.rules.pads else max(self.generated)
+            # Rows that were cut by the clock end at the same column, as plain generate()'s do.
+            cut = [
+                length
+                for length, at in zip(self.generated, self.stopped_at, strict=True)
+                if at is None or not self.rules.pads
+            ]
+            self.end = min(cut, default=max(self.generated))
             self.stopped_at = [self.end if at is None else at for at in self.stopped_at]
         elif all(at is not None for at in self.stopped_at):
             self.end = max(self.stopped_at)
@@ -140,6 +155,7 @@ class Text:
                 self.finished[row] = self.generated[row] >= end
             if self.finished[row]:
                 self.device_running[place] = False
+                self.device_generated[place] = self.generated[row]  # fewer than were added if a criterion cut the row
 
     def _ask_other_criteria(self, before: list[int]) -> None:
         """Ask stop strings and custom criteria about every new token, shortest text first."""

@@ -30,7 +30,7 @@ class TokenChoice:
         """Draft tokens from a drafter's logits (R, k, V): (R, k)."""
         if self.noise is None:
             return logits.argmax(dim=-1)
-        return self._take(self.processors.warp(logits.float()))
+        return self._take(self.processors.warp(logits.to(device=self.text.ids.device, dtype=torch.float32)))
 
     def of_target(self, logits: torch.Tensor, drafts: torch.Tensor) -> torch.Tensor:
         """The target's tokens (R, k + 1) from its logits (R, k + 1, V) behind `drafts` (R, k).

@@ -1,13 +1,22 @@
-"""Acceptance rules: pure functions of tensors. R running rows, k drafted tokens each, vocabulary V."""
+"""Acceptance rules: pure functions of tensors.
+
+R rows carried by a pass (running, or finished since rows last left), k drafted tokens each, vocabulary V.
+"""
 
 from __future__ import annotations
 
 import torch
 
+NO_TOKEN = -1
+
 
 def sample_with_noise(scores: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """The token that `torch.multinomial(scores.softmax(-1), 1)` takes when it draws `noise`: (..., V) -> (...)."""
-    return (scores.softmax(dim=-1) / noise).argmax(dim=-1)
+    """The token that `torch.multinomial(scores.softmax(-1), 1)` takes when it draws `noise`: (..., V) -> (...).
+
+    `NO_TOKEN` where it would raise, because some score is NaN or infinite or none is left above -inf.
+    """
+    tokens = (scores.softmax(dim=-1) / noise).argmax(dim=-1)
+    return torch.where(scores.amax(dim=-1).isfinite(), tokens, NO_TOKEN)
 
 
 def count_matches(drafts: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:

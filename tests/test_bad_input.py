@@ -13,7 +13,7 @@ from specformer import SpecFormerConfig, SpecFormerModel, generate
 from specformer.generation import capabilities
 from specformer.generation.capabilities import UnsupportedTargetError, probe_target
 from tiny import BOS, EOS, PAD, VOCAB, llama, llama_config, ragged_batch
-from transformers import GenerationConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import DynamicCache, GenerationConfig, LlamaForCausalLM, PreTrainedModel
 
 NEW_TOKENS = 8
 
@@ -340,9 +340,33 @@ def test_inputs_embeds():
 
 def test_filled_cache():
     target, batch = llama(), ragged_batch(padding=(0, 0))
-    cache = target(input_ids=batch["input_ids"][:, :4], use_cache=True).past_key_values
-    message = refusal(target, **batch, past_key_values=cache)
-    assert contains(message, "past_key_values", "empty cache")
+    filled = target(input_ids=batch["input_ids"][:, :4], use_cache=True).past_key_values
+    for cache in (filled, DynamicCache(config=target.config)):
+        message = refusal(target, **batch, past_key_values=cache)
+        assert contains(message, "past_key_values", "keeps its own cache")
+
+
+def test_positions_of_the_callers_own():
+    target, batch = llama(), ragged_batch(padding=(0, 3))
+    positions = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    drafter = drafter_for(target)
+    reference = plain(target, batch | {"position_ids": positions}, max_new_tokens=8)
+    check(target, batch | {"position_ids": positions}, reference, drafter, 4, max_new_tokens=8)
+    message = refusal(target, **batch, position_ids=2 * positions)
+    assert contains(message, "position_ids", "leave them unset")
+
+
+@pytest.mark.parametrize("inputs", [[[1, 2, 3]], "text", torch.tensor([1, 2, 3]), torch.zeros(2, 0, dtype=torch.long)])
+def test_inputs_that_are_no_batch_of_tokens(inputs):
+    target = llama()
+    with pytest.raises(ValueError, match="input_ids"):
+        generate(target, drafter_for(target), inputs)
+
+
+def test_mask_of_another_shape():
+    target, batch = llama(), ragged_batch(padding=(0, 3))
+    message = refusal(target, input_ids=batch["input_ids"], attention_mask=batch["attention_mask"][:, :-1])
+    assert contains(message, "attention_mask has shape", "input_ids")
 
 
 def test_unknown_input():

@@ -10,8 +10,10 @@ import pytest
 import torch
 from architectures import FAMILIES, make_target
 from exactness import assert_meaningful, check, choose_eos, oracle, plain
-from specformer import SpecFormerConfig, SpecFormerModel
+from specformer import SpecFormerConfig, SpecFormerModel, generate
+from specformer.generation import text as text_module
 from tiny import ragged_batch
+from transformers import MaxLengthCriteria, MaxTimeCriteria
 
 NEW_TOKENS = 24
 SAMPLING = dict(do_sample=True, temperature=1.3, top_k=20, top_p=0.95)
@@ -153,6 +155,74 @@ def test_prefix_function_is_asked_about_real_text_only():
         seen.clear()
         check(target, batch, reference, oracle(reference, batch, kind, eos), 4, **arguments)
         assert seen == asked_by_plain
+
+
+class CutRow:
+    """Stops row 0 once it holds the first `length` of its tokens; reads the text in ways that need it contiguous."""
+
+    def __init__(self, length: int):
+        self.length = length
+
+    def __call__(self, input_ids, scores, **kwargs):
+        input_ids.view(-1)
+        done = torch.zeros(len(input_ids), dtype=torch.bool)
+        done[0] = input_ids.shape[1] >= self.length
+        return done
+
+
+@pytest.mark.parametrize("length", range(20, 30))
+def test_row_cut_by_a_criterion_at_the_edge_of_the_buffer(length: int, monkeypatch):
+    """The cut row's accepted drafts were longer; its place in the buffer must not stay ahead of the other rows."""
+    monkeypatch.setattr(text_module, "FIRST_WIDTH", 16)
+    target, batch, eos = meaningful_target("llama")
+    unused = next(token for token in range(6, 64) if token != eos)
+    arguments = dict(eos_token_id=unused, max_new_tokens=30, stopping_criteria=[CutRow(length)])
+    reference = plain(target, batch, **arguments)
+    for kind in ("always", "sometimes", "adversarial"):
+        check(target, batch, reference, oracle(reference, batch, kind, eos), 8, **arguments)
+
+
+def test_length_criterion_that_the_prompt_already_meets():
+    target, batch, eos = meaningful_target("llama")
+    arguments = dict(stopping_criteria=[MaxLengthCriteria(4)], max_new_tokens=NEW_TOKENS)
+    reference = plain(target, batch, **arguments)
+    assert reference.sequences.shape[1] == batch["input_ids"].shape[1] + 1
+    for k in (0, 4):
+        check(target, batch, reference, oracle(reference, batch, "always", eos), k, **arguments)
+
+
+class AfterCalls(MaxTimeCriteria):
+    """A clock that runs out at a known round."""
+
+    def __init__(self, calls: int):
+        super().__init__(max_time=1e9)
+        self.calls = calls
+
+    def __call__(self, input_ids, scores, **kwargs):
+        self.calls -= 1
+        return torch.full((len(input_ids),), self.calls < 0)
+
+
+@pytest.mark.parametrize("with_eos", [False, True])
+def test_rows_cut_by_the_clock_end_at_the_same_column(with_eos: bool):
+    """What is there when the time is up is a beginning of plain generate()'s text, and no unfinished row is padded."""
+    target, batch, eos = meaningful_target("llama")
+    arguments = dict(eos_token_id=eos if with_eos else None, max_new_tokens=NEW_TOKENS)
+    reference = plain(target, batch, **arguments)
+    drafter = oracle(reference, batch, "sometimes", eos)
+    clock = [AfterCalls(3)]
+    ours = generate(target, drafter, **batch, **arguments, num_assistant_tokens=4, stopping_criteria=clock)
+    assert batch["input_ids"].shape[1] < ours.shape[1] < reference.sequences.shape[1]
+    assert ours.tolist() == reference.sequences[:, : ours.shape[1]].tolist()
+
+
+def test_row_that_cannot_be_sampled_raises_as_in_plain_generate():
+    target, batch, _ = meaningful_target("llama")
+    nothing = [lambda input_ids, scores: torch.full_like(scores, -torch.inf)]
+    with pytest.raises(RuntimeError):
+        target.generate(**batch, do_sample=True, logits_processor=nothing)
+    with pytest.raises(RuntimeError, match="cannot be sampled"):
+        generate(target, None, **batch, num_assistant_tokens=0, do_sample=True, logits_processor=nothing)
 
 
 def test_mask_with_holes():

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from specformer import generate
 from specformer.scripts.demo import PROMPTS
 from specformer.scripts.prompts import encode
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
@@ -34,3 +35,17 @@ def test_eight_real_prompts(real_target):
         )
         assert output.sequences.tolist() == expected.tolist()
         assert output.statistics.tokens_per_pass > 1.05
+
+
+@pytest.mark.real
+def test_stop_strings(real_target):
+    """Also inside an accepted draft, and on another column in every row."""
+    tokenizer = AutoTokenizer.from_pretrained(real_target)
+    target = AutoModelForCausalLM.from_pretrained(real_target, dtype=torch.float32).eval()
+    drafter = AutoModel.from_pretrained(ROOT, trust_remote_code=True)
+    inputs = encode(tokenizer, PROMPTS[:4])
+    settings = dict(max_new_tokens=24, do_sample=False, stop_strings=[" is", "ing", ":"], tokenizer=tokenizer)
+    expected = target.generate(**inputs, **settings)
+    for num_assistant_tokens in (1, 4):
+        ours = generate(target, drafter, **inputs, **settings, num_assistant_tokens=num_assistant_tokens)
+        assert ours.tolist() == expected.tolist()

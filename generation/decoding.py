@@ -59,7 +59,8 @@ def decode(
         statistics.lap("prefill")
         if not text.done and num_assistant_tokens:
             drafter.begin(input_ids, layout, tokens, rules.max_length)
-        read = list(layout.host_lengths)  # tokens of each row that the target has read
+        # Tokens of each row in the cache. Not what `text` counts: a criterion may cut a row inside what was accepted.
+        read = list(layout.host_lengths)
 
         while not text.done:
             if (kept := text.drop_finished()) is not None:

@@ -165,8 +165,9 @@ def check_inputs(input_ids, kwargs: dict) -> None:
     if input_ids is None:
         return  # generate() starts from the BOS token
     if not isinstance(input_ids, torch.Tensor) or input_ids.ndim != 2:
-        given = f"shape {tuple(input_ids.shape)}" if isinstance(input_ids, torch.Tensor) else type(input_ids).__name__
-        raise ValueError(f"input_ids is a {given}; expected a tensor of token ids, (batch, tokens).")
+        is_tensor = isinstance(input_ids, torch.Tensor)
+        given = f"has shape {tuple(input_ids.shape)}" if is_tensor else f"is a {type(input_ids).__name__}"
+        raise ValueError(f"input_ids {given}; expected a tensor of token ids, (batch, tokens).")
     if not input_ids.numel():
         raise ValueError(f"The batch is empty: input_ids has shape {tuple(input_ids.shape)}. Pass at least one prompt.")
 

@@ -93,10 +93,7 @@ def check_call(model, layout: PromptLayout, generation_config: GenerationConfig,
             f"The settings ask for {mode.value.replace('_', ' ')} ({given}), and speculation is lossless for greedy "
             "search and sampling only. Set num_beams=1 and leave options of other strategies unset."
         )
-    outputs = [name for name in ("output_attentions", "output_hidden_states") if getattr(generation_config, name)]
-    if generation_config.return_dict_in_generate:
-        outputs += [name for name in ("output_scores", "output_logits") if getattr(generation_config, name)]
-    if outputs:
+    if outputs := [name for name in ("output_attentions", "output_hidden_states") if getattr(generation_config, name)]:
         raise ValueError(f"{', '.join(outputs)} cannot be returned by speculative decoding; leave it unset.")
     if extra := sorted(
         key for key, value in model_kwargs.items() if key not in KNOWN_MODEL_KWARGS and value is not None

@@ -8,14 +8,21 @@ import torch
 from transformers import GenerationMixin, StoppingCriteriaList, StopStringCriteria
 from transformers.generation import GenerateDecoderOnlyOutput
 
+from .acceptance import acceptance_rule, check_acceptance
+from .assistant_drafter import AssistantDrafter
 from .capabilities import check_call, check_target, probe_target, usable_attention
 from .decoding import decode
-from .draft_length import requested_draft_length
-from .drafter import Drafter, NoDrafter, SpecFormerDrafter
+from .draft_length import check_draft_length
+from .drafter import Drafter, NoDrafter
 from .processors import PrefixFunctionForWantedRows, Processors
 from .prompt import PromptLayout
+from .prompt_lookup_drafter import PromptLookupDrafter
+from .specformer_drafter import SpecFormerDrafter
 from .statistics import GenerationStatistics
+from .step_outputs import StepOutputs
 from .stopping import StoppingRules
+from .text import Text
+from .token_choice import TokenChoice
 
 HUB_ARGUMENTS = {
     "cache_dir",
@@ -36,7 +43,8 @@ EXACT_CACHES = (None, "dynamic", "dynamic_full", "static", "hybrid")
 
 @dataclass
 class SpeculativeOutput(GenerateDecoderOnlyOutput):
-    """What generate() returns with `return_dict_in_generate=True`; `statistics` is a `GenerationStatistics`."""
+    """What generate() returns with `return_dict_in_generate=True`: `sequences`, `statistics`, and `scores` and `logits`
+    if they were asked for. The cache is not returned: `past_key_values` is `None`."""
 
     statistics: GenerationStatistics | None = None
 
@@ -54,24 +62,29 @@ def generate(
     tokenizer=None,
     num_assistant_tokens: int | None = None,
     acceptance: str = "match",
+    seed: int | list[int] | None = None,
     **kwargs,
 ):
-    """Generate what `model.generate(...)` generates, with tokens drafted by `assistant_model`.
+    """Generate what `model.generate(...)` generates, with drafted tokens.
 
     Args:
         model: the target, any decoder-only causal LM that keeps keys and values of all tokens.
-        assistant_model: the SpecFormer drafter of that target. It is moved to the target's dtype and device.
+        assistant_model: what drafts: the SpecFormer drafter of that target, which is moved to the target's dtype and
+            device, or a smaller causal LM with the same tokenizer. With `prompt_lookup_num_tokens` instead, drafts are
+            copied from each row's own text.
         num_assistant_tokens: tokens to draft each round. `None` takes the generation config's, else the drafter's
             default; more than the drafter has slots is cut to them; 0 decodes plainly.
-        acceptance: "match", the only rule so far: greedy decoding gives the same tokens as plain generate(), sampling
-            gives the same tokens as plain generate() with the same torch seed.
+        acceptance: when sampling, "match" gives the same tokens as plain generate() with the same torch seed;
+            "coupled" gives each row a text that depends on its own seed alone; "rejection" accepts most drafts, and
+            gives a text with the same distribution. See `acceptance`.
+        seed: for "coupled", an integer (row b of the expanded batch has seed + b) or one integer per row; `None` draws
+            one from torch's generator.
         tokenizer: needed for `stop_strings`.
 
     The other arguments are those of transformers' `generate()`.
 
     Returns:
-        Token ids (batch, prompt + new tokens); with `return_dict_in_generate=True` an output with `sequences` and
-        `statistics`.
+        Token ids (batch, prompt + new tokens); with `return_dict_in_generate=True` a `SpeculativeOutput`.
 
     Raises:
         UnsupportedTargetError: this target cannot be decoded speculatively without risking another text.
@@ -79,58 +92,75 @@ def generate(
     """
     for name in HUB_ARGUMENTS:
         kwargs.pop(name, None)
-    if acceptance != "match":
-        raise ValueError(f"acceptance is {acceptance!r}; expected 'match'.")
+    configs = [config for config in (generation_config, model.generation_config) if config is not None]
+
+    def setting(name: str):
+        """What this call says about a generation parameter: a keyword comes before the configs."""
+        if name in kwargs:
+            return kwargs[name]
+        return next((value for config in configs if (value := getattr(config, name, None)) is not None), None)
+
+    check_acceptance(acceptance, seed)
     if synced_gpus:
         raise ValueError("synced_gpus=True (FSDP, ZeRO-3) is not supported: rows of one process would wait for others.")
     check_inputs(inputs if inputs is not None else kwargs.get("input_ids"), kwargs)
     check_target(model)
-    configs = [config for config in (generation_config, model.generation_config) if config is not None]
-    drafter, num_assistant_tokens = bind_drafter(
-        model, assistant_model, requested_draft_length(num_assistant_tokens, configs)
-    )
-    caches = (kwargs.get("cache_implementation"), *(config.cache_implementation for config in configs))
-    if (kind := next((name for name in caches if name is not None), None)) not in EXACT_CACHES:
+    if (kind := setting("cache_implementation")) not in EXACT_CACHES:
         raise ValueError(f"cache_implementation is {kind!r}; speculative decoding keeps its own cache. Leave it unset.")
+    if num_assistant_tokens is None:
+        num_assistant_tokens = setting("num_assistant_tokens")
+    drafter, num_assistant_tokens = choose_drafter(
+        model,
+        assistant_model,
+        num_assistant_tokens,
+        prompt_lookup_num_tokens=setting("prompt_lookup_num_tokens"),
+        max_matching_ngram_size=setting("max_matching_ngram_size"),
+        prefill_chunk_size=setting("prefill_chunk_size"),
+    )
+    kwargs["prompt_lookup_num_tokens"] = None  # with it generate() would look for its own strategy
     prefix_function = None
     if prefix_allowed_tokens_fn is not None:
         prefix_function = PrefixFunctionForWantedRows(prefix_allowed_tokens_fn)
 
     # generate() drops the tokenizer before a callable strategy can see it, so stop strings become a criterion here.
     stopping_criteria = StoppingCriteriaList(stopping_criteria or [])
-    stop_strings = (
-        kwargs.pop("stop_strings")
-        if "stop_strings" in kwargs
-        else next((config.stop_strings for config in configs if config.stop_strings), None)
-    )
-    if stop_strings is not None:
+    if (stop_strings := setting("stop_strings")) is not None:
         if tokenizer is None:
             raise ValueError(f"stop_strings is {stop_strings!r}; pass tokenizer=... as well, to find them in the text.")
         stopping_criteria.append(StopStringCriteria(tokenizer=tokenizer, stop_strings=stop_strings))
     kwargs["stop_strings"] = None
 
     def strategy(model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
-        processors = Processors(logits_processor)
         rules = StoppingRules(stopping_criteria, generation_config.max_length, input_ids.shape[1])
         layout = PromptLayout.from_mask(model_kwargs.get("attention_mask"), input_ids)
         check_call(model, layout, generation_config, model_kwargs, rules.max_length)
-        probe_target(model)
-        sequences, statistics = decode(
-            model,
-            drafter,
-            input_ids,
-            layout,
-            processors,
-            rules,
-            generation_config,
-            model_kwargs,
-            num_assistant_tokens,
-            streamer,
-            prefix_function,
+        wants = generation_config if generation_config.return_dict_in_generate else None
+        logits, scores = (
+            StepOutputs(len(input_ids)) if getattr(wants, name, False) else None
+            for name in ("output_logits", "output_scores")
         )
-        if not generation_config.return_dict_in_generate:
-            return sequences
-        return SpeculativeOutput(sequences=sequences, statistics=statistics)
+        pad_token = generation_config._pad_token_tensor
+        text = Text(
+            input_ids,
+            rules,
+            None if pad_token is None else int(pad_token),
+            streamer,
+            pads_through_model=logits is not None or scores is not None,
+            scores=scores,
+        )
+        rule = acceptance_rule(acceptance, generation_config.do_sample, len(input_ids), input_ids.device, seed)
+        choice = TokenChoice(rule, Processors(logits_processor), text, prefix_function, logits, scores)
+        probe_target(model)
+        chunk_size = generation_config.prefill_chunk_size
+        statistics = decode(model, drafter, text, choice, layout, model_kwargs, num_assistant_tokens, chunk_size)
+        if wants is None:
+            return text.result()
+        return SpeculativeOutput(
+            sequences=text.result(),
+            scores=None if scores is None else scores.first(text.end),
+            logits=None if logits is None else logits.first(text.end),
+            statistics=statistics,
+        )
 
     with usable_attention(model):
         # GenerationMixin's, since the model's own generate may be this very strategy, or another repository's.
@@ -172,33 +202,49 @@ def check_inputs(input_ids, kwargs: dict) -> None:
         raise ValueError(f"The batch is empty: input_ids has shape {tuple(input_ids.shape)}. Pass at least one prompt.")
 
 
-def bind_drafter(model, assistant_model, num_assistant_tokens: int | None) -> tuple[Drafter, int]:
-    """The drafter behind `assistant_model`, and how many tokens it drafts each round.
+def choose_drafter(
+    model,
+    assistant_model,
+    num_assistant_tokens: int | None,
+    prompt_lookup_num_tokens: int | None = None,
+    max_matching_ngram_size: int | None = None,
+    prefill_chunk_size: int | None = None,
+) -> tuple[Drafter, int]:
+    """The drafter that a call means, and how many tokens it drafts each round.
 
-    `assistant_model` is a SpecFormer network, or an object that is a `Drafter` already.
+    `assistant_model` is a SpecFormer network, a causal LM, or an object that is a `Drafter` already.
 
     Raises:
-        ValueError: neither of them, or the drafter of another target.
+        ValueError: none of them, more than one, or the drafter of another target.
     """
-    if assistant_model is None:
-        if num_assistant_tokens != 0:
-            raise ValueError(
-                "No drafter was passed: give assistant_model=AutoModel.from_pretrained(<drafter>, "
-                "trust_remote_code=True), or num_assistant_tokens=0 for plain decoding."
-            )
+    check_draft_length(num_assistant_tokens)
+    if num_assistant_tokens == 0:
         return NoDrafter(), 0
-    if hasattr(assistant_model, "propose"):
-        drafter, default = assistant_model, assistant_model.max_draft_tokens
+    if prompt_lookup_num_tokens is not None:
+        if assistant_model is not None:
+            raise ValueError("assistant_model and prompt_lookup_num_tokens were both given; pass one of them.")
+        check_draft_length(prompt_lookup_num_tokens, "prompt_lookup_num_tokens")
+        drafter = PromptLookupDrafter(max_matching_ngram_size or 2)
+        num_assistant_tokens = prompt_lookup_num_tokens
+    elif hasattr(assistant_model, "propose"):
+        drafter = assistant_model
     elif hasattr(assistant_model, "borrow"):
         drafter = SpecFormerDrafter(assistant_model, model)
-        default = assistant_model.config.default_num_assistant_tokens
+    elif isinstance(assistant_model, GenerationMixin):
+        drafter = AssistantDrafter(assistant_model, model, prefill_chunk_size)
+    elif assistant_model is None:
+        raise ValueError(
+            "Nothing was passed that drafts: give assistant_model=AutoModel.from_pretrained(<drafter>, "
+            "trust_remote_code=True), a smaller causal LM as assistant_model, or prompt_lookup_num_tokens; or "
+            "num_assistant_tokens=0 for plain decoding."
+        )
     else:
         raise ValueError(
             f"assistant_model is a {type(assistant_model).__name__}; expected a SpecFormer drafter, loaded with "
-            "AutoModel.from_pretrained(<drafter>, trust_remote_code=True)."
+            "AutoModel.from_pretrained(<drafter>, trust_remote_code=True), or a causal LM."
         )
     if num_assistant_tokens is None:
-        num_assistant_tokens = default
+        num_assistant_tokens = drafter.default_num_assistant_tokens
     if num_assistant_tokens == 0:
         return NoDrafter(), 0
     return drafter, min(num_assistant_tokens, drafter.max_draft_tokens)

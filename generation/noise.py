@@ -1,12 +1,13 @@
-"""The random numbers that plain generate() would draw, at any step and for any row.
+"""Exp(1) noise of any row at any step, as often as it is asked for.
 
-`torch.multinomial(p, 1)` is `argmax(p / q)` with q ~ Exp(1) drawn for the whole batch (B, V): bit for bit, and with the
-same generator state afterwards. So drawing step t's noise once, in step order, and using row b's part of it whenever
-row b gets to step t, samples the text that plain generate() samples for the same seed, whatever was drafted.
+`torch.multinomial(p, 1)` is `argmax(p / noise)`, so whoever fixes the noise of a position fixes the token sampled
+there. `StepNoise` gives the noise that plain generate() would draw, `HashedNoise` one that depends on nothing but a
+row's own seed and position.
 """
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 
 import torch
@@ -21,20 +22,48 @@ def default_generator(device: torch.device) -> torch.Generator:
     return getattr(torch, device.type).default_generators[index]
 
 
+_replayed: set[torch.device] = set()  # devices whose default generator some call is replaying
+_replayed_lock = threading.Lock()
+
+
 class StepNoise:
-    """Exponential noise (B, V) of every sampling step.
+    """The noise (B, V) that plain generate() would draw at every sampling step.
+
+    torch.multinomial draws for the whole batch: bit for bit this noise, and with the same generator state afterwards.
+    So drawing step t's noise once, in step order, and using row b's part of it whenever row b gets to step t, samples
+    the text that plain generate() samples for the same torch seed, whatever was drafted.
 
     Rows advance at their own pace, so steps are asked for again. What is kept for that is one generator state per
     step and, while they fit into `KEPT_BYTES`, the draws themselves.
+
+    As a context manager it claims the device's default generator, which only moves on at the end. A second call that
+    starts meanwhile, in another thread, would draw the same numbers again: it gets a stream of its own, and is as
+    little reproducible as two threads of plain generate() are.
     """
 
     def __init__(self, batch_size: int, device: torch.device):
         self.batch_size, self.device = batch_size, device
         self.source = default_generator(device)
         self.generator = torch.Generator(device)
+        self.claimed = False
         self.states = {0: self.source.get_state()}  # before drawing the step
         self.drawn = 0  # steps whose successor's state is known
         self.kept: OrderedDict[int, torch.Tensor] = OrderedDict()
+
+    def __enter__(self):
+        with _replayed_lock:
+            self.claimed = self.device not in _replayed
+            _replayed.add(self.device)
+            if not self.claimed:
+                self.source = self.generator
+                self.source.seed()  # from the operating system
+            self.states = {0: self.source.get_state()}
+        return self
+
+    def __exit__(self, *exception) -> None:
+        if self.claimed:
+            with _replayed_lock:
+                _replayed.discard(self.device)
 
     def step(self, step: int, vocab_size: int) -> torch.Tensor:
         """Noise of one step, (B, V)."""
@@ -72,3 +101,55 @@ class StepNoise:
         if step not in self.states:
             self.step(step - 1, vocab_size)
         self.source.set_state(self.states[step])
+
+
+class HashedNoise:
+    """Noise that is a function of (row seed, step, token id) and of nothing else.
+
+    A row then samples the same text alone, at any place of any batch, and however much is drafted. Where plain
+    generate() would use torch's generator, this leaves it alone.
+    """
+
+    def __init__(self, seeds: list[int], device: torch.device):
+        """`seeds`: one integer per row of the batch."""
+        self.device = device
+        # Any Python integer will do: it enters by its lowest 64 bits.
+        self.seeds = torch.tensor([(seed + 2**63) % 2**64 - 2**63 for seed in seeds], device=device)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception) -> None:
+        pass
+
+    def gather(self, rows: list[int], steps: list[int], vocab_size: int) -> torch.Tensor:
+        """Noise of (row, step) pairs, (len(rows), V)."""
+        rows, steps = (torch.tensor(numbers, device=self.device) for numbers in (rows, steps))
+        position = mix(mix(self.seeds[rows]) + steps)  # (N,)
+        token_ids = torch.arange(vocab_size, device=self.device)
+        bits = mix(position[:, None] + token_ids * GOLDEN_GAMMA) & (2**63 - 1)
+        # The smallest numbers decide which token is taken: floats are as exact there as anywhere, so -log(1 - u).
+        uniform = (bits.float() * 2.0**-63).clamp(min=2.0**-64, max=1 - 2.0**-24)
+        return -torch.log1p(-uniform)
+
+    def forget_before(self, step: int) -> None:
+        pass
+
+    def leave_after(self, step: int, vocab_size: int) -> None:
+        pass
+
+
+GOLDEN_GAMMA = 0x9E3779B97F4A7C15 - 2**64
+
+
+def mix(numbers: torch.Tensor) -> torch.Tensor:
+    """Scramble int64 numbers: one step of SplitMix64 (Steele, Lea, Flood 2014), a bijection."""
+    numbers = numbers + GOLDEN_GAMMA
+    numbers = (numbers ^ shift_right(numbers, 30)) * (0xBF58476D1CE4E5B9 - 2**64)
+    numbers = (numbers ^ shift_right(numbers, 27)) * (0x94D049BB133111EB - 2**64)
+    return numbers ^ shift_right(numbers, 31)
+
+
+def shift_right(numbers: torch.Tensor, bits: int) -> torch.Tensor:
+    """Logical shift; torch's own copies the sign."""
+    return (numbers >> bits) & (2 ** (64 - bits) - 1)

@@ -12,6 +12,28 @@ from collections.abc import Callable
 import torch
 from transformers import LogitsProcessorList
 
+READS_TEXT = {
+    "MinLengthLogitsProcessor",
+    "MinNewTokensLengthLogitsProcessor",
+    "RepetitionPenaltyLogitsProcessor",
+    "EncoderRepetitionPenaltyLogitsProcessor",
+    "NoRepeatNGramLogitsProcessor",
+    "EncoderNoRepeatNGramLogitsProcessor",
+    "SequenceBiasLogitsProcessor",
+    "NoBadWordsLogitsProcessor",
+    "PrefixConstrainedLogitsProcessor",
+    "ForcedBOSTokenLogitsProcessor",
+    "ForcedEOSTokenLogitsProcessor",
+    "ExponentialDecayLengthPenalty",
+    "SuppressTokensAtBeginLogitsProcessor",
+    "WatermarkLogitsProcessor",
+    "AlternatingCodebooksLogitsProcessor",
+    "DiaEOSChannelFilterLogitsProcessor",
+    "UnlimitedOcrSlidingWindowNoRepeatNgramLogitsProcessor",
+    "WhisperTimeStampLogitsProcessor",
+}
+"""Named for completeness: a processor that is in none of these sets, such as a caller's own, is treated like them."""
+
 PREFIX_FREE = {
     "TemperatureLogitsWarper",
     "TopPLogitsWarper",
@@ -24,6 +46,8 @@ PREFIX_FREE = {
     "InfNanRemoveLogitsProcessor",
     "LogitNormalization",
     "SuppressTokensLogitsProcessor",
+    "BarkEosPrioritizerLogitsProcessor",
+    "VibeVoiceTokenConstraintProcessor",
 }
 
 STATEFUL = {
@@ -33,6 +57,8 @@ STATEFUL = {
     "ClassifierFreeGuidanceLogitsProcessor": "guidance_scale",
     "DiaClassifierFreeGuidanceLogitsProcessor": "guidance_scale",
     "DiaEOSDelayPatternLogitsProcessor": "Dia's delay pattern",
+    "HiggsAudioV2DelayPatternLogitsProcessor": "Higgs Audio's delay pattern",
+    "LinearTemperatureScheduleLogitsProcessor": "a schedule over denoising steps",
 }
 
 

@@ -62,6 +62,14 @@ class PromptLayout:
         expected = torch.arange(ids.shape[1], device=ids.device)
         return bool(((ids == expected) | (expected >= self.lengths[:, None])).all())
 
+    def to(self, device: torch.device) -> PromptLayout:
+        return PromptLayout(self.columns.to(device), self.lengths.to(device), self.host_lengths)
+
+    def mask(self) -> torch.Tensor:
+        """The 2-D attention mask, (B, P), of integers."""
+        real = torch.arange(self.columns.shape[1], device=self.columns.device) < self.lengths[:, None]
+        return torch.zeros_like(self.columns).scatter(1, self.columns, real.long())
+
     def compact(self, states: torch.Tensor) -> torch.Tensor:
         """Move real tokens to the front: (B, P, ...) -> (B, P, ...), row b's tokens at 0..lengths[b]-1."""
         index = self.columns.to(states.device)

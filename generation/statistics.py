@@ -46,7 +46,7 @@ class GenerationStatistics:
             counts.extend([0] * (slots - len(counts)))
         for row, (accepted, added) in zip(rows, outcome, strict=True):
             if added == 0:
-                continue  # finished earlier and only carried along
+                continue  # stopped earlier and only carried along
             self.target_passes_per_row[row] += not is_prompt
             for slot in range(drafted):
                 self.drafted_per_slot[slot] += 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from .step_outputs import StepOutputs
 from .stopping import StoppingRules
 from .verification import NO_TOKEN
 
@@ -22,11 +23,23 @@ class Text:
         rules: when to stop.
         pad_token_id: what to fill with; `None` where plain generate() has none either.
         streamer: receives what plain generate() would put into it, in the same order.
+        pads_through_model: whether rows that have stopped are carried on to the end of the text, their pad tokens fed
+            to the target as plain generate() feeds them. That is needed where its scores of them are wanted.
+        scores: the processed scores of all steps, for criteria that look at them.
     """
 
-    def __init__(self, input_ids: torch.Tensor, rules: StoppingRules, pad_token_id: int | None, streamer=None):
+    def __init__(
+        self,
+        input_ids: torch.Tensor,
+        rules: StoppingRules,
+        pad_token_id: int | None,
+        streamer=None,
+        pads_through_model: bool = False,
+        scores: StepOutputs | None = None,
+    ):
         self.batch_size, self.prompt_width = input_ids.shape
-        self.rules, self.streamer = rules, streamer
+        self.rules, self.streamer, self.scores = rules, streamer, scores
+        self.leaves_when_stopped = rules.pads and not pads_through_model
         self.pad_token_id = 0 if pad_token_id is None else pad_token_id
         self.max_new_tokens = rules.max_length - self.prompt_width
         self.ids = input_ids  # (B, width)
@@ -40,6 +53,19 @@ class Text:
         self.device_rows = torch.arange(self.batch_size, device=input_ids.device)
         self.device_generated = torch.zeros_like(self.device_rows)
         self.device_running = torch.ones_like(self.device_rows, dtype=torch.bool)
+        self.device_stopped = torch.zeros_like(self.device_running)  # and padded, but carried on
+
+    @property
+    def limit(self) -> int:
+        """New tokens after which no row goes on."""
+        return self.max_new_tokens if self.end is None else self.end
+
+    @property
+    def tokens_per_row(self) -> list[int]:
+        """New tokens of each row, padding behind its end left out."""
+        if self.rules.pads:
+            return list(self.stopped_at)
+        return [self.end] * self.batch_size
 
     @property
     def done(self) -> bool:
@@ -67,6 +93,14 @@ class Text:
             row = self.rows[place]
             self.ids[row, self.prompt_width + self.generated[row] + ahead] = drafts[place, ahead]
 
+    def pad_stopped(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Tokens (R, n), the pad token in rows that have stopped."""
+        return tokens.masked_fill(self.device_stopped[:, None], self.pad_token_id)
+
+    def ends(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Which of `tokens` (R, n) end their row, bool."""
+        return self.rules.is_eos(tokens) & ~self.device_stopped[:, None]
+
     def append(self, tokens: torch.Tensor, accepted: torch.Tensor) -> tuple[torch.Tensor, list[list[int]]]:
         """Add each row's accepted drafts and the token behind them, as far as its stopping rules let it.
 
@@ -75,31 +109,39 @@ class Text:
             accepted: how many of them were drafted, (R,), from 0 to q - 1.
 
         Returns:
-            Tokens added per row, (R,), on the device; and per row [accepted, added] for the host. This is the one
-            point of a round where the host waits for the device.
+            Tokens added per row, (R,), on the device; and per row [accepted, added] for the host, padding left out.
+            This is the one point of a round where the host waits for the device.
 
         Raises:
             RuntimeError: a row could not be sampled, as in plain generate().
         """
         width = tokens.shape[1]
         self._reserve(width)
-        counts = torch.minimum(accepted + 1, self.max_new_tokens - self.device_generated)
-        first_eos = (~self.rules.is_eos(tokens)).long().cumprod(dim=1).sum(dim=1)  # width where there is none
-        stopped = first_eos < counts
-        counts = torch.minimum(counts, first_eos + 1) * self.device_running
+        counts = torch.minimum(accepted + 1, self.limit - self.device_generated)
+        first_end = (~self.ends(tokens)).long().cumprod(dim=1).sum(dim=1)  # width where there is none
+        stopped = first_end < counts
+        counts = torch.minimum(counts, first_end + 1) * self.device_running
         offsets = torch.arange(width, device=tokens.device)
         columns = self.prompt_width + self.device_generated[:, None] + offsets
         self.ids[self.device_rows[:, None], columns] = torch.where(offsets < counts[:, None], tokens, self.pad_token_id)
-        self.device_generated = self.device_generated + counts
         missing = ((tokens == NO_TOKEN) & (offsets < counts[:, None])).any(dim=1)
         host = to_host(torch.stack([accepted, counts, stopped.long(), missing.long()], dim=1))
         if any(row[3] for row in host):
             raise RuntimeError(
                 "A row cannot be sampled: its scores contain NaN or inf, or no token is left above -inf."
             )
+        before = [(self.generated[row], self.stopped_at[row]) for row in self.rows]
         self._stop_rows(host)
+        for place, (row, (generated, _)) in enumerate(zip(self.rows, before, strict=True)):
+            if (added := self.generated[row] - generated) != host[place][1]:  # a criterion cut the row
+                counts[place] = host[place][1] = added
+        self.device_generated = self.device_generated + counts
         self._stream()
-        return counts, [row[:2] for row in host]
+        outcome = [
+            [accepted, 0 if self.rules.pads and stopped_at is not None else added]
+            for (accepted, added, _, _), (_, stopped_at) in zip(host, before, strict=True)
+        ]
+        return counts, outcome
 
     def drop_finished(self) -> torch.Tensor | None:
         """When at least half of the carried rows have finished: the places of the others (R',), else `None`."""
@@ -111,6 +153,7 @@ class Text:
         self.device_rows = self.device_rows[index]
         self.device_generated = self.device_generated[index]
         self.device_running = self.device_running[index]
+        self.device_stopped = self.device_stopped[index]
         return index
 
     def result(self) -> torch.Tensor:
@@ -128,13 +171,13 @@ class Text:
     def _stop_rows(self, host: list[list[int]]) -> None:
         """Bring the host's view up to date with what one round added: [accepted, added, stopped by EOS, ...]."""
         before = list(self.generated)
-        for row, (_, added, eos, _) in zip(self.rows, host, strict=True):
+        for row, (_, added, ended, _) in zip(self.rows, host, strict=True):
             self.generated[row] += added
-            if self.stopped_at[row] is None and (eos or self.generated[row] == self.max_new_tokens):
+            if self.stopped_at[row] is None and (ended or self.generated[row] == self.max_new_tokens):
                 self.stopped_at[row] = self.generated[row]
         if self.rules.others:
             self._ask_other_criteria(before)
-        if self.rules.time_is_up(self.ids):
+        if (self.end is None or not self.rules.pads) and self.rules.time_is_up(self.ids):
             # Rows that were cut by the clock end at the same column, as plain generate()'s do.
             cut = [
                 length
@@ -148,14 +191,12 @@ class Text:
         for place, row in enumerate(self.rows):
             if self.finished[row]:
                 continue
-            if self.rules.pads:
-                self.finished[row] = self.stopped_at[row] is not None
-            else:
-                end = self.max_new_tokens if self.end is None else self.end
-                self.finished[row] = self.generated[row] >= end
+            stopped = self.stopped_at[row] is not None
+            self.finished[row] = stopped if self.leaves_when_stopped else self.generated[row] >= self.limit
             if self.finished[row]:
                 self.device_running[place] = False
-                self.device_generated[place] = self.generated[row]  # fewer than were added if a criterion cut the row
+            elif stopped and self.rules.pads:
+                self.device_stopped[place] = True
 
     def _ask_other_criteria(self, before: list[int]) -> None:
         """Ask stop strings and custom criteria about every new token, shortest text first."""
@@ -170,7 +211,8 @@ class Text:
             ]
             if not rows:
                 continue
-            is_done = self.rules.others(self.first_columns(length), None).tolist()
+            scores = None if self.scores is None else self.scores.first(length)
+            is_done = self.rules.others(self.first_columns(length), scores).tolist()
             for row in rows:
                 if is_done[row]:
                     self.stopped_at[row] = length

@@ -1,87 +1,122 @@
-"""Which token the target takes at each verified position, and which token a drafter's logits propose.
+"""Which tokens a drafter's logits propose, and which tokens the target takes at the drafted positions.
 
-Both are taken the way plain generate() takes tokens: processors, then argmax, or a sample with the noise of that step.
-Drafts sampled with the noise that the target will use there are accepted far more often than argmax drafts.
+Logits become scores as in plain generate(), through its processors; the acceptance rule turns scores into tokens.
 """
 
 from __future__ import annotations
 
 import torch
+from torch.nn import functional
 
-from .noise import StepNoise
+from .acceptance import AcceptanceRule
 from .processors import PrefixFunctionForWantedRows, Processors
+from .step_outputs import StepOutputs
 from .text import Text
-from .verification import sample_with_noise
+from .verification import NO_TOKEN, count_accepted
 
 
 class TokenChoice:
+    """
+    Args:
+        logits, scores: where to keep the target's, if the caller wants them.
+    """
+
     def __init__(
         self,
+        rule: AcceptanceRule,
         processors: Processors,
-        noise: StepNoise | None,
         text: Text,
         prefix_function: PrefixFunctionForWantedRows | None = None,
+        logits: StepOutputs | None = None,
+        scores: StepOutputs | None = None,
     ):
-        """`noise=None` is greedy decoding."""
-        self.processors, self.noise, self.text = processors, noise, text
+        self.rule, self.processors, self.text = rule, processors, text
         self.prefix_function = prefix_function
+        self.logits, self.scores = logits, scores
+        self.vocab_size = 0  # of the target's logits, known from the first ones
+        self.proposals: list[torch.Tensor | None] = []  # what this round's drafts were sampled from
 
-    def of_drafter(self, logits: torch.Tensor) -> torch.Tensor:
-        """Draft tokens from a drafter's logits (R, k, V): (R, k)."""
-        if self.noise is None:
-            return logits.argmax(dim=-1)
-        return self._take(self.processors.warp(logits.to(device=self.text.ids.device, dtype=torch.float32)))
+    def of_drafter(self, logits: torch.Tensor, ahead: int = 0) -> torch.Tensor:
+        """Draft tokens (R, n) from a drafter's logits (R, n, V), for the positions from `ahead` drafts on.
 
-    def of_target(self, logits: torch.Tensor, drafts: torch.Tensor) -> torch.Tensor:
-        """The target's tokens (R, k + 1) from its logits (R, k + 1, V) behind `drafts` (R, k).
+        A drafter's vocabulary may be padded to another size than the target's. Only prefix-free processors are applied:
+        the others would have to be called row by row, and drafts need not be exact.
+        """
+        logits = logits.to(device=self.text.ids.device, dtype=torch.float32)
+        logits = functional.pad(logits, (0, self.vocab_size - logits.shape[-1]), value=-torch.inf)
+        tokens, proposals = self.rule.draft(self.processors.warp(logits), *self._positions(logits.shape[1], ahead))
+        self.proposals.append(proposals)
+        return tokens
 
-        Tokens behind a wrong draft mean nothing.
+    def of_target(self, logits: torch.Tensor, drafts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The target's tokens (R, k + 1) from its logits (R, k + 1, V) behind `drafts` (R, k), and how many drafts it
+        accepts (R,): they are the first of its tokens. Tokens behind a wrong draft mean nothing.
         """
         # generate() casts before processors and argmax, on the device of the text
         logits = logits.to(device=drafts.device, dtype=torch.float32)
+        self.vocab_size = logits.shape[-1]
+        if self.logits is not None:
+            self.logits.write(logits.flatten(0, 1), *self._positions(logits.shape[1]))
+        drafts = functional.pad(drafts, (0, 1), value=NO_TOKEN)
+        proposals = None
+        if self.proposals and self.proposals[0] is not None:
+            proposals = torch.cat(self.proposals, dim=1)[:, : drafts.shape[1] - 1]
+            proposals = functional.pad(proposals, (0, 0, 0, 1))
+        self.proposals.clear()
         if self.processors.need_prefix:
-            return self._walk(logits, drafts)
-        return self._take(self.processors.warp(logits))
+            tokens, accepted = self._walk(logits, drafts, proposals)
+        else:
+            tokens, accepted = self._take(self.processors.warp(logits), drafts, proposals)
+        return tokens, count_accepted(accepted[:, :-1])
 
-    def _take(self, scores: torch.Tensor) -> torch.Tensor:
-        """One token per position of `scores` (R, q, V), position i being i steps ahead of the row's text."""
-        if self.noise is None:
-            return scores.argmax(dim=-1)
-        width = scores.shape[1]
-        rows = [row for row in self.text.rows for _ in range(width)]
-        oldest = min(self.text.running_lengths())  # rows that have finished are only carried along: any noise will do
-        steps = [max(self.text.generated[row], oldest) + ahead for row in self.text.rows for ahead in range(width)]
-        noise = self.noise.gather(rows, steps, scores.shape[-1])
-        return sample_with_noise(scores, noise.view(scores.shape))
+    def finish(self) -> None:
+        self.rule.finish(self.text.end, self.vocab_size)
 
-    def _walk(self, logits: torch.Tensor, drafts: torch.Tensor) -> torch.Tensor:
+    def _positions(self, width: int, ahead: int = 0) -> tuple[list[int], list[int]]:
+        """Row and step of each of `width` positions of the carried rows, from `ahead` tokens behind their text on."""
+        text = self.text
+        oldest = min(text.running_lengths())  # rows that have finished are only carried along: any step will do
+        rows = [row for row in text.rows for _ in range(width)]
+        steps = [max(text.generated[row], oldest) + ahead + offset for row in text.rows for offset in range(width)]
+        return rows, steps
+
+    def _take(self, scores, drafts, proposals):
+        """All positions at once."""
+        rows, steps = self._positions(scores.shape[1])
+        if self.scores is not None:
+            self.scores.write(scores.flatten(0, 1), rows, steps)
+        tokens, accepted = self.rule.take(scores, drafts, proposals, rows, steps)
+        return self.text.pad_stopped(tokens), accepted | self.text.device_stopped[:, None]
+
+    def _walk(self, logits, drafts, proposals):
         """Position by position, for the rows whose drafts were right so far.
 
         A processor that reads the text is only ever called on text that plain generate() would show it, one call per
         distinct length. This costs a synchronisation per position.
         """
         text, width = self.text, logits.shape[1]
-        tokens = drafts.new_zeros(len(text.rows), width)
+        tokens, accepted = torch.zeros_like(drafts), torch.zeros_like(drafts, dtype=torch.bool)
         full = logits.new_zeros(text.batch_size, logits.shape[-1])  # scores in the order of the original batch
         live = [place for place, row in enumerate(text.rows) if text.is_running(row)]
         for ahead in range(width):
             for length in sorted({text.generated[text.rows[place]] for place in live}):
                 places = [place for place in live if text.generated[text.rows[place]] == length]
-                rows = [text.rows[place] for place in places]
+                rows, steps = [text.rows[place] for place in places], [length + ahead] * len(places)
                 full[rows] = logits[places, ahead]
                 if self.prefix_function is not None:
                     self.prefix_function.wanted = set(rows)
                 scores = self.processors.all(text.first_columns(length + ahead), full.clone())[rows]
-                if self.noise is None:
-                    taken = scores.argmax(dim=-1)
-                else:
-                    noise = self.noise.gather(rows, [length + ahead] * len(rows), scores.shape[-1])
-                    taken = sample_with_noise(scores, noise)
-                tokens[places, ahead] = taken
+                if self.scores is not None:
+                    self.scores.write(scores, rows, steps)
+                here = slice(ahead, ahead + 1)
+                proposal = None if proposals is None else proposals[places, here]
+                taken = self.rule.take(scores[:, None], drafts[places, here], proposal, rows, steps)
+                tokens[places, here], accepted[places, here] = taken
+            tokens[:, ahead] = text.pad_stopped(tokens[:, ahead : ahead + 1])[:, 0]
+            accepted[:, ahead] |= text.device_stopped
             if ahead + 1 < width:
-                goes_on = (tokens[:, ahead] == drafts[:, ahead]) & ~text.rules.is_eos(tokens[:, ahead])
-                goes_on = goes_on.tolist()
-                room = text.max_new_tokens - ahead - 1
+                goes_on = (accepted[:, ahead] & ~text.ends(tokens[:, ahead : ahead + 1])[:, 0]).tolist()
+                room = text.limit - ahead - 1
                 live = [place for place in live if goes_on[place] and text.generated[text.rows[place]] < room]
                 text.write_ahead(live, ahead, drafts)
-        return tokens
+        return tokens, accepted

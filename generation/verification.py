@@ -1,6 +1,6 @@
-"""Acceptance rules: pure functions of tensors.
+"""The mathematics of sampling and accepting: pure functions of tensors.
 
-R rows carried by a pass (running, or finished since rows last left), k drafted tokens each, vocabulary V.
+N rows, q positions each, vocabulary V. `drafts` holds `NO_TOKEN` where nothing was drafted.
 """
 
 from __future__ import annotations
@@ -19,10 +19,44 @@ def sample_with_noise(scores: torch.Tensor, noise: torch.Tensor) -> torch.Tensor
     return torch.where(scores.amax(dim=-1).isfinite(), tokens, NO_TOKEN)
 
 
-def count_matches(drafts: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """How many leading drafts (R, k) equal the target's own tokens (R, k + 1): (R,) from 0 to k.
+def count_accepted(accepted: torch.Tensor) -> torch.Tensor:
+    """How many leading positions were accepted: bool (N, q) -> (N,) from 0 to q."""
+    return accepted.long().cumprod(dim=1).sum(dim=1)
 
-    The row's new text is then tokens[:, : matches + 1], since the accepted drafts are the target's tokens, and the
-    token behind them is the target's too.
+
+def reject_and_resample(
+    scores: torch.Tensor,
+    drafts: torch.Tensor,
+    proposals: torch.Tensor,
+    uniform: torch.Tensor,
+    noise: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rejection sampling of each row's drafts (Leviathan et al. 2023, algorithm 1; Chen et al. 2023).
+
+    A draft x is accepted with probability min(1, p(x) / q(x)); the first one that is not is replaced by a sample of
+    the residual (p - q)+, normalised. What comes out is distributed as p, whatever q is.
+
+    Args:
+        scores: the target's processed scores, (N, q, V); p is their softmax.
+        drafts: (N, q).
+        proposals: the distributions that the drafts were sampled from, (N, q, V); zero where nothing was drafted.
+        uniform: numbers from [0, 1), (N, q).
+        noise: numbers from Exp(1), (N, V).
+
+    Returns:
+        Tokens (N, q), those behind a row's first rejection meaning nothing, and which drafts were accepted (N, q).
     """
-    return (drafts == tokens[:, : drafts.shape[1]]).long().cumprod(dim=1).sum(dim=1)
+    rows = torch.arange(len(drafts), device=drafts.device)
+    p = scores.softmax(dim=-1)
+    chosen = drafts.clamp(min=0)[..., None]
+    p_of_draft, q_of_draft = (distribution.gather(-1, chosen)[..., 0] for distribution in (p, proposals))
+    accepted = (drafts >= 0) & (uniform * q_of_draft < p_of_draft)
+    first = count_accepted(accepted).clamp(max=drafts.shape[1] - 1)  # rejection; the last position if there is none
+    p, q = p[rows, first], proposals[rows, first]
+    residual = (p - q).clamp(min=0)
+    # p = q up to rounding leaves nothing, and then a rejection has no probability either
+    residual = torch.where(residual.sum(dim=-1, keepdim=True) > 0, residual, p)
+    sampled = torch.where(scores[rows, first].amax(dim=-1).isfinite(), (residual / noise).argmax(dim=-1), NO_TOKEN)
+    tokens = drafts.clone()
+    tokens[rows, first] = torch.where(accepted[rows, first], drafts[rows, first], sampled)
+    return tokens, accepted

@@ -9,7 +9,7 @@ import pytest
 import torch
 from exactness import choose_eos
 from specformer import SpecFormerConfig, SpecFormerModel, generate
-from specformer.generation.drafter import SpecFormerDrafter
+from specformer.generation.specformer_drafter import SpecFormerDrafter
 from specformer.scripts.train import IGNORED, HeadCrossEntropy, drafter_loss, slot_labels
 from tiny import VOCAB, llama, ragged_batch
 from torch.nn import functional

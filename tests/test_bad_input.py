@@ -92,15 +92,34 @@ def test_drafter_without_recorded_target_name():
     assert contains(message, "another target", "LlamaForCausalLM", "vocab_size is 64 there and 80 here")
 
 
-@pytest.mark.parametrize("wrong", [llama(torch.float32), "someone/drafter", 4], ids=["model", "name", "number"])
+@pytest.mark.parametrize("wrong", [torch.nn.Linear(2, 2), "someone/drafter", 4], ids=["module", "name", "number"])
 def test_assistant_of_wrong_type(wrong):
     message = refusal(llama(), assistant_model=wrong)
     assert contains(message, f"assistant_model is a {type(wrong).__name__}", "AutoModel.from_pretrained")
 
 
+def test_assistant_with_another_vocabulary():
+    message = refusal(llama(), assistant_model=llama(vocab_size=80))
+    assert contains(message, "80 tokens", "64", "tokenizer")
+
+
+def test_assistant_that_cannot_keep_one_length_per_row():
+    config = transformers.BloomConfig(vocab_size=VOCAB, hidden_size=32, n_layer=2, n_head=2)
+    message = refusal(llama(), assistant_model=transformers.BloomForCausalLM(config))
+    assert contains(message, "BloomForCausalLM", "ALiBi")
+
+
+def test_assistant_with_a_shorter_position_table_than_the_prompt():
+    config = transformers.GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=2, n_positions=8)
+    with pytest.raises(ValueError, match=r"at most 8 tokens and the longest prompt has 9"):
+        generate(llama(), transformers.GPT2LMHeadModel(config), **ragged_batch(), max_new_tokens=NEW_TOKENS)
+
+
 def test_no_assistant():
     message = refusal(llama(), assistant_model=None)
-    assert contains(message, "No drafter", "assistant_model=AutoModel.from_pretrained", "num_assistant_tokens=0")
+    assert contains(
+        message, "Nothing was passed that drafts", "assistant_model=AutoModel.from_pretrained", "num_assistant_tokens=0"
+    )
 
 
 # ---- targets
@@ -266,7 +285,12 @@ def test_longrope_with_a_wide_batch_of_short_prompts():
         (dict(num_beams=2, do_sample=True), ["beam sample", "num_beams=2", "Set num_beams=1"]),
         (dict(penalty_alpha=0.6, top_k=4), ["contrastive search", "unset"]),
         (dict(dola_layers="low"), ["dola generation", "unset"]),
-        (dict(prompt_lookup_num_tokens=3), ["assisted generation", "unset"]),
+        (dict(prompt_lookup_num_tokens=3), ["assistant_model", "prompt_lookup_num_tokens", "one of them"]),
+        (dict(prompt_lookup_num_tokens=-3, assistant_model=None), ["prompt_lookup_num_tokens is -3", "integer"]),
+        (dict(acceptance="coupled", seed=1.5), ["seed is 1.5", "integer"]),
+        (dict(acceptance="coupled", seed=[1, True]), ["seed is [1, True]", "integer"]),
+        (dict(seed=3), ["acceptance='coupled'", "torch.manual_seed(3)"]),
+        (dict(acceptance="coupled", do_sample=True, seed=[1, 2]), ["2 seeds", "5 rows"]),
         (dict(num_beams=4, num_beam_groups=2), ["beam", "num_beams=4"]),
         (dict(guidance_scale=2.0), ["guidance_scale", "Switch it off"]),
         (
@@ -276,8 +300,6 @@ def test_longrope_with_a_wide_batch_of_short_prompts():
             ),
             ["watermarking_config", "SynthID", "Switch it off"],
         ),
-        (dict(output_scores=True, return_dict_in_generate=True), ["output_scores", "unset"]),
-        (dict(output_logits=True, return_dict_in_generate=True), ["output_logits", "unset"]),
         (dict(output_attentions=True, return_dict_in_generate=True), ["output_attentions", "unset"]),
         (dict(output_hidden_states=True, return_dict_in_generate=True), ["output_hidden_states", "unset"]),
         (dict(acceptance="nonsense"), ["acceptance", "'nonsense'", "'match'"]),

@@ -12,7 +12,7 @@ import torch
 from exactness import choose_eos, oracle, plain
 from specformer import SpecFormerConfig, SpecFormerModel, generate
 from specformer.generation import decoding
-from specformer.generation import drafter as drafter_module
+from specformer.generation import specformer_drafter as drafter_module
 from specformer.generation import target as target_module
 from specformer.generation import text as text_module
 from specformer.generation.ragged_cache import RaggedCache

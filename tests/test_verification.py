@@ -8,14 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from specformer.generation import noise as noise_module
 from specformer.generation.noise import StepNoise
-from specformer.generation.verification import count_matches, sample_with_noise
+from specformer.generation.verification import count_accepted, sample_with_noise
 
 CPU = torch.device("cpu")
 BATCH, VOCAB = 3, 50
 
 
 @given(st.data())
-def test_count_matches(data):
+def test_count_accepted(data):
     rows, k = data.draw(st.integers(1, 4)), data.draw(st.integers(0, 6))
     token = st.integers(0, 2)
     drafts = data.draw(st.lists(st.lists(token, min_size=k, max_size=k), min_size=rows, max_size=rows))
@@ -24,7 +24,8 @@ def test_count_matches(data):
     for drafted, taken in zip(drafts, tokens, strict=True):
         wrong = [slot for slot in range(k) if drafted[slot] != taken[slot]]
         expected.append(min(wrong, default=k))
-    counts = count_matches(torch.tensor(drafts, dtype=torch.long).view(rows, k), torch.tensor(tokens))
+    accepted = torch.tensor(drafts, dtype=torch.long).view(rows, k) == torch.tensor(tokens)[:, :k]
+    counts = count_accepted(accepted)
     assert counts.tolist() == expected
 
 

@@ -1,0 +1,182 @@
+"""Acceptance rules: which token the target takes at a position, and whether a draft is that token.
+
+| rule | a row's text is |
+|---|---|
+| greedy | what plain generate() writes |
+| "match" | what plain generate() samples with the same torch seed, whatever the drafter and the draft length |
+| "coupled" | a function of its prompt and its own seed: not of its batch, padding, drafter or draft length |
+| "rejection" | distributed as in plain generate(); which one, depends on the torch seed, the batch and the drafts |
+
+"coupled" and "rejection" concern sampling only: greedy decoding has one text.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+from .noise import HashedNoise, StepNoise
+from .verification import reject_and_resample, sample_with_noise
+
+ACCEPTANCE_RULES = ("match", "coupled", "rejection")
+
+
+class AcceptanceRule(Protocol):
+    """Positions are N rows with q positions each, flattened where `rows` and `steps` list them: the row of the batch,
+    and how many tokens that row has generated before that position. Scores are processed, in float32.
+
+    A rule is a context manager around the call that uses it.
+    """
+
+    def __enter__(self): ...
+
+    def __exit__(self, *exception) -> None: ...
+
+    def draft(
+        self, scores: torch.Tensor, rows: list[int], steps: list[int]
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Draft tokens (N, q) for a drafter's scores (N, q, V), and the distributions (N, q, V) that they were sampled
+        from if `take` needs them."""
+
+    def take(
+        self,
+        scores: torch.Tensor,
+        drafts: torch.Tensor,
+        proposals: torch.Tensor | None,
+        rows: list[int],
+        steps: list[int],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The target's tokens (N, q) for its scores (N, q, V), and which `drafts` (N, q) they accept, bool (N, q)."""
+
+    def forget_before(self, step: int) -> None:
+        """No row will ask for a position before `step` again."""
+
+    def finish(self, steps: int, vocab_size: int) -> None:
+        """The text is complete, with `steps` new tokens."""
+
+
+class Greedy:
+    """The best token, and the draft if it is that one."""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception) -> None:
+        pass
+
+    def draft(self, scores, rows, steps):
+        return scores.argmax(dim=-1), None
+
+    def take(self, scores, drafts, proposals, rows, steps):
+        tokens = scores.argmax(dim=-1)
+        return tokens, tokens == drafts
+
+    def forget_before(self, step) -> None:
+        pass
+
+    def finish(self, steps, vocab_size) -> None:
+        pass
+
+
+class Match(Greedy):
+    """A sample with the noise that belongs to the position, and the draft if it is that one ("match", "coupled").
+
+    Drafts are sampled with the same noise: two distributions at total variation t then agree with a probability of at
+    least (1 - t) / (1 + t), where argmax drafts agree with the probability of one token (Daliri, Musco, Suresh 2024).
+    """
+
+    def __init__(self, noise: StepNoise | HashedNoise):
+        self.noise = noise
+
+    def __enter__(self):
+        self.noise.__enter__()
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.noise.__exit__(*exception)
+
+    def draft(self, scores, rows, steps):
+        noise = self.noise.gather(rows, steps, scores.shape[-1])
+        return sample_with_noise(scores, noise.view(scores.shape)).clamp(min=0), None
+
+    def take(self, scores, drafts, proposals, rows, steps):
+        noise = self.noise.gather(rows, steps, scores.shape[-1])
+        tokens = sample_with_noise(scores, noise.view(scores.shape))
+        return tokens, (tokens == drafts) & (drafts >= 0)
+
+    def forget_before(self, step) -> None:
+        self.noise.forget_before(step)
+
+    def finish(self, steps, vocab_size) -> None:
+        self.noise.leave_after(steps, vocab_size)
+
+
+class Rejection(Greedy):
+    """Rejection sampling, with torch's generator. Where the drafter gave no distribution, its token is certain."""
+
+    def draft(self, scores, rows, steps):
+        noise = torch.empty_like(scores).exponential_(1)
+        return sample_with_noise(scores, noise).clamp(min=0), scores.softmax(dim=-1)
+
+    def take(self, scores, drafts, proposals, rows, steps):
+        if proposals is None:
+            proposals = torch.zeros_like(scores).scatter_(-1, drafts.clamp(min=0)[..., None], 1.0)
+            proposals = proposals * (drafts >= 0)[..., None]
+        uniform = torch.rand(drafts.shape, device=drafts.device)
+        noise = scores.new_empty(len(scores), scores.shape[-1]).exponential_(1)
+        return reject_and_resample(scores, drafts, proposals, uniform, noise)
+
+
+def acceptance_rule(
+    name: str, do_sample: bool, batch_size: int, device: torch.device, seed: int | list[int] | None
+) -> AcceptanceRule:
+    """The rule of one call.
+
+    Raises:
+        ValueError: as many seeds as the batch has rows are needed, or one.
+    """
+    if not do_sample:
+        return Greedy()
+    if name == "rejection":
+        return Rejection()
+    if name == "coupled":
+        return Match(HashedNoise(row_seeds(seed, batch_size), device))
+    return Match(StepNoise(batch_size, device))
+
+
+def check_acceptance(name: str, seed) -> None:
+    """Refuse what is no rule, and a seed that would go unused or is none.
+
+    Raises:
+        ValueError: with what was given and what was expected.
+    """
+    if name not in ACCEPTANCE_RULES:
+        raise ValueError(f"acceptance is {name!r}; expected one of {', '.join(map(repr, ACCEPTANCE_RULES))}.")
+    if seed is None:
+        return
+    if name != "coupled":
+        raise ValueError(
+            f"seed is for acceptance='coupled', and acceptance is {name!r}. Call torch.manual_seed({seed!r}) before "
+            "generate() instead."
+        )
+    seeds = seed.tolist() if isinstance(seed, torch.Tensor) else seed
+    for number in seeds if isinstance(seeds, (list, tuple)) else [seeds]:
+        if isinstance(number, bool) or not isinstance(number, int):
+            raise ValueError(f"seed is {seed!r}; expected an integer, or a list of one integer per row.")
+
+
+def row_seeds(seed: int | list[int] | None, batch_size: int) -> list[int]:
+    """One seed per row: those given, `seed` + row for a single one, and one from torch's generator for `None`."""
+    if isinstance(seed, torch.Tensor):
+        seed = seed.tolist()
+    if seed is None:
+        seed = int(torch.randint(2**62, ()))
+    if isinstance(seed, int):
+        return [seed + row for row in range(batch_size)]
+    if len(seed) != batch_size:
+        raise ValueError(
+            f"{len(seed)} seeds were given for {batch_size} rows (prompts times num_return_sequences); expected one "
+            "per row, or a single integer."
+        )
+    return list(seed)

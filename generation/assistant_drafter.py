@@ -1,0 +1,102 @@
+"""An ordinary small causal LM as a drafter: it writes the drafts one token after the other, with a cache of its own."""
+
+from __future__ import annotations
+
+import inspect
+from contextlib import ExitStack
+
+import torch
+
+from .capabilities import check_target, probe_target, usable_attention
+from .target import prefill, verify
+
+DEFAULT_NUM_ASSISTANT_TOKENS = 4
+
+
+class AssistantDrafter:
+    """A causal LM with the target's tokenizer (Leviathan et al. 2023; what transformers calls an assistant).
+
+    Args:
+        assistant: the model. It stays in its dtype and on its device.
+        target: the model it drafts for.
+        chunk_size: tokens of one pass over the prompts; default all.
+
+    Raises:
+        UnsupportedTargetError: the assistant cannot keep one length per row.
+        ValueError: its vocabulary is another one.
+    """
+
+    max_draft_tokens = 64
+
+    def __init__(self, assistant, target, chunk_size: int | None = None):
+        check_target(assistant)
+        self.config = assistant.config.get_text_config(decoder=True)
+        ours, theirs = self.config.vocab_size, target.config.get_text_config(decoder=True).vocab_size
+        # Sizes of one family differ by padding: 151,936 and 152,064 entries for one tokenizer.
+        if abs(ours - theirs) > 0.01 * theirs:
+            raise ValueError(
+                f"The assistant {assistant.name_or_path or type(assistant).__name__} has {ours} tokens and the target "
+                f"{theirs}, so their tokenizers differ. Pass an assistant with the target's tokenizer."
+            )
+        self.assistant, self.chunk_size = assistant, chunk_size
+        self.device = assistant.get_input_embeddings().weight.device
+        requested = getattr(assistant.generation_config, "num_assistant_tokens", None)
+        self.default_num_assistant_tokens = DEFAULT_NUM_ASSISTANT_TOKENS if requested is None else requested
+
+    def __enter__(self):
+        with ExitStack() as stack:
+            stack.enter_context(usable_attention(self.assistant))
+            probe_target(self.assistant)
+            self._attached = stack.pop_all()
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._attached.__exit__(*exception)
+
+    def begin(self, input_ids, layout, first_tokens, max_length) -> None:
+        width = input_ids.shape[1]
+        # Past its last position it goes on with clamped positions: the drafts are worse, the text is the same.
+        last_position = getattr(self.config, "max_position_embeddings", None) or max_length
+        if layout.longest >= last_position:
+            raise ValueError(
+                f"The assistant reads at most {last_position} tokens and the longest prompt has {layout.longest}. "
+                "Pass another assistant, or shorter prompts."
+            )
+        layout, input_ids = layout.to(self.device), self._known(input_ids)
+        mask = layout.mask()
+        kwargs = {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0), "logits_to_keep": 1}
+        if "logits_to_keep" not in inspect.signature(self.assistant.forward).parameters:
+            del kwargs["logits_to_keep"]
+        limit = min(max_length, last_position + width - layout.longest)
+        _, self.cache = prefill(self.assistant, input_ids, layout, limit, 2, kwargs, self.chunk_size)
+        # Each round begins by reading the newest two tokens of every row. Where all drafts of the last round were
+        # right both are new; elsewhere one is read again, which changes nothing and keeps the rows in step.
+        self.cache.advance(torch.full_like(layout.lengths, -1), layout.longest - 1)
+        self.newest = torch.cat([input_ids[:, -1:], self._known(first_tokens)], dim=1)  # (R, 2)
+
+    @torch.no_grad()
+    def propose(self, num_tokens, choose) -> torch.Tensor:
+        lengths, longest = self.cache.lengths, self.cache.longest
+        tokens, drafts = self.newest, []
+        for ahead in range(num_tokens):
+            logits = verify(self.assistant, self.cache, tokens)
+            drafts.append(choose(logits[:, -1:], ahead))  # (R, 1)
+            self.cache.advance(torch.full_like(lengths, tokens.shape[1]), self.cache.longest + tokens.shape[1])
+            tokens = self._known(drafts[-1])
+        self.cache.advance(lengths - self.cache.lengths, longest)
+        return torch.cat(drafts, dim=1)
+
+    def update(self, tokens, counts, longest) -> None:
+        counts = counts.to(self.device)
+        self.cache.advance(counts, longest - 1)
+        tokens = torch.cat([self.newest, self._known(tokens)], dim=1)
+        self.newest = tokens.gather(1, counts[:, None] + torch.arange(2, device=self.device))
+
+    def select_rows(self, index, longest) -> None:
+        index = index.to(self.device)
+        self.cache.select_rows(index, longest - 1)
+        self.newest = self.newest[index]
+
+    def _known(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Tokens as the assistant can read them: behind a wrong draft there may be none."""
+        return tokens.to(self.device).clamp(min=0, max=self.config.vocab_size - 1)

@@ -1,0 +1,79 @@
+"""Drafts without a model: what followed the last time a row's newest tokens stood in its own text."""
+
+from __future__ import annotations
+
+import torch
+
+FIRST_WIDTH = 256
+"""New tokens that the buffer has room for at first; it doubles."""
+
+
+class PromptLookupDrafter:
+    """Prompt lookup (Saxena 2023; `prompt_lookup_num_tokens` of transformers), for every row of a batch at once.
+
+    The longest suffix of a row, of at most `max_matching_ngram_size` tokens, that occurs earlier in the same row is
+    looked up, the latest occurrence of several, and the tokens behind it are drafted. Where the copy reaches the end of
+    the row it goes on with itself, as a repeating text does. Rows without an occurrence repeat their newest token if
+    other rows draft; if no row has one, nothing is drafted.
+    """
+
+    max_draft_tokens = 64
+
+    def __init__(self, max_matching_ngram_size: int = 2):
+        self.max_matching_ngram_size = max_matching_ngram_size
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception) -> None:
+        pass
+
+    def begin(self, input_ids, layout, first_tokens, max_length) -> None:
+        # Real tokens go to the front: (R, width), the first `lengths` of a row count
+        self.ids = layout.compact(input_ids)[:, : layout.longest]
+        self.lengths, self.longest = layout.lengths, layout.longest
+        self.update(first_tokens, torch.ones_like(self.lengths), layout.longest)
+
+    def propose(self, num_tokens, choose) -> torch.Tensor:
+        source = find_repetition(self.ids[:, : self.longest], self.lengths, self.max_matching_ngram_size)
+        found = source >= 0
+        if not found.any():
+            return self.ids.new_empty(len(self.ids), 0)
+        source = torch.where(found, source, self.lengths - 1)
+        period = self.lengths - source
+        offsets = torch.arange(num_tokens, device=self.ids.device) % period[:, None]
+        return self.ids.gather(1, source[:, None] + offsets)
+
+    def update(self, tokens, counts, longest) -> None:
+        width = self.longest + tokens.shape[1]
+        if width > self.ids.shape[1]:
+            extra = max(width, 2 * self.ids.shape[1], FIRST_WIDTH) - self.ids.shape[1]
+            self.ids = torch.nn.functional.pad(self.ids, (0, extra))
+        columns = self.lengths[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
+        self.ids.scatter_(1, columns, tokens.clamp(min=0))  # those behind `counts` are written over, or never read
+        self.lengths = self.lengths + counts
+        self.longest = longest + 1  # the newest token, which the target has not read
+
+    def select_rows(self, index, longest) -> None:
+        self.ids, self.lengths, self.longest = self.ids[index], self.lengths[index], longest + 1
+
+
+def find_repetition(ids: torch.Tensor, lengths: torch.Tensor, max_ngram_size: int) -> torch.Tensor:
+    """Where the text goes on behind the latest earlier occurrence of each row's longest repeated suffix.
+
+    Args:
+        ids: tokens (R, T), of which the first `lengths` (R,) count.
+        max_ngram_size: longest suffix to look for.
+
+    Returns:
+        Index of the token behind the occurrence, (R,); -1 where not even the last token occurs earlier.
+    """
+    source = torch.full_like(lengths, -1)
+    for size in range(1, min(max_ngram_size, ids.shape[1] - 1) + 1):
+        suffix = ids.gather(1, (lengths[:, None] - size + torch.arange(size, device=ids.device)).clamp(min=0))
+        windows = ids.unfold(1, size, 1)  # (R, T - size + 1, size)
+        behind = torch.arange(size, ids.shape[1] + 1, device=ids.device)  # index of the token behind each window
+        hits = (windows == suffix[:, None]).all(dim=-1) & (behind < lengths[:, None])
+        latest = torch.where(hits, behind, -1).amax(dim=1)
+        source = torch.where(latest >= 0, latest, source)  # longer suffixes come later and win
+    return source

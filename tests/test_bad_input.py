@@ -110,9 +110,11 @@ def test_assistant_that_cannot_keep_one_length_per_row():
 
 
 def test_assistant_with_a_shorter_position_table_than_the_prompt():
-    config = transformers.GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=2, n_positions=8)
-    with pytest.raises(ValueError, match=r"at most 8 tokens and the longest prompt has 9"):
-        generate(llama(), transformers.GPT2LMHeadModel(config), **ragged_batch(), max_new_tokens=NEW_TOKENS)
+    config = transformers.GPT2Config(
+        vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=2, n_positions=12, bos_token_id=BOS, eos_token_id=EOS
+    )
+    with pytest.raises(ValueError, match=r"at most 12 tokens and the longest prompt has 15"):
+        generate(llama(), transformers.GPT2LMHeadModel(config), **ragged_batch(width=15), max_new_tokens=NEW_TOKENS)
 
 
 def test_no_assistant():

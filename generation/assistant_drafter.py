@@ -69,10 +69,7 @@ class AssistantDrafter:
             del kwargs["logits_to_keep"]
         limit = min(max_length, last_position + width - layout.longest)
         _, self.cache = prefill(self.assistant, input_ids, layout, limit, 2, kwargs, self.chunk_size)
-        # Each round begins by reading the newest two tokens of every row. Where all drafts of the last round were
-        # right both are new; elsewhere one is read again, which changes nothing and keeps the rows in step.
-        self.cache.advance(torch.full_like(layout.lengths, -1), layout.longest - 1)
-        self.newest = torch.cat([input_ids[:, -1:], self._known(first_tokens)], dim=1)  # (R, 2)
+        self.newest = self._known(first_tokens)  # (R, 1), not read yet
 
     @torch.no_grad()
     def propose(self, num_tokens, choose) -> torch.Tensor:
@@ -87,14 +84,17 @@ class AssistantDrafter:
         return torch.cat(drafts, dim=1)
 
     def update(self, tokens, counts, longest) -> None:
-        counts = counts.to(self.device)
-        self.cache.advance(counts, longest - 1)
+        # From the second round on, each begins by reading the newest two tokens of every row. Where all drafts of the
+        # last round were right both are new; elsewhere one is read again, which changes nothing and keeps rows in step.
+        counts, known = counts.to(self.device), self.newest.shape[1]
+        self.cache.advance(counts + known - 2, longest - 1)
         tokens = torch.cat([self.newest, self._known(tokens)], dim=1)
-        self.newest = tokens.gather(1, counts[:, None] + torch.arange(2, device=self.device))
+        last_two = counts[:, None] + torch.arange(known - 2, known, device=self.device)
+        self.newest = tokens.gather(1, last_two.clamp(min=0))  # (R, 2); rows that have finished may have none
 
     def select_rows(self, index, longest) -> None:
         index = index.to(self.device)
-        self.cache.select_rows(index, longest - 1)
+        self.cache.select_rows(index, longest + 1 - self.newest.shape[1])
         self.newest = self.newest[index]
 
     def _known(self, tokens: torch.Tensor) -> torch.Tensor:

@@ -16,6 +16,7 @@ Nothing of the decode loop is here: that is `generation/` (`custom_generate/` in
 from __future__ import annotations
 
 import threading
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -280,23 +281,25 @@ class BorrowedTarget:
         if self.head is None:
             raise ValueError(f"{type(target).__name__} has no LM head (get_output_embeddings() is None).")
         self._seen: dict[int, list[torch.Tensor]] = {}
-        self._hooks: list = []
+        self._exit = ExitStack()
 
     def __enter__(self) -> BorrowedTarget:
         owner = threading.get_ident()
 
         def keep(layer_id: int, states: torch.Tensor) -> None:
-            if threading.get_ident() == owner:
-                self._seen.setdefault(layer_id, []).append(states)
+            self._seen.setdefault(layer_id, []).append(states)
 
+        # Where this thread removes its hooks during a pass of another one, that pass may call them without kwargs.
         def before_layer(layer_id: int):
-            def hook(module, args, kwargs):
-                keep(layer_id, args[0] if args else kwargs["hidden_states"])
+            def hook(module, args, kwargs=None):
+                if threading.get_ident() == owner:
+                    keep(layer_id, args[0] if args else kwargs["hidden_states"])
 
             return hook
 
-        def after_decoder(module, args, kwargs, output):
-            keep(len(layers), output[0])
+        def after_decoder(module, args, *kwargs_and_output):
+            if threading.get_ident() == owner:
+                keep(len(layers), kwargs_and_output[-1][0])
 
         decoder, layers = find_decoder(self.target)
         for layer_id in self.layer_ids:
@@ -304,19 +307,19 @@ class BorrowedTarget:
                 hook = layers[layer_id].register_forward_pre_hook(before_layer(layer_id), with_kwargs=True)
             else:
                 hook = decoder.register_forward_hook(after_decoder, with_kwargs=True)
-            self._hooks.append(hook)
+            self._exit.callback(hook.remove)
+        if is_compiled(self.target):
+            self._exit.enter_context(uncompiled())
         return self
 
     def __exit__(self, *exception) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
+        self._exit.close()
         self._seen.clear()
 
     @property
     def device(self) -> torch.device:
         """Where the drafter computes: beside the LM head that it shares."""
-        return next(self.head.parameters()).device
+        return device_of(self.head)
 
     def take_hidden_states(self) -> torch.Tensor:
         """The hooked states of this thread's passes since the last call, one behind the other along T:
@@ -332,7 +335,7 @@ class BorrowedTarget:
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         """The target's input embeddings of `token_ids` (B, T), (B, T, d)."""
         embeddings = self.target.get_input_embeddings()
-        return embeddings(token_ids.to(embeddings.weight.device)).to(self.device)
+        return embeddings(token_ids.to(device_of(embeddings))).to(self.device)
 
     def logits(self, draft_hidden_states: torch.Tensor) -> torch.Tensor:
         """Next-token logits (..., vocab_size) of drafter states (..., d), with the family's scale and soft cap."""
@@ -344,6 +347,40 @@ class BorrowedTarget:
         if (cap := getattr(self.text_config, "final_logit_softcapping", None)) is not None:  # Gemma
             logits = cap * torch.tanh(logits / cap)
         return logits
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where `module` computes. Weights that accelerate offloads are on the meta device between its passes."""
+    device = next(module.parameters()).device
+    return device if device.type != "meta" else torch.device(module._hf_hook.execution_device)
+
+
+def is_compiled(target: nn.Module) -> bool:
+    """Whether torch.compile was applied to `target` or to a part of it."""
+    return any(
+        module._compiled_call_impl is not None or hasattr(module.forward, "_torchdynamo_orig_callable")
+        for module in target.modules()
+    )
+
+
+_stances: list = []  # one entry per call inside `uncompiled`; the first knows the stance to go back to
+_stances_lock = threading.Lock()
+
+
+@contextmanager
+def uncompiled():
+    """Run compiled modules as they are written while any thread is inside.
+
+    Code that torch.compile made before a hook was registered does not call it, and is not made again for it.
+    """
+    with _stances_lock:
+        _stances.append(None if _stances else torch.compiler.set_stance("force_eager"))
+    try:
+        yield
+    finally:
+        with _stances_lock:
+            if (stance := _stances.pop()) is not None:
+                stance.__exit__(None, None, None)
 
 
 def find_decoder(target: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList]:
@@ -376,7 +413,7 @@ def final_norm_scale(target: PreTrainedModel) -> torch.Tensor:
     ]
     if not norms:
         return torch.ones(size)
-    parameter = next(norms[-1].parameters())
-    signs = 1.0 - 2.0 * (torch.arange(size, device=parameter.device) % 2).to(parameter.dtype)
+    dtype = next(norms[-1].parameters()).dtype
+    signs = 1.0 - 2.0 * (torch.arange(size, device=device_of(norms[-1])) % 2).to(dtype)
     with torch.no_grad():
         return signs * (norms[-1](signs) - norms[-1](-signs)) / 2

@@ -29,6 +29,19 @@ KNOWN_MODEL_KWARGS = {
     "logits_to_keep",
     "cache_position",
 }
+OTHER_STRATEGIES = (
+    "num_beams",
+    "num_beam_groups",
+    "penalty_alpha",
+    "dola_layers",
+    "constraints",
+    "force_words_ids",
+    "assistant_early_exit",
+    "use_mtp",
+    "speculation_type",
+)
+"""Options that choose a strategy of their own."""
+
 USABLE_ATTENTION = ("sdpa", "eager")
 
 
@@ -86,9 +99,8 @@ def check_call(model, layout: PromptLayout, generation_config: GenerationConfig,
     """
     mode = generation_config.get_generation_mode()
     if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
-        options = ("num_beams", "prompt_lookup_num_tokens", "penalty_alpha", "dola_layers", "constraints")
-        values = {name: getattr(generation_config, name, None) for name in options}
-        given = ", ".join(f"{name}={value}" for name, value in values.items() if value not in (None, 1))
+        given = {name: getattr(generation_config, name, None) for name in OTHER_STRATEGIES}
+        given = ", ".join(f"{name}={value}" for name, value in given.items() if value not in (None, False, 1))
         raise ValueError(
             f"The settings ask for {mode.value.replace('_', ' ')} ({given}), and speculation is lossless for greedy "
             "search and sampling only. Set num_beams=1 and leave options of other strategies unset."
@@ -195,6 +207,8 @@ def probe_target(model) -> None:
     if attention_of(model) in passed:
         return
     device = model.get_input_embeddings().weight.device
+    autocast = torch.is_autocast_enabled(device.type)
+    dtype = torch.get_autocast_dtype(device.type) if autocast else model.dtype
     width, block = 5, 3
     # In float64, eager attention (softmax in float32) is NaN wherever a row is padded, in plain generate() as well.
     padding = 0 if (attention_of(model), model.dtype) == ("eager", torch.float64) else 2
@@ -218,7 +232,7 @@ def probe_target(model) -> None:
             model(input_ids=context, past_key_values=own_cache, use_cache=True)
             cached = model(input_ids=second[row : row + 1], past_key_values=own_cache, use_cache=True).logits[0]
             own_error = (cached.double() - whole).abs().median()
-            allowed = 8 * own_error + torch.finfo(model.dtype).eps ** 0.5 * whole.std()
+            allowed = 8 * own_error + torch.finfo(dtype).eps ** 0.5 * whole.std()
             error = (ours[row] - whole).abs().median()
             if not error <= allowed:  # also when it is NaN
                 raise ValueError(f"logits differ by {error:.2g} from plain decoding, where {allowed:.2g} is usual")

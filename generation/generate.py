@@ -17,6 +17,7 @@ from .drafter import Drafter, NoDrafter
 from .processors import PrefixFunctionForWantedRows, Processors
 from .prompt import PromptLayout
 from .prompt_lookup_drafter import PromptLookupDrafter
+from .settings import CallSettings
 from .specformer_drafter import SpecFormerDrafter
 from .statistics import GenerationStatistics
 from .step_outputs import StepOutputs
@@ -60,6 +61,7 @@ def generate(
     synced_gpus: bool | None = None,
     streamer=None,
     tokenizer=None,
+    assistant_tokenizer=None,
     num_assistant_tokens: int | None = None,
     acceptance: str = "match",
     seed: int | list[int] | None = None,
@@ -80,6 +82,7 @@ def generate(
         seed: for "coupled", an integer (row b of the expanded batch has seed + b) or one integer per row; `None` draws
             one from torch's generator.
         tokenizer: needed for `stop_strings`.
+        assistant_tokenizer: must be the target's, since tokens are not translated; pipelines pass one.
 
     The other arguments are those of transformers' `generate()`.
 
@@ -92,45 +95,46 @@ def generate(
     """
     for name in HUB_ARGUMENTS:
         kwargs.pop(name, None)
-    configs = [config for config in (generation_config, model.generation_config) if config is not None]
-
-    def setting(name: str):
-        """What this call says about a generation parameter: a keyword comes before the configs."""
-        if name in kwargs:
-            return kwargs[name]
-        return next((value for config in configs if (value := getattr(config, name, None)) is not None), None)
-
+    settings = CallSettings(kwargs, generation_config, model.generation_config)
     check_acceptance(acceptance, seed)
+    if isinstance(assistant_model, torch.Tensor):
+        raise ValueError(
+            "assistant_model is a tensor. Call specformer.generate(target, drafter, **inputs), or "
+            "target.generate(**inputs, assistant_model=drafter, custom_generate=<folder or Hub id of the drafter>, "
+            "trust_remote_code=True); as custom_generate=<function> this function cannot see the drafter."
+        )
+    check_inputs(inputs if inputs is not None else kwargs.get("input_ids"), kwargs)
     if synced_gpus:
         raise ValueError("synced_gpus=True (FSDP, ZeRO-3) is not supported: rows of one process would wait for others.")
-    check_inputs(inputs if inputs is not None else kwargs.get("input_ids"), kwargs)
-    check_target(model)
-    if (kind := setting("cache_implementation")) not in EXACT_CACHES:
+    if tokenizer and assistant_tokenizer and tokenizer.get_vocab() != assistant_tokenizer.get_vocab():
+        raise ValueError(
+            "assistant_tokenizer has another vocabulary than tokenizer, and tokens are not translated. Pass an "
+            "assistant_model with the target's own tokenizer."
+        )
+    if (kind := settings.get("cache_implementation")) not in EXACT_CACHES:
         raise ValueError(f"cache_implementation is {kind!r}; speculative decoding keeps its own cache. Leave it unset.")
-    if num_assistant_tokens is None:
-        num_assistant_tokens = setting("num_assistant_tokens")
+    check_target(model)
     drafter, num_assistant_tokens = choose_drafter(
         model,
         assistant_model,
-        num_assistant_tokens,
-        prompt_lookup_num_tokens=setting("prompt_lookup_num_tokens"),
-        max_matching_ngram_size=setting("max_matching_ngram_size"),
-        prefill_chunk_size=setting("prefill_chunk_size"),
+        settings.get("num_assistant_tokens") if num_assistant_tokens is None else num_assistant_tokens,
+        prompt_lookup_num_tokens=settings.take("prompt_lookup_num_tokens"),
+        max_matching_ngram_size=settings.get("max_matching_ngram_size"),
+        prefill_chunk_size=settings.get("prefill_chunk_size"),
     )
-    kwargs["prompt_lookup_num_tokens"] = None  # with it generate() would look for its own strategy
     prefix_function = None
     if prefix_allowed_tokens_fn is not None:
         prefix_function = PrefixFunctionForWantedRows(prefix_allowed_tokens_fn)
 
     # generate() drops the tokenizer before a callable strategy can see it, so stop strings become a criterion here.
     stopping_criteria = StoppingCriteriaList(stopping_criteria or [])
-    if (stop_strings := setting("stop_strings")) is not None:
+    if (stop_strings := settings.take("stop_strings")) is not None:
         if tokenizer is None:
             raise ValueError(f"stop_strings is {stop_strings!r}; pass tokenizer=... as well, to find them in the text.")
         stopping_criteria.append(StopStringCriteria(tokenizer=tokenizer, stop_strings=stop_strings))
-    kwargs["stop_strings"] = None
 
     def strategy(model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
+        input_ids = input_ids.long()  # plain generate() takes int32 as well, and returns int64
         rules = StoppingRules(stopping_criteria, generation_config.max_length, input_ids.shape[1])
         layout = PromptLayout.from_mask(model_kwargs.get("attention_mask"), input_ids)
         check_call(model, layout, generation_config, model_kwargs, rules.max_length)

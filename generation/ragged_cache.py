@@ -41,8 +41,9 @@ class RaggedLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         slots = self.owner.slots.to(self.device)  # (B, q)
         rows = torch.arange(len(slots), device=self.device)[:, None]
-        self.keys[rows, :, slots] = key_states.transpose(1, 2)
-        self.values[rows, :, slots] = value_states.transpose(1, 2)
+        # Under torch.autocast a pass may leave other dtypes than the prompt's did.
+        self.keys[rows, :, slots] = key_states.transpose(1, 2).to(self.keys.dtype)
+        self.values[rows, :, slots] = value_states.transpose(1, 2).to(self.values.dtype)
         return self.keys[:, :, : self.owner.kv_length], self.values[:, :, : self.owner.kv_length]
 
     def load(self, key_states: torch.Tensor, value_states: torch.Tensor, columns: torch.Tensor) -> None:

@@ -18,7 +18,8 @@ class SpecFormerDrafter:
 
     def __init__(self, network, target):
         self.borrowed = network.borrow(target)
-        self.network = network.to(device=self.borrowed.device, dtype=target.dtype)
+        with torch.inference_mode(False):  # weights that move inside it could not be trained any more
+            self.network = network.to(device=self.borrowed.device, dtype=target.dtype)
         self.max_draft_tokens = network.config.num_draft_tokens
         self.default_num_assistant_tokens = network.config.default_num_assistant_tokens
 

@@ -22,7 +22,7 @@ def test_code_blocks_run(real_target, monkeypatch, capsys):
     """In order, in one namespace; the Hub's name of the target stands for the folder that it was fetched to."""
     monkeypatch.chdir(ROOT)
     blocks = re.findall(r"```python\n(.*?)```", README, flags=re.S)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     namespace: dict = {}
     for block in blocks:
         exec(

@@ -7,7 +7,9 @@ from contextlib import ExitStack
 
 import torch
 
-from .capabilities import check_target, probe_target, usable_attention
+from .attention import usable_attention
+from .capabilities import check_target, input_device
+from .probe import probe_target
 from .target import prefill, verify
 
 DEFAULT_NUM_ASSISTANT_TOKENS = 4
@@ -39,7 +41,7 @@ class AssistantDrafter:
                 f"{theirs}, so their tokenizers differ. Pass an assistant with the target's tokenizer."
             )
         self.assistant, self.chunk_size = assistant, chunk_size
-        self.device = assistant.get_input_embeddings().weight.device
+        self.device = input_device(assistant)
         requested = getattr(assistant.generation_config, "num_assistant_tokens", None)
         self.default_num_assistant_tokens = DEFAULT_NUM_ASSISTANT_TOKENS if requested is None else requested
 

@@ -1,16 +1,12 @@
 """What cannot be done losslessly is refused here, before the first token, with the reason.
 
-Targets are judged by what they can do, not by a list of names: by the cache layers that they need, the arguments that
-their forward takes, and a probe that decodes a few tokens both ways.
+Targets are judged by what they can do, not by a list of names: by the cache layers that they need and the arguments
+that their forward takes; what that cannot tell is left to the `probe`.
 """
 
 from __future__ import annotations
 
 import inspect
-import threading
-import warnings
-import weakref
-from contextlib import contextmanager
 from typing import NoReturn
 
 import torch
@@ -19,7 +15,6 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation import GenerationMode
 
 from .prompt import PromptLayout
-from .target import prefill, verify
 
 KNOWN_MODEL_KWARGS = {
     "attention_mask",
@@ -42,8 +37,6 @@ OTHER_STRATEGIES = (
 )
 """Options that choose a strategy of their own."""
 
-USABLE_ATTENTION = ("sdpa", "eager")
-
 
 class UnsupportedTargetError(ValueError):
     """This target or this call cannot be decoded speculatively without risking another text."""
@@ -56,6 +49,34 @@ def refuse(model, reason: str) -> NoReturn:
     )
 
 
+def unwrapped(model):
+    """The transformers model inside what torch.compile(model) or PEFT put around it. Adapters are in its layers."""
+    model = getattr(model, "_orig_mod", model)
+    if hasattr(model, "get_base_model"):
+        check_adapters(model, model)
+        return unwrapped(model.get_base_model())
+    return model
+
+
+def check_adapters(model, peft_model) -> None:
+    """Refuse PEFT adapters that are more than weights in the layers.
+
+    Raises:
+        UnsupportedTargetError: see the messages.
+    """
+    if getattr(getattr(peft_model, "active_peft_config", None), "is_prompt_learning", False):
+        refuse(model, "its PEFT adapter puts virtual tokens before each prompt (prompt or prefix tuning).")
+    for module in model.modules():
+        for hook in module._forward_pre_hooks.values():
+            if "adapter_names" in (getattr(hook, "keywords", None) or {}):
+                refuse(model, "its rows have adapters of their own (adapter_names), and rows leave the batch.")
+
+
+def input_device(model) -> torch.device:
+    """Where `model` takes its tokens: at its first weights that are not offloaded, or anywhere."""
+    return next((weight.device for weight in model.parameters() if not weight.is_meta), torch.device("cpu"))
+
+
 def check_target(model) -> None:
     """Refuse architectures whose cached state cannot be kept per row.
 
@@ -64,6 +85,8 @@ def check_target(model) -> None:
     """
     if not model.can_generate():
         refuse(model, "it has no LM head. Load it with AutoModelForCausalLM.")
+    # While PEFT generates, this method of the inner model is one of the PEFT model.
+    check_adapters(model, getattr(model.prepare_inputs_for_generation, "__self__", None))
     if model.config.is_encoder_decoder:
         refuse(model, "it is an encoder-decoder, and only decoder-only models are supported.")
     config = model.config.get_text_config(decoder=True)
@@ -143,105 +166,3 @@ def rope_settings(config) -> list[dict]:
     settings = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     nested = [value for value in settings.values() if isinstance(value, dict)]
     return nested or [settings]
-
-
-# ---- attention implementations
-
-_switches: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # model -> [calls inside, implementation before]
-_switches_lock = threading.Lock()
-
-
-@contextmanager
-def usable_attention(model):
-    """Switch a target with flash or flex attention, which take no mask per row, to sdpa while calls are inside.
-
-    Where the family has no sdpa, to eager. Several threads may be inside with one target.
-    """
-    with _switches_lock:
-        switch = model in _switches or attention_of(model) not in USABLE_ATTENTION
-        if switch and model not in _switches:
-            _switches[model] = [0, attention_of(model)]
-            try:
-                model.set_attn_implementation("sdpa")
-            except ValueError:
-                model.set_attn_implementation("eager")
-            warnings.warn(
-                f"This target was loaded with attn_implementation={_switches[model][1]!r}, which cannot mask each row "
-                f"of a batch on its own. It runs with {attention_of(model)!r} during speculative decoding.",
-                stacklevel=4,
-            )
-        if switch:
-            _switches[model][0] += 1
-    try:
-        yield
-    finally:
-        if switch:
-            with _switches_lock:
-                _switches[model][0] -= 1
-                if _switches[model][0] == 0:
-                    model.set_attn_implementation(_switches.pop(model)[1])
-
-
-def attention_of(model) -> str:
-    return model.config.get_text_config(decoder=True)._attn_implementation
-
-
-# ---- probe
-
-_probed: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # model -> attention implementations that passed
-
-
-@torch.no_grad()
-def probe_target(model) -> None:
-    """Once per model and attention: verify three tokens of two rows that have got apart, beside plain forwards.
-
-    The tolerance is what the model's own cached decoding differs by, which is much in half precision. Windows and
-    chunks longer than the probe's eleven tokens are not seen.
-
-    Raises:
-        UnsupportedTargetError: the logits differ. The reason is unknown: code of the model reads padding, positions,
-            masks or the cache in a way of its own.
-    """
-    config = model.config.get_text_config(decoder=True)
-    passed = _probed.setdefault(model, set())
-    if attention_of(model) in passed:
-        return
-    device = model.get_input_embeddings().weight.device
-    autocast = torch.is_autocast_enabled(device.type)
-    dtype = torch.get_autocast_dtype(device.type) if autocast else model.dtype
-    width, block = 5, 3
-    # In float64, eager attention (softmax in float32) is NaN wherever a row is padded, in plain generate() as well.
-    padding = 0 if (attention_of(model), model.dtype) == ("eager", torch.float64) else 2
-    tokens = (torch.arange(2 * (width + 2 * block), device=device).view(2, -1) * 7919 + 11) % config.vocab_size
-    prompt, first, second = tokens.split([width, block, block], dim=1)
-    mask = torch.ones_like(prompt)
-    mask[1, :padding] = 0
-    kept = [block, 1]  # of the first block, so that the second one stands at another position in each row
-    try:
-        layout = PromptLayout.from_mask(mask, prompt)
-        kwargs = {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
-        _, cache = prefill(model, prompt, layout, width + 2 * block + 1, block, kwargs)
-        verify(model, cache, first)
-        cache.advance(torch.tensor(kept, device=device), width + max(kept))
-        ours = verify(model, cache, second).double()
-        for row, count in enumerate(kept):
-            context = torch.cat([prompt[row][mask[row].bool()], first[row, :count]])[None]
-            text = torch.cat([context, second[row : row + 1]], dim=1)
-            whole = model(input_ids=text, use_cache=False).logits[0, -block:].double()
-            own_cache = DynamicCache(config=model.config)
-            model(input_ids=context, past_key_values=own_cache, use_cache=True)
-            cached = model(input_ids=second[row : row + 1], past_key_values=own_cache, use_cache=True).logits[0]
-            own_error = (cached.double() - whole).abs().median()
-            allowed = 8 * own_error + torch.finfo(dtype).eps ** 0.5 * whole.std()
-            error = (ours[row] - whole).abs().median()
-            if not error <= allowed:  # also when it is NaN
-                raise ValueError(f"logits differ by {error:.2g} from plain decoding, where {allowed:.2g} is usual")
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:
-        raise UnsupportedTargetError(
-            f"{type(model).__name__} cannot be decoded speculatively: a trial with two rows of different length did "
-            f"not agree with plain decoding ({type(error).__name__}: {error}). Call generate() without custom_generate "
-            "and assistant_model instead."
-        ) from error
-    passed.add(attention_of(model))

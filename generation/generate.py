@@ -10,10 +10,12 @@ from transformers.generation import GenerateDecoderOnlyOutput
 
 from .acceptance import acceptance_rule, check_acceptance
 from .assistant_drafter import AssistantDrafter
-from .capabilities import check_call, check_target, probe_target, usable_attention
+from .attention import usable_attention
+from .capabilities import check_call, check_target, unwrapped
 from .decoding import decode
 from .draft_length import check_draft_length
 from .drafter import Drafter, NoDrafter
+from .probe import probe_target
 from .processors import PrefixFunctionForWantedRows, Processors
 from .prompt import PromptLayout
 from .prompt_lookup_drafter import PromptLookupDrafter
@@ -95,6 +97,7 @@ def generate(
     """
     for name in HUB_ARGUMENTS:
         kwargs.pop(name, None)
+    model = unwrapped(model)
     settings = CallSettings(kwargs, generation_config, model.generation_config)
     check_acceptance(acceptance, seed)
     if isinstance(assistant_model, torch.Tensor):
@@ -221,6 +224,7 @@ def choose_drafter(
     Raises:
         ValueError: none of them, more than one, or the drafter of another target.
     """
+    assistant_model = unwrapped(assistant_model)
     check_draft_length(num_assistant_tokens)
     if num_assistant_tokens == 0:
         return NoDrafter(), 0

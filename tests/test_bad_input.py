@@ -10,8 +10,9 @@ import torch
 import transformers
 from exactness import Recorder, check, oracle, plain
 from specformer import SpecFormerConfig, SpecFormerModel, generate
-from specformer.generation import capabilities
-from specformer.generation.capabilities import UnsupportedTargetError, probe_target
+from specformer.generation import probe
+from specformer.generation.capabilities import UnsupportedTargetError
+from specformer.generation.probe import probe_target
 from tiny import BOS, EOS, PAD, VOCAB, llama, llama_config, ragged_batch
 from transformers import DynamicCache, GenerationConfig, LlamaForCausalLM, PreTrainedModel
 
@@ -600,8 +601,8 @@ def test_probe_refuses(target_class: type, dtype: torch.dtype):
 def test_probe_passes_once(dtype: torch.dtype, monkeypatch):
     target, batch = llama(dtype), ragged_batch()
     probes: list[int] = []
-    verify = capabilities.verify
-    monkeypatch.setattr(capabilities, "verify", lambda *args: probes.append(1) or verify(*args))
+    verify = probe.verify
+    monkeypatch.setattr(probe, "verify", lambda *args: probes.append(1) or verify(*args))
     generate(target, drafter_for(target), **batch, max_new_tokens=2)
     first = len(probes)
     generate(target, drafter_for(target), **batch, max_new_tokens=2)

@@ -7,9 +7,10 @@ from collections.abc import Callable
 import pytest
 import torch
 from exactness import check, oracle, plain
-from specformer.generation import capabilities, ragged_cache
 from specformer.generation import generate as entry
+from specformer.generation import probe, ragged_cache
 from specformer.generation import target as target_passes
+from specformer.generation.capabilities import UnsupportedTargetError
 from specformer.generation.ragged_cache import RaggedCache
 from test_exactness import NEW_TOKENS, meaningful_target
 
@@ -94,8 +95,8 @@ def test_planted_fault_is_found(name: str, plant: Callable, monkeypatch):
 def test_probe_refuses_a_target_that_would_be_decoded_wrongly(name: str, plant: Callable, monkeypatch):
     target, _, _ = meaningful_target(name)
     plant(monkeypatch)
-    with pytest.raises(capabilities.UnsupportedTargetError, match="did not agree with plain decoding"):
-        capabilities.probe_target(target)
+    with pytest.raises(UnsupportedTargetError, match="did not agree with plain decoding"):
+        probe.probe_target(target)
 
 
 def test_noise_of_another_row_is_found(monkeypatch):

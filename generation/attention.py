@@ -1,0 +1,48 @@
+"""Targets with flash or flex attention, which take no mask per row, run with another implementation during a call."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+import weakref
+from contextlib import contextmanager
+
+USABLE_ATTENTION = ("sdpa", "eager")
+
+_switches: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # model -> [calls inside, implementation before]
+_switches_lock = threading.Lock()
+
+
+@contextmanager
+def usable_attention(model):
+    """Switch a target with flash or flex attention, which take no mask per row, to sdpa while calls are inside.
+
+    Where the family has no sdpa, to eager. Several threads may be inside with one target.
+    """
+    with _switches_lock:
+        switch = model in _switches or attention_of(model) not in USABLE_ATTENTION
+        if switch and model not in _switches:
+            _switches[model] = [0, attention_of(model)]
+            try:
+                model.set_attn_implementation("sdpa")
+            except ValueError:
+                model.set_attn_implementation("eager")
+            warnings.warn(
+                f"This target was loaded with attn_implementation={_switches[model][1]!r}, which cannot mask each row "
+                f"of a batch on its own. It runs with {attention_of(model)!r} during speculative decoding.",
+                stacklevel=4,
+            )
+        if switch:
+            _switches[model][0] += 1
+    try:
+        yield
+    finally:
+        if switch:
+            with _switches_lock:
+                _switches[model][0] -= 1
+                if _switches[model][0] == 0:
+                    model.set_attn_implementation(_switches.pop(model)[1])
+
+
+def attention_of(model) -> str:
+    return model.config.get_text_config(decoder=True)._attn_implementation

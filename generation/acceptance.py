@@ -7,7 +7,8 @@
 | "coupled" | a function of its prompt and its own seed: not of its batch, padding, drafter or draft length |
 | "rejection" | distributed as in plain generate(); which one, depends on the torch seed, the batch and the drafts |
 
-"coupled" and "rejection" concern sampling only: greedy decoding has one text.
+"coupled" and "rejection" concern sampling only: greedy decoding has one text. Where a processor reads padding, as some
+penalties do, a text depends on padding in plain generate() and under every rule here.
 """
 
 from __future__ import annotations

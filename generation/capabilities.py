@@ -15,6 +15,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation import GenerationMode
 
 from .prompt import PromptLayout
+from .settings import CallSettings
 
 KNOWN_MODEL_KWARGS = {
     "attention_mask",
@@ -24,6 +25,9 @@ KNOWN_MODEL_KWARGS = {
     "logits_to_keep",
     "cache_position",
 }
+EXACT_CACHES = (None, "dynamic", "dynamic_full", "static", "hybrid")
+"""Cache implementations that give the text of the default one, as the ragged cache does."""
+
 OTHER_STRATEGIES = (
     "num_beams",
     "num_beam_groups",
@@ -111,6 +115,49 @@ def check_target(model) -> None:
         refuse(model, f"it needs cache layers that cannot take back tokens ({', '.join(sorted(strange))}).")
     if any("mrope_section" in rope for rope in rope_settings(config)):
         refuse(model, "its rotary positions have several axes (a multimodal model).")
+
+
+def check_arguments(
+    assistant_model, inputs, synced_gpus, tokenizer, assistant_tokenizer, settings: CallSettings
+) -> None:
+    """Refuse arguments of generate() that drafting cannot start from, or that would be ignored on the way.
+
+    Raises:
+        ValueError: with what was given and what was expected.
+    """
+    if isinstance(assistant_model, torch.Tensor):
+        raise ValueError(
+            "assistant_model is a tensor. Call specformer.generate(target, drafter, **inputs), or "
+            "target.generate(**inputs, assistant_model=drafter, custom_generate=<folder or Hub id of the drafter>, "
+            "trust_remote_code=True); as custom_generate=<function> this function cannot see the drafter."
+        )
+    if settings.get("inputs_embeds") is not None:
+        raise ValueError("inputs_embeds is not supported: drafting needs the tokens of the prompt. Pass input_ids.")
+    if settings.get("past_key_values") is not None:
+        raise ValueError(
+            "past_key_values was passed; speculative decoding keeps its own cache and would leave nothing in yours. "
+            "Leave it unset."
+        )
+    if (kind := settings.get("cache_implementation")) not in EXACT_CACHES:
+        raise ValueError(f"cache_implementation is {kind!r}; speculative decoding keeps its own cache. Leave it unset.")
+    if settings.get("token_healing"):
+        raise ValueError("token_healing is not supported; leave it unset.")
+    if synced_gpus:
+        raise ValueError("synced_gpus=True (FSDP, ZeRO-3) is not supported: rows of one process would wait for others.")
+    if tokenizer and assistant_tokenizer and tokenizer.get_vocab() != assistant_tokenizer.get_vocab():
+        raise ValueError(
+            "assistant_tokenizer has another vocabulary than tokenizer, and tokens are not translated. Pass an "
+            "assistant_model with the target's own tokenizer."
+        )
+    input_ids = settings.get("input_ids") if inputs is None else inputs
+    if input_ids is None:
+        return  # generate() starts from the BOS token
+    if not isinstance(input_ids, torch.Tensor) or input_ids.ndim != 2:
+        is_tensor = isinstance(input_ids, torch.Tensor)
+        given = f"has shape {tuple(input_ids.shape)}" if is_tensor else f"is a {type(input_ids).__name__}"
+        raise ValueError(f"input_ids {given}; expected a tensor of token ids, (batch, tokens).")
+    if not input_ids.numel():
+        raise ValueError(f"The batch is empty: input_ids has shape {tuple(input_ids.shape)}. Pass at least one prompt.")
 
 
 def check_call(model, layout: PromptLayout, generation_config: GenerationConfig, model_kwargs: dict, max_length: int):

@@ -9,18 +9,14 @@ from transformers import GenerationMixin, StoppingCriteriaList, StopStringCriter
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from .acceptance import acceptance_rule, check_acceptance
-from .assistant_drafter import AssistantDrafter
 from .attention import usable_attention
-from .capabilities import check_call, check_target, unwrapped
+from .capabilities import check_arguments, check_call, check_target, unwrapped
+from .choose_drafter import choose_drafter
 from .decoding import decode
-from .draft_length import check_draft_length
-from .drafter import Drafter, NoDrafter
 from .probe import probe_target
 from .processors import PrefixFunctionForWantedRows, Processors
 from .prompt import PromptLayout
-from .prompt_lookup_drafter import PromptLookupDrafter
 from .settings import CallSettings
-from .specformer_drafter import SpecFormerDrafter
 from .statistics import GenerationStatistics
 from .step_outputs import StepOutputs
 from .stopping import StoppingRules
@@ -39,9 +35,6 @@ HUB_ARGUMENTS = {
     "trust_remote_code",
 }
 """generate(custom_generate=<string>) hands these on after it has used them to find this file."""
-
-EXACT_CACHES = (None, "dynamic", "dynamic_full", "static", "hybrid")
-"""Cache implementations that give the text of the default one, as the ragged cache does."""
 
 
 @dataclass
@@ -100,22 +93,7 @@ def generate(
     model = unwrapped(model)
     settings = CallSettings(kwargs, generation_config, model.generation_config)
     check_acceptance(acceptance, seed)
-    if isinstance(assistant_model, torch.Tensor):
-        raise ValueError(
-            "assistant_model is a tensor. Call specformer.generate(target, drafter, **inputs), or "
-            "target.generate(**inputs, assistant_model=drafter, custom_generate=<folder or Hub id of the drafter>, "
-            "trust_remote_code=True); as custom_generate=<function> this function cannot see the drafter."
-        )
-    check_inputs(inputs if inputs is not None else kwargs.get("input_ids"), kwargs)
-    if synced_gpus:
-        raise ValueError("synced_gpus=True (FSDP, ZeRO-3) is not supported: rows of one process would wait for others.")
-    if tokenizer and assistant_tokenizer and tokenizer.get_vocab() != assistant_tokenizer.get_vocab():
-        raise ValueError(
-            "assistant_tokenizer has another vocabulary than tokenizer, and tokens are not translated. Pass an "
-            "assistant_model with the target's own tokenizer."
-        )
-    if (kind := settings.get("cache_implementation")) not in EXACT_CACHES:
-        raise ValueError(f"cache_implementation is {kind!r}; speculative decoding keeps its own cache. Leave it unset.")
+    check_arguments(assistant_model, inputs, synced_gpus, tokenizer, assistant_tokenizer, settings)
     check_target(model)
     drafter, num_assistant_tokens = choose_drafter(
         model,
@@ -182,77 +160,3 @@ def generate(
             custom_generate=strategy,
             **kwargs,
         )
-
-
-def check_inputs(input_ids, kwargs: dict) -> None:
-    """Refuse inputs that drafting cannot start from.
-
-    Raises:
-        ValueError: with what was given and what was expected.
-    """
-    if kwargs.get("inputs_embeds") is not None:
-        raise ValueError("inputs_embeds is not supported: drafting needs the tokens of the prompt. Pass input_ids.")
-    if kwargs.get("past_key_values") is not None:
-        raise ValueError(
-            "past_key_values was passed; speculative decoding keeps its own cache and would leave nothing in yours. "
-            "Leave it unset."
-        )
-    if kwargs.get("token_healing"):
-        raise ValueError("token_healing is not supported; leave it unset.")
-    if input_ids is None:
-        return  # generate() starts from the BOS token
-    if not isinstance(input_ids, torch.Tensor) or input_ids.ndim != 2:
-        is_tensor = isinstance(input_ids, torch.Tensor)
-        given = f"has shape {tuple(input_ids.shape)}" if is_tensor else f"is a {type(input_ids).__name__}"
-        raise ValueError(f"input_ids {given}; expected a tensor of token ids, (batch, tokens).")
-    if not input_ids.numel():
-        raise ValueError(f"The batch is empty: input_ids has shape {tuple(input_ids.shape)}. Pass at least one prompt.")
-
-
-def choose_drafter(
-    model,
-    assistant_model,
-    num_assistant_tokens: int | None,
-    prompt_lookup_num_tokens: int | None = None,
-    max_matching_ngram_size: int | None = None,
-    prefill_chunk_size: int | None = None,
-) -> tuple[Drafter, int]:
-    """The drafter that a call means, and how many tokens it drafts each round.
-
-    `assistant_model` is a SpecFormer network, a causal LM, or an object that is a `Drafter` already.
-
-    Raises:
-        ValueError: none of them, more than one, or the drafter of another target.
-    """
-    assistant_model = unwrapped(assistant_model)
-    check_draft_length(num_assistant_tokens)
-    if num_assistant_tokens == 0:
-        return NoDrafter(), 0
-    if prompt_lookup_num_tokens is not None:
-        if assistant_model is not None:
-            raise ValueError("assistant_model and prompt_lookup_num_tokens were both given; pass one of them.")
-        check_draft_length(prompt_lookup_num_tokens, "prompt_lookup_num_tokens")
-        drafter = PromptLookupDrafter(max_matching_ngram_size or 2)
-        num_assistant_tokens = prompt_lookup_num_tokens
-    elif hasattr(assistant_model, "propose"):
-        drafter = assistant_model
-    elif hasattr(assistant_model, "borrow"):
-        drafter = SpecFormerDrafter(assistant_model, model)
-    elif isinstance(assistant_model, GenerationMixin):
-        drafter = AssistantDrafter(assistant_model, model, prefill_chunk_size)
-    elif assistant_model is None:
-        raise ValueError(
-            "Nothing was passed that drafts: give assistant_model=AutoModel.from_pretrained(<drafter>, "
-            "trust_remote_code=True), a smaller causal LM as assistant_model, or prompt_lookup_num_tokens; or "
-            "num_assistant_tokens=0 for plain decoding."
-        )
-    else:
-        raise ValueError(
-            f"assistant_model is a {type(assistant_model).__name__}; expected a SpecFormer drafter, loaded with "
-            "AutoModel.from_pretrained(<drafter>, trust_remote_code=True), or a causal LM."
-        )
-    if num_assistant_tokens is None:
-        num_assistant_tokens = drafter.default_num_assistant_tokens
-    if num_assistant_tokens == 0:
-        return NoDrafter(), 0
-    return drafter, min(num_assistant_tokens, drafter.max_draft_tokens)

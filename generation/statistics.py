@@ -38,8 +38,8 @@ class GenerationStatistics:
         self.seconds[part] = self.seconds.get(part, 0.0) + now - self._clock
         self._clock = now
 
-    def count(self, rows: list[int], drafted: int, outcome: list[list[int]], is_prompt: bool) -> None:
-        """Book one pass: `outcome` holds [accepted drafts, tokens added] of each of `rows`."""
+    def count(self, rows: list[int], drafted: int, outcome: list[tuple[int, int]], is_prompt: bool) -> None:
+        """Book one pass: `outcome` holds (accepted drafts, tokens added) of each of `rows`."""
         self.rounds += not is_prompt
         slots = max(drafted, len(self.drafted_per_slot))
         for counts in (self.drafted_per_slot, self.accepted_per_slot):

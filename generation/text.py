@@ -89,9 +89,9 @@ class Text:
     def write_ahead(self, places: list[int], ahead: int, drafts: torch.Tensor) -> None:
         """Show drafts[places, ahead] to processors that read the text. `append` writes over them."""
         self._reserve(drafts.shape[1] + 1)
-        for place in places:
-            row = self.rows[place]
-            self.ids[row, self.prompt_width + self.generated[row] + ahead] = drafts[place, ahead]
+        rows = [self.rows[place] for place in places]
+        columns = [self.prompt_width + self.generated[row] + ahead for row in rows]
+        self.ids[rows, columns] = drafts[places, ahead]
 
     def pad_stopped(self, tokens: torch.Tensor) -> torch.Tensor:
         """Tokens (R, n), the pad token in rows that have stopped."""
@@ -101,7 +101,7 @@ class Text:
         """Which of `tokens` (R, n) end their row, bool."""
         return self.rules.is_eos(tokens) & ~self.device_stopped[:, None]
 
-    def append(self, tokens: torch.Tensor, accepted: torch.Tensor) -> tuple[torch.Tensor, list[list[int]]]:
+    def append(self, tokens: torch.Tensor, accepted: torch.Tensor) -> tuple[torch.Tensor, list[tuple[int, int]]]:
         """Add each row's accepted drafts and the token behind them, as far as its stopping rules let it.
 
         Args:
@@ -109,7 +109,7 @@ class Text:
             accepted: how many of them were drafted, (R,), from 0 to q - 1.
 
         Returns:
-            Tokens added per row, (R,), on the device; and per row [accepted, added] for the host, padding left out.
+            Tokens added per row, (R,), on the device; and per row (accepted, added) for the host, padding left out.
             This is the one point of a round where the host waits for the device.
 
         Raises:
@@ -125,23 +125,21 @@ class Text:
         columns = self.prompt_width + self.device_generated[:, None] + offsets
         self.ids[self.device_rows[:, None], columns] = torch.where(offsets < counts[:, None], tokens, self.pad_token_id)
         missing = ((tokens == NO_TOKEN) & (offsets < counts[:, None])).any(dim=1)
-        host = to_host(torch.stack([accepted, counts, stopped.long(), missing.long()], dim=1))
-        if any(row[3] for row in host):
+        accepted, added, ended, missing = to_host(torch.stack([accepted, counts, stopped.long(), missing.long()]))
+        if any(missing):
             raise RuntimeError(
                 "A row cannot be sampled: its scores contain NaN or inf, or no token is left above -inf."
             )
-        before = [(self.generated[row], self.stopped_at[row]) for row in self.rows]
-        self._stop_rows(host)
-        for place, (row, (generated, _)) in enumerate(zip(self.rows, before, strict=True)):
-            if (added := self.generated[row] - generated) != host[place][1]:  # a criterion cut the row
-                counts[place] = host[place][1] = added
+        length_before = [self.generated[row] for row in self.rows]
+        is_padding = [self.rules.pads and self.stopped_at[row] is not None for row in self.rows]
+        self._stop_rows(added, ended)
+        for place, (row, before) in enumerate(zip(self.rows, length_before, strict=True)):
+            if (kept := self.generated[row] - before) != added[place]:  # a criterion cut the row
+                counts[place] = added[place] = kept
         self.device_generated = self.device_generated + counts
         self._stream()
-        outcome = [
-            [accepted, 0 if self.rules.pads and stopped_at is not None else added]
-            for (accepted, added, _, _), (_, stopped_at) in zip(host, before, strict=True)
-        ]
-        return counts, outcome
+        added = [0 if padding else count for count, padding in zip(added, is_padding, strict=True)]
+        return counts, list(zip(accepted, added, strict=True))
 
     def drop_finished(self) -> torch.Tensor | None:
         """When at least half of the carried rows have finished: the places of the others (R',), else `None`."""
@@ -168,12 +166,12 @@ class Text:
             filling = self.ids.new_full((self.batch_size, width - self.ids.shape[1]), self.pad_token_id)
             self.ids = torch.cat([self.ids, filling], dim=1)
 
-    def _stop_rows(self, host: list[list[int]]) -> None:
-        """Bring the host's view up to date with what one round added: [accepted, added, stopped by EOS, ...]."""
+    def _stop_rows(self, added: list[int], ended: list[int]) -> None:
+        """Bring the host's view up to date with what one round added to each row, and whether an EOS ended it."""
         before = list(self.generated)
-        for row, (_, added, ended, _) in zip(self.rows, host, strict=True):
-            self.generated[row] += added
-            if self.stopped_at[row] is None and (ended or self.generated[row] == self.max_new_tokens):
+        for row, count, end in zip(self.rows, added, ended, strict=True):
+            self.generated[row] += count
+            if self.stopped_at[row] is None and (end or self.generated[row] == self.max_new_tokens):
                 self.stopped_at[row] = self.generated[row]
         if self.rules.others:
             self._ask_other_criteria(before)

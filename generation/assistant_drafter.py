@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from contextlib import ExitStack
 
 import torch
@@ -10,7 +9,7 @@ import torch
 from .attention import usable_attention
 from .capabilities import check_target, input_device
 from .probe import probe_target
-from .target import prefill, verify
+from .target import prefill, prompt_arguments, verify
 
 DEFAULT_NUM_ASSISTANT_TOKENS = 4
 
@@ -65,10 +64,7 @@ class AssistantDrafter:
                 "Pass another assistant, or shorter prompts."
             )
         layout, input_ids = layout.to(self.device), self._known(input_ids)
-        mask = layout.mask()
-        kwargs = {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0), "logits_to_keep": 1}
-        if "logits_to_keep" not in inspect.signature(self.assistant.forward).parameters:
-            del kwargs["logits_to_keep"]
+        kwargs = prompt_arguments(self.assistant, layout)
         limit = min(max_length, last_position + width - layout.longest)
         _, self.cache = prefill(self.assistant, input_ids, layout, limit, 2, kwargs, self.chunk_size)
         self.newest = self._known(first_tokens)  # (R, 1), not read yet

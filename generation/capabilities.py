@@ -28,6 +28,7 @@ KNOWN_MODEL_KWARGS = {
 EXACT_CACHES = (None, "dynamic", "dynamic_full", "static", "hybrid")
 """Cache implementations that give the text of the default one, as the ragged cache does."""
 
+UNSET = (None, False, 1)
 OTHER_STRATEGIES = (
     "num_beams",
     "num_beam_groups",
@@ -140,6 +141,9 @@ def check_arguments(
         )
     if (kind := settings.get("cache_implementation")) not in EXACT_CACHES:
         raise ValueError(f"cache_implementation is {kind!r}; speculative decoding keeps its own cache. Leave it unset.")
+    chunk_size = settings.get("prefill_chunk_size")
+    if chunk_size is not None and (isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1):
+        raise ValueError(f"prefill_chunk_size is {chunk_size!r}; expected a positive number of tokens, or None.")
     if settings.get("token_healing"):
         raise ValueError("token_healing is not supported; leave it unset.")
     if synced_gpus:
@@ -156,6 +160,16 @@ def check_arguments(
         is_tensor = isinstance(input_ids, torch.Tensor)
         given = f"has shape {tuple(input_ids.shape)}" if is_tensor else f"is a {type(input_ids).__name__}"
         raise ValueError(f"input_ids {given}; expected a tensor of token ids, (batch, tokens).")
+    for name in ("attention_mask", "position_ids"):
+        value = settings.get(name)
+        if value is not None and getattr(value, "ndim", 2) <= 2 and tuple(value.shape) != tuple(input_ids.shape):
+            raise ValueError(
+                f"{name} has shape {tuple(value.shape)} and input_ids {tuple(input_ids.shape)}; expected one entry for "
+                "every token of the prompts."
+            )
+    mask = settings.get("attention_mask")
+    if mask is not None and mask.ndim == 2 and not bool(((mask == 0) | (mask == 1)).all()):
+        raise ValueError("attention_mask holds other values than 0 (padding) and 1 (tokens).")
     if not input_ids.numel():
         raise ValueError(f"The batch is empty: input_ids has shape {tuple(input_ids.shape)}. Pass at least one prompt.")
 
@@ -170,7 +184,7 @@ def check_call(model, layout: PromptLayout, generation_config: GenerationConfig,
     mode = generation_config.get_generation_mode()
     if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
         given = {name: getattr(generation_config, name, None) for name in OTHER_STRATEGIES}
-        given = ", ".join(f"{name}={value}" for name, value in given.items() if value not in (None, False, 1))
+        given = ", ".join(f"{name}={value}" for name, value in given.items() if value is True or value not in UNSET)
         raise ValueError(
             f"The settings ask for {mode.value.replace('_', ' ')} ({given}), and speculation is lossless for greedy "
             "search and sampling only. Set num_beams=1 and leave options of other strategies unset."

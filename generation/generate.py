@@ -60,6 +60,7 @@ def generate(
     num_assistant_tokens: int | None = None,
     acceptance: str = "match",
     seed: int | list[int] | None = None,
+    custom_generate=None,
     **kwargs,
 ):
     """Generate what `model.generate(...)` generates, with drafted tokens.
@@ -93,6 +94,11 @@ def generate(
     model = unwrapped(model)
     settings = CallSettings(kwargs, generation_config, model.generation_config)
     check_acceptance(acceptance, seed)
+    if custom_generate is not None:
+        raise ValueError(
+            "custom_generate was given to a function that is a generation strategy itself. Leave it unset, or call "
+            "model.generate(..., custom_generate=...) instead."
+        )
     check_arguments(assistant_model, inputs, synced_gpus, tokenizer, assistant_tokenizer, settings)
     check_target(model)
     drafter, num_assistant_tokens = choose_drafter(
@@ -112,7 +118,8 @@ def generate(
     if (stop_strings := settings.take("stop_strings")) is not None:
         if tokenizer is None:
             raise ValueError(f"stop_strings is {stop_strings!r}; pass tokenizer=... as well, to find them in the text.")
-        stopping_criteria.append(StopStringCriteria(tokenizer=tokenizer, stop_strings=stop_strings))
+        if not any(isinstance(criterion, StopStringCriteria) for criterion in stopping_criteria):
+            stopping_criteria.append(StopStringCriteria(tokenizer=tokenizer, stop_strings=stop_strings))
 
     def strategy(model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
         input_ids = input_ids.long()  # plain generate() takes int32 as well, and returns int64
@@ -124,6 +131,7 @@ def generate(
             StepOutputs(len(input_ids)) if getattr(wants, name, False) else None
             for name in ("output_logits", "output_scores")
         )
+        processors = Processors(logits_processor)
         pad_token = generation_config._pad_token_tensor
         text = Text(
             input_ids,
@@ -131,10 +139,11 @@ def generate(
             None if pad_token is None else int(pad_token),
             streamer,
             pads_through_model=logits is not None or scores is not None,
+            is_read=processors.need_prefix,
             scores=scores,
         )
         rule = acceptance_rule(acceptance, generation_config.do_sample, len(input_ids), input_ids.device, seed)
-        choice = TokenChoice(rule, Processors(logits_processor), text, prefix_function, logits, scores)
+        choice = TokenChoice(rule, processors, text, prefix_function, logits, scores)
         probe_target(model)
         chunk_size = generation_config.prefill_chunk_size
         statistics = decode(model, drafter, text, choice, layout, model_kwargs, num_assistant_tokens, chunk_size)

@@ -14,7 +14,7 @@ from transformers import DynamicCache
 from .attention import attention_of
 from .capabilities import UnsupportedTargetError, input_device
 from .prompt import PromptLayout
-from .target import prefill, verify
+from .target import prefill, prompt_arguments, verify
 
 _probed: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # model -> attention implementations that passed
 
@@ -47,8 +47,7 @@ def probe_target(model) -> None:
     kept = [block, 1]  # of the first block, so that the second one stands at another position in each row
     try:
         layout = PromptLayout.from_mask(mask, prompt)
-        kwargs = {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
-        _, cache = prefill(model, prompt, layout, width + 2 * block + 1, block, kwargs)
+        _, cache = prefill(model, prompt, layout, width + 2 * block + 1, block, prompt_arguments(model, layout))
         verify(model, cache, first)
         cache.advance(torch.tensor(kept, device=device), width + max(kept))
         ours = verify(model, cache, second).double()

@@ -64,6 +64,12 @@ class RaggedLayer(CacheLayerMixin):
         if self.is_initialized:
             self.keys, self.values = (buffer[index.to(self.device)] for buffer in (self.keys, self.values))
 
+    def replace_rows(self, index: torch.Tensor, other: RaggedLayer) -> None:
+        if other.is_initialized:
+            width = other.keys.shape[2] - 1
+            for buffer, states in ((self.keys, other.keys), (self.values, other.values)):
+                buffer[index.to(self.device), :, :width] = states[:, :, :width]
+
     def get_seq_length(self) -> int:
         return self.owner.longest
 
@@ -117,6 +123,17 @@ class RaggedCache(Cache):
         self.lengths, self.longest = self.lengths[index], longest
         for layer in self.layers:
             layer.select_rows(index)
+
+    def replace_rows(self, index: torch.Tensor, other: RaggedCache, longest: int) -> None:
+        """Put the rows of `other` in the place of rows `index` (N,); `longest` is the largest length that results."""
+        if other.capacity > self.capacity:
+            self.capacity = other.capacity
+            for layer in self.layers:
+                layer.resize(self.capacity)
+        for layer, theirs in zip(self.layers, other.layers, strict=True):
+            layer.replace_rows(index, theirs)
+        self.lengths = self.lengths.index_copy(0, index, other.lengths)
+        self.longest = longest
 
     def mask(self, position_ids: torch.Tensor, window: int | None = None, chunk: int | None = None) -> torch.Tensor:
         """Which slots the queries at `position_ids` (B, q) see, bool (B, 1, q, kv_length): themselves and what came

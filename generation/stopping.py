@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from transformers import EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria, StoppingCriteriaList
 
@@ -23,7 +25,8 @@ class StoppingRules:
         eos = [criterion.eos_token_id for criterion in criteria if type(criterion) is EosTokenCriteria]
         self.eos_token_ids = torch.cat([ids.flatten() for ids in eos]) if eos else None
         limits = [criterion.max_length for criterion in criteria if type(criterion) is MaxLengthCriteria]
-        self.max_length = max(min([max_length, *limits]), prompt_width + 1)
+        # A caller's MaxLengthCriteria takes the place of the one that generate() makes of max_length.
+        self.max_length = max(math.ceil(min(limits, default=max_length)), prompt_width + 1)
         self.timers = StoppingCriteriaList(c for c in criteria if isinstance(c, MaxTimeCriteria))
         self.others = StoppingCriteriaList(
             criterion

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import torch
 from transformers import DynamicCache
 
@@ -10,6 +12,16 @@ from .ragged_cache import RaggedCache, attention_masks
 
 FIRST_CAPACITY = 256
 """New tokens that the cache has room for at first. Not max_length: few texts get there."""
+
+
+def prompt_arguments(model, layout: PromptLayout) -> dict:
+    """What generate() would prepare for the prompt pass of a model: a mask, position ids, and no more logits than
+    needed."""
+    mask = layout.mask()
+    arguments = {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        arguments["logits_to_keep"] = 1
+    return arguments
 
 
 def prefill(

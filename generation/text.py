@@ -25,6 +25,7 @@ class Text:
         streamer: receives what plain generate() would put into it, in the same order.
         pads_through_model: whether rows that have stopped are carried on to the end of the text, their pad tokens fed
             to the target as plain generate() feeds them. That is needed where its scores of them are wanted.
+        is_read: whether processors read the text.
         scores: the processed scores of all steps, for criteria that look at them.
     """
 
@@ -35,10 +36,12 @@ class Text:
         pad_token_id: int | None,
         streamer=None,
         pads_through_model: bool = False,
+        is_read: bool = False,
         scores: StepOutputs | None = None,
     ):
         self.batch_size, self.prompt_width = input_ids.shape
         self.rules, self.streamer, self.scores = rules, streamer, scores
+        self.is_read = is_read
         self.leaves_when_stopped = rules.pads and not pads_through_model
         self.pad_token_id = 0 if pad_token_id is None else pad_token_id
         self.max_new_tokens = rules.max_length - self.prompt_width
@@ -49,6 +52,7 @@ class Text:
         self.finished = [False] * self.batch_size
         self.end: int | None = None  # generated tokens of the result, once that is known
         self.streamed = 0
+        self.answers: dict[tuple[int, int], bool] = {}  # (row, length): do other criteria stop it there?
         # the same on the device, for the rows that the passes carry
         self.device_rows = torch.arange(self.batch_size, device=input_ids.device)
         self.device_generated = torch.zeros_like(self.device_rows)
@@ -59,6 +63,17 @@ class Text:
     def limit(self) -> int:
         """New tokens after which no row goes on."""
         return self.max_new_tokens if self.end is None else self.end
+
+    def limit_of(self, row: int) -> int:
+        """New tokens after which this row does not go on yet.
+
+        Where plain generate() does not pad a row that has stopped, it writes into it for as long as other rows run,
+        which is not known further than one token ahead. What it would not write, processors must not see.
+        """
+        if not self.is_read or self.rules.pads or self.stopped_at[row] is None or self.end is not None:
+            return self.limit
+        running = (n for n, at in zip(self.generated, self.stopped_at, strict=True) if at is None)
+        return max(running) + 1
 
     @property
     def tokens_per_row(self) -> list[int]:
@@ -93,6 +108,21 @@ class Text:
         columns = [self.prompt_width + self.generated[row] + ahead for row in rows]
         self.ids[rows, columns] = drafts[places, ahead]
 
+    def not_stopped_ahead(self, places: list[int], ahead: int) -> list[int]:
+        """Those of `places` whose text, with what was written `ahead`, no stop string or custom criterion ends."""
+        if not self.rules.others:
+            return places
+        kept = []
+        for length in sorted({self.generated[self.rows[place]] for place in places}):
+            rows = [self.rows[place] for place in places if self.generated[self.rows[place]] == length]
+            rows = [row for row in rows if self.stopped_at[row] is None]
+            self.ask_other_criteria(rows, length + ahead + 1)
+        for place in places:
+            row = self.rows[place]
+            if self.stopped_at[row] is not None or not self.answers[row, self.generated[row] + ahead + 1]:
+                kept.append(place)
+        return kept
+
     def pad_stopped(self, tokens: torch.Tensor) -> torch.Tensor:
         """Tokens (R, n), the pad token in rows that have stopped."""
         return tokens.masked_fill(self.device_stopped[:, None], self.pad_token_id)
@@ -117,7 +147,10 @@ class Text:
         """
         width = tokens.shape[1]
         self._reserve(width)
-        counts = torch.minimum(accepted + 1, self.limit - self.device_generated)
+        room = self.limit - self.device_generated
+        if self.is_read and not self.rules.pads:
+            room = torch.tensor([self.limit_of(row) - self.generated[row] for row in self.rows], device=tokens.device)
+        counts = torch.minimum(accepted + 1, room.clamp(min=0))
         first_end = (~self.ends(tokens)).long().cumprod(dim=1).sum(dim=1)  # width where there is none
         stopped = first_end < counts
         counts = torch.minimum(counts, first_end + 1) * self.device_running
@@ -174,7 +207,8 @@ class Text:
             if self.stopped_at[row] is None and (end or self.generated[row] == self.max_new_tokens):
                 self.stopped_at[row] = self.generated[row]
         if self.rules.others:
-            self._ask_other_criteria(before)
+            self._ask_about_new_tokens(before)
+            self.answers.clear()
         if (self.end is None or not self.rules.pads) and self.rules.time_is_up(self.ids):
             # Rows that were cut by the clock end at the same column, as plain generate()'s do.
             cut = [
@@ -196,7 +230,15 @@ class Text:
             elif stopped and self.rules.pads:
                 self.device_stopped[place] = True
 
-    def _ask_other_criteria(self, before: list[int]) -> None:
+    def ask_other_criteria(self, rows: list[int], length: int) -> None:
+        """Note in `answers` whether stop strings and custom criteria stop rows at `length` new tokens."""
+        if all((row, length) in self.answers for row in rows):
+            return
+        scores = None if self.scores is None else self.scores.first(length)
+        is_done = self.rules.others(self.first_columns(length), scores).tolist()
+        self.answers.update({(row, length): is_done[row] for row in rows})
+
+    def _ask_about_new_tokens(self, before: list[int]) -> None:
         """Ask stop strings and custom criteria about every new token, shortest text first."""
         for length in sorted(
             {n for old, new in zip(before, self.generated, strict=True) for n in range(old + 1, new + 1)}
@@ -209,12 +251,11 @@ class Text:
             ]
             if not rows:
                 continue
-            scores = None if self.scores is None else self.scores.first(length)
-            is_done = self.rules.others(self.first_columns(length), scores).tolist()
+            self.ask_other_criteria(rows, length)
             for row in rows:
-                if is_done[row]:
+                if self.answers[row, length]:
                     self.stopped_at[row] = length
-                    if self.rules.pads:
+                    if self.rules.pads or self.is_read:
                         self.generated[row] = length
                         self.ids[row, self.prompt_width + length :] = self.pad_token_id
 

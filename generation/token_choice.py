@@ -97,7 +97,11 @@ class TokenChoice:
         text, width = self.text, logits.shape[1]
         tokens, accepted = torch.zeros_like(drafts), torch.zeros_like(drafts, dtype=torch.bool)
         full = logits.new_zeros(text.batch_size, logits.shape[-1])  # scores in the order of the original batch
-        live = [place for place, row in enumerate(text.rows) if text.is_running(row)]
+        live = [
+            place
+            for place, row in enumerate(text.rows)
+            if text.is_running(row) and text.generated[row] < text.limit_of(row)
+        ]
         for ahead in range(width):
             for length in sorted({text.generated[text.rows[place]] for place in live}):
                 places = [place for place in live if text.generated[text.rows[place]] == length]
@@ -116,7 +120,11 @@ class TokenChoice:
             accepted[:, ahead] |= text.device_stopped
             if ahead + 1 < width:
                 goes_on = (accepted[:, ahead] & ~text.ends(tokens[:, ahead : ahead + 1])[:, 0]).tolist()
-                room = text.limit - ahead - 1
-                live = [place for place in live if goes_on[place] and text.generated[text.rows[place]] < room]
+                live = [
+                    place
+                    for place, row in enumerate(text.rows)
+                    if place in live and goes_on[place] and text.generated[row] + ahead + 1 < text.limit_of(row)
+                ]
                 text.write_ahead(live, ahead, drafts)
+                live = text.not_stopped_ahead(live, ahead)
         return tokens, accepted

@@ -74,7 +74,12 @@ def check_stopped(full: Reference, **arguments) -> Reference:
     reference = plain(TARGET, BATCH, **arguments)
     statistics = check(TARGET, BATCH, reference, knowing(full), K, **arguments)
     new = reference.sequences.shape[1] - WIDTH
-    assert statistics.rounds == -(-(new - 1) // BLOCK), "not all drafts were accepted: the stops are not where we think"
+    rounds = -(-(new - 1) // BLOCK)
+    if arguments["eos_token_id"] is None and "no_repeat_ngram_size" in arguments:
+        # Rows that have stopped, but are not padded, do not run ahead where a processor reads them.
+        assert rounds <= statistics.rounds <= 2 * rounds + 2
+    else:
+        assert statistics.rounds == rounds, "not all drafts were accepted: the stops are not where we think"
     return reference
 
 
@@ -399,7 +404,9 @@ def test_max_time(seconds: Callable, drafter: type, sampling: dict, stop: str):
         assert streamer.calls == reference.streamed
         assert torch.equal(state, reference.generator_state)
     assert ends[0] == 1 and ends == sorted(ends)
-    if drafter is Oracle:
+    if stop == "criterion":
+        assert max(ends) > 5  # rows that have stopped do not run ahead of the others: there, rounds are shorter
+    elif drafter is Oracle:
         assert ends == [1, 6, 11, 16, 21]
     else:
         assert max(ends) < NEW_TOKENS and {offset(end) for end in ends[1:]} - {K}, "cut at the end of rounds only"
@@ -409,7 +416,7 @@ def test_max_time(seconds: Callable, drafter: type, sampling: dict, stop: str):
 
 
 def look_at_the_last_token_of_a_round(monkeypatch) -> None:
-    ask, is_eos = Text._ask_other_criteria, StoppingRules.is_eos
+    ask, is_eos = Text._ask_about_new_tokens, StoppingRules.is_eos
 
     def ask_at_the_end(self, before):
         ask(self, [max(old, new - 1) for old, new in zip(before, self.generated, strict=True)])
@@ -420,7 +427,7 @@ def look_at_the_last_token_of_a_round(monkeypatch) -> None:
             found[:, :-1] = False
         return found
 
-    monkeypatch.setattr(Text, "_ask_other_criteria", ask_at_the_end)
+    monkeypatch.setattr(Text, "_ask_about_new_tokens", ask_at_the_end)
     monkeypatch.setattr(StoppingRules, "is_eos", is_eos_at_the_end)
 
 
@@ -440,14 +447,14 @@ def stop_all_rows_together(monkeypatch) -> None:
         return done.any().expand(len(done))
 
     given = StoppingCriteriaList.__call__
-    ask = Text._ask_other_criteria
+    ask = Text._ask_about_new_tokens
 
     def ask_for_all(self, before):
         with monkeypatch.context() as patch:
             patch.setattr(StoppingCriteriaList, "__call__", fault)
             ask(self, before)
 
-    monkeypatch.setattr(Text, "_ask_other_criteria", ask_for_all)
+    monkeypatch.setattr(Text, "_ask_about_new_tokens", ask_for_all)
 
 
 def run_criteria(full_texts, name: str) -> None:

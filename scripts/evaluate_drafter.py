@@ -177,9 +177,7 @@ if __name__ == "__main__":
     what.add_argument("--assistant", help="a causal LM instead: folder or Hub id")
     what.add_argument("--assistant-layers", type=int, help="a causal LM of so many of the target's own layers instead")
     what.add_argument("--prompt-lookup", type=int, help="no model: copy so many tokens from the row's own text")
-    parser.add_argument(
-        "--strategy", default=str(ROOT), help="repository of the strategy; default: this one"
-    )
+    parser.add_argument("--strategy", default=str(ROOT), help="repository of the strategy; default: this one")
     parser.add_argument("--acceptance", default="match", choices=["match", "coupled", "rejection"])
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--max-new-tokens", type=int, default=64)

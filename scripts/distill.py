@@ -1,0 +1,298 @@
+"""Let a target answer prompts: the training data of its drafter.
+
+    python -m specformer.scripts.distill --prompts prompts.jsonl --output answers
+    accelerate launch -m specformer.scripts.distill --prompts <datasets id> --target <your model> --output answers
+
+--output becomes a folder that `datasets` reads: JSON lines of id, prompt_ids, response_ids and finished (whether the
+answer ended by itself), and a README.md with where they come from. Run the same command again after an interruption,
+with as many processes as you like: answers that are there are kept, those that are missing are made. An answer depends
+on its prompt and the settings alone, not on the batch or the order, so an interrupted run ends with the same answers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from specformer.generation.attention import usable_attention
+from specformer.generation.capabilities import check_target, input_device
+from specformer.generation.noise import HashedNoise
+from specformer.generation.probe import probe_target
+from specformer.generation.prompt import PromptLayout
+from specformer.generation.target import prefill, prompt_arguments, verify
+from specformer.generation.verification import sample_with_noise
+from specformer.scripts.prompts import encode, read_prompts
+from specformer.scripts.provenance import provenance
+
+
+@dataclass
+class Answer:
+    """One prompt and what the target has answered so far."""
+
+    index: int
+    prompt_ids: list[int]
+    response_ids: list[int] = field(default_factory=list)
+    finished: bool = False
+
+    def to_json(self) -> str:
+        row = {"id": self.index, "prompt_ids": self.prompt_ids}
+        row.update(response_ids=self.response_ids, finished=self.finished)
+        return json.dumps(row, separators=(",", ":"))
+
+
+class Answering:
+    """A batch of prompts that is refilled: the row of a finished answer is taken by the next prompt.
+
+    Args:
+        target: a causal LM.
+        batch_size: rows of the batch.
+        max_new_tokens: longest answer.
+        temperature: 0 takes the best token, otherwise tokens are sampled, with noise that depends on `seed`, the index
+            of the prompt and the position alone.
+    """
+
+    def __init__(self, target, batch_size: int, max_new_tokens: int, temperature: float = 0.0, seed: int = 0):
+        check_target(target)
+        self.target, self.device = target, input_device(target)
+        self.batch_size, self.max_new_tokens = batch_size, max_new_tokens
+        self.temperature, self.seed = temperature, seed
+        eos = target.generation_config.eos_token_id
+        self.eos_token_ids = set(eos if isinstance(eos, list) else [eos])
+
+    @torch.no_grad()
+    def run(self, prompts: Iterator[Answer]) -> Iterator[Answer]:
+        """Yield answers as they are complete."""
+        with usable_attention(self.target):
+            probe_target(self.target)
+            waiting = deque(prompts)
+            self.cache, self.rows = None, []  # rows: the Answer in each row of the batch, None where it is complete
+            while waiting or any(self.rows):
+                free = [place for place, answer in enumerate(self.rows) if answer is None]
+                if waiting and (not any(self.rows) or len(free) >= max(1, self.batch_size // 8)):
+                    count = len(free) if self.rows else self.batch_size
+                    admitted = [waiting.popleft() for _ in range(min(count, len(waiting)))]
+                    yield from self._admit(admitted, free)
+                elif len(free) > len(self.rows) // 2:
+                    self._drop(free)
+                if any(self.rows):
+                    yield from self._step()
+
+    def _admit(self, answers: list[Answer], free: list[int]) -> Iterator[Answer]:
+        """Read prompts into free rows, or into a new batch, and take their first tokens."""
+        width = max(len(answer.prompt_ids) for answer in answers)
+        missing = [width - len(answer.prompt_ids) for answer in answers]
+        ids = [[0] * pad + answer.prompt_ids for pad, answer in zip(missing, answers, strict=True)]
+        mask = [[0] * pad + [1] * (width - pad) for pad in missing]
+        input_ids, mask = torch.tensor(ids, device=self.device), torch.tensor(mask, device=self.device)
+        layout = PromptLayout.from_mask(mask, input_ids)
+        # A row may be taken by a longer prompt later, so the buffers' limit is the model's.
+        limit = getattr(self.target.config.get_text_config(decoder=True), "max_position_embeddings", None) or 2**20
+        arguments = prompt_arguments(self.target, layout)
+        logits, cache = prefill(self.target, input_ids, layout, max(limit, width + self.max_new_tokens), 1, arguments)
+        places = free[: len(answers)]
+        if self.cache is None or not self.rows:
+            self.cache, self.rows, places = cache, list(answers), list(range(len(answers)))
+            self.last = torch.zeros(len(answers), 1, dtype=torch.long, device=self.device)
+        else:
+            for place, answer in zip(places, answers, strict=True):
+                self.rows[place] = answer
+            self.cache.replace_rows(torch.tensor(places, device=self.device), cache, self._longest())
+        yield from self._take(logits[:, -1], places)
+
+    def _step(self) -> Iterator[Answer]:
+        """One more token for every row."""
+        logits = verify(self.target, self.cache, self.last)[:, -1]
+        running = torch.tensor([answer is not None for answer in self.rows], device=self.device)
+        self.cache.advance(running.long(), self._longest())
+        yield from self._take(logits, list(range(len(self.rows))))
+
+    def _take(self, logits: torch.Tensor, places: list[int]) -> Iterator[Answer]:
+        scores = logits.to(self.device, torch.float32)
+        if self.temperature:
+            answers = [self.rows[place] or Answer(0, []) for place in places]  # complete ones are only carried along
+            noise = HashedNoise([self.seed + answer.index for answer in answers], self.device)
+            steps = [len(answer.response_ids) for answer in answers]
+            noise = noise.gather(list(range(len(answers))), steps, scores.shape[-1])
+            tokens = sample_with_noise(scores / self.temperature, noise)
+        else:
+            tokens = scores.argmax(-1)
+        self.last[places, 0] = tokens
+        for place, token in zip(places, tokens.tolist(), strict=True):
+            if (answer := self.rows[place]) is None:
+                continue
+            answer.response_ids.append(token)
+            answer.finished = token in self.eos_token_ids
+            if answer.finished or len(answer.response_ids) == self.max_new_tokens:
+                self.rows[place] = None
+                yield answer
+
+    def _drop(self, free: list[int]) -> None:
+        """There is nothing left to fill rows with: carry on the running ones alone."""
+        kept = [place for place in range(len(self.rows)) if place not in set(free)]
+        self.rows = [self.rows[place] for place in kept]
+        index = torch.tensor(kept, device=self.device)
+        self.cache.select_rows(index, self._longest())
+        self.last = self.last[index]
+
+    def _longest(self) -> int:
+        """Tokens of the longest running row that the target has read once the newest ones are."""
+        lengths = [len(answer.prompt_ids) + len(answer.response_ids) for answer in self.rows if answer is not None]
+        return max(lengths, default=0)
+
+
+# ---- the folder of answers
+
+
+def read_answers(folder: Path) -> set[int]:
+    """Ids of the answers that are there. What an interruption left of a last line is cut off."""
+    done: set[int] = set()
+    for path in sorted(folder.glob("answers-*.jsonl")):
+        content = path.read_bytes()
+        whole = content[: content.rfind(b"\n") + 1]
+        if len(whole) < len(content):
+            with open(path, "r+b") as file:
+                file.truncate(len(whole))
+        done.update(json.loads(line)["id"] for line in whole.splitlines())
+    return done
+
+
+def check_settings(folder: Path, settings: dict) -> None:
+    """Note the settings that decide about the answers, or compare them with those of the run that began the folder.
+
+    Raises:
+        ValueError: they differ.
+        FileExistsError: the folder holds something else.
+    """
+    path = folder / "settings.json"
+    if path.exists():
+        before = json.loads(path.read_text())
+        different = [f"{name}: {before.get(name)!r} there, {settings[name]!r} now" for name in settings]
+        different = [line for line, name in zip(different, settings, strict=True) if before.get(name) != settings[name]]
+        if different:
+            raise ValueError(
+                f"{folder} was begun with other settings ({'; '.join(different)}). Name another folder, or repeat the "
+                "settings to go on."
+            )
+    elif folder.exists() and any(folder.iterdir()):
+        raise FileExistsError(f"{folder} exists and does not hold answers of this script; name another folder.")
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = folder / ".settings.json"
+        temporary.write_text(json.dumps(settings, indent=2) + "\n")
+        os.replace(temporary, path)
+
+
+def write_card(folder: Path, settings: dict) -> None:
+    """README.md: what `datasets` needs to know, and where the answers come from."""
+    files = sorted(folder.glob("answers-*.jsonl"))
+    rows = [json.loads(line) for path in files for line in path.read_text().splitlines()]
+    tokens = sum(len(row["response_ids"]) for row in rows)
+    ended = sum(row["finished"] for row in rows) / max(1, len(rows))
+    lines = [
+        "---",
+        "configs:",
+        "- config_name: default",
+        '  data_files: "answers-*.jsonl"',
+        "---",
+        f"{len(rows)} answers, {tokens} tokens, {ended:.1%} of them ended by the target itself.",
+        "",
+        "```json",
+        json.dumps({**settings, **provenance("specformer.scripts.distill")}, indent=2),
+        "```",
+    ]
+    (folder / "README.md").write_text("\n".join(lines) + "\n")
+
+
+def digest(value) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
+
+
+def main(arguments: argparse.Namespace) -> None:
+    from accelerate import PartialState
+    from specformer.scripts.fetch_target import HUB_ID, fetch_target
+    from tqdm import tqdm
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    prompts = read_prompts(arguments.prompts, arguments.limit)
+    process = PartialState()
+    name = arguments.target or str(fetch_target())
+    tokenizer = AutoTokenizer.from_pretrained(name, revision=arguments.revision)
+    encoded = [encode(tokenizer, [prompt])["input_ids"][0].tolist() for prompt in tqdm(prompts, desc="tokenize")]
+    kept = [index for index, ids in enumerate(encoded) if len(ids) <= arguments.max_prompt_tokens]
+    dtype = arguments.dtype or ("float32" if process.device.type == "cpu" else "bfloat16")
+    target = AutoModelForCausalLM.from_pretrained(name, revision=arguments.revision, dtype=getattr(torch, dtype))
+    target = target.eval().to(process.device)
+    settings = {
+        "target": arguments.target or HUB_ID,
+        "revision": getattr(target.config, "_commit_hash", None),
+        "dtype": dtype,
+        "chat_template": digest(tokenizer.chat_template),
+        "prompts": digest(encoded),
+        "max_prompt_tokens": arguments.max_prompt_tokens,
+        "prompts_left_out_as_longer": len(encoded) - len(kept),
+        "max_new_tokens": arguments.max_new_tokens,
+        "temperature": arguments.temperature,
+        "seed": arguments.seed,
+    }
+    done: set[int] = set()
+    if process.is_main_process:
+        check_settings(arguments.output, settings)
+        done = read_answers(arguments.output)
+    process.wait_for_everyone()
+    done = done or read_answers(arguments.output)
+    missing = [index for index in kept if index not in done]
+    mine = missing[process.process_index :: process.num_processes]
+    process.wait_for_everyone()  # nobody writes before everybody has read
+
+    answering = Answering(target, arguments.batch_size, arguments.max_new_tokens, arguments.temperature, arguments.seed)
+    path = arguments.output / f"answers-{process.process_index:05d}.jsonl"
+    progress = tqdm(total=len(mine), unit="answer", disable=not process.is_local_main_process)
+    tokens = 0
+    try:
+        with open(path, "a") as file:
+            for answer in answering.run(Answer(index, encoded[index]) for index in mine):
+                file.write(answer.to_json() + "\n")
+                file.flush()
+                tokens += len(answer.response_ids)
+                elapsed = progress.format_dict["elapsed"] or 1.0
+                progress.set_postfix_str(f"{tokens / elapsed:.0f} tokens/s", refresh=False)
+                progress.update()
+    except OSError as error:
+        raise RuntimeError(
+            f"{path} could not be written ({error}). The answers so far are safe; free some space and run the same "
+            "command again."
+        ) from error
+    progress.close()
+    process.wait_for_everyone()
+    if process.is_main_process:
+        write_card(arguments.output, settings)
+        print(f"{len(kept)} answers in {arguments.output}")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prompts", required=True, help="jsonl file or datasets id")
+    parser.add_argument("--output", type=Path, required=True, help="folder for the answers; begun or gone on with")
+    parser.add_argument("--target", help="folder or Hub id; default: the one of fetch_target")
+    parser.add_argument("--revision", help="branch, tag or commit of the target")
+    parser.add_argument("--limit", type=int, help="only the first so many prompts")
+    parser.add_argument("--max-prompt-tokens", type=int, default=512, help="longer prompts are left out")
+    parser.add_argument("--max-new-tokens", type=int, default=256)
+    parser.add_argument("--batch-size", type=int, default=32, help="rows of each process; hundreds on a GPU")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    parser.add_argument("--seed", type=int, default=0, help="of sampling")
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16", "float16"], help="default: float32 on a CPU, else bf16"
+    )
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main(parse())

@@ -1,0 +1,190 @@
+"""Distillation: every prompt is answered once, as plain generate() answers it alone, whatever happens on the way."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from architectures import make_target
+from exactness import choose_eos
+from specformer.scripts import distill
+from specformer.scripts.distill import Answer, Answering, check_settings, read_answers
+from tiny import EOS, VOCAB, llama
+
+NEW_TOKENS = 20
+
+
+def prompts(count: int = 23, seed: int = 5) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, 12, (count,), generator=generator).tolist()
+    return [torch.randint(EOS + 1, VOCAB, (length,), generator=generator).tolist() for length in lengths]
+
+
+def answer_all(target, batch_size: int, indices=None, **settings) -> dict[int, list[int]]:
+    texts = prompts()
+    answering = Answering(target, batch_size, NEW_TOKENS, **settings)
+    answers = list(answering.run(Answer(index, texts[index]) for index in indices or range(len(texts))))
+    assert len({answer.index for answer in answers}) == len(answers) == len(indices or texts)
+    for answer in answers:
+        assert answer.prompt_ids == texts[answer.index]
+        assert answer.finished == (answer.response_ids[-1] == target.generation_config.eos_token_id)
+        assert answer.finished or len(answer.response_ids) == NEW_TOKENS
+    return {answer.index: answer.response_ids for answer in answers}
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2", "mistral-sliding"])
+def test_answers_are_those_of_plain_generate(name: str):
+    target = make_target(name, seed=3)
+
+    def plain_answers() -> dict[int, list[int]]:
+        answers = {}
+        for index, ids in enumerate(prompts()):
+            ids = torch.tensor([ids])
+            text = target.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS)
+            answers[index] = text[0, ids.shape[1] :].tolist()
+        return answers
+
+    target.generation_config.eos_token_id = None
+    lines = torch.tensor(list(plain_answers().values()))
+    target.generation_config.eos_token_id = choose_eos(lines, 0)
+    expected = plain_answers()
+    assert len({len(answer) for answer in expected.values()}) > 2  # some end by themselves, at different places
+    for batch_size in (1, 4, 8, 64):
+        assert answer_all(target, batch_size) == expected
+
+
+def test_sampled_answers_depend_on_prompt_and_seed_alone():
+    target = llama()
+    expected = answer_all(target, 4, temperature=1.2)
+    assert answer_all(target, 9, temperature=1.2) == expected
+    assert answer_all(target, 3, list(range(22, 8, -1)), temperature=1.2) == {
+        index: expected[index] for index in range(9, 23)
+    }
+    assert answer_all(target, 4, temperature=1.2, seed=1) != expected
+    assert answer_all(target, 4) != expected
+
+
+def test_rows_are_refilled(monkeypatch):
+    """A finished row does not wait for the others: few passes, and all of them full until the prompts run out."""
+    target, carried = llama(), []
+    verify = distill.verify
+    monkeypatch.setattr(distill, "verify", lambda *args: carried.append(len(args[2])) or verify(*args))
+    answers = answer_all(target, 8)
+    waited = sum(sorted(map(len, answers.values()))[-3:])  # batches of 8 that wait for their longest row
+    assert len(carried) < waited
+    assert carried[0] == 8
+    assert carried == sorted(carried, reverse=True)  # rows leave at the end only
+
+
+# ---- the folder
+
+
+def test_what_an_interruption_left_is_cut_off(tmp_path: Path):
+    whole = [Answer(index, [7], [8, 9], True).to_json() for index in range(3)]
+    for number, tail in enumerate(("", '{"id":9,"prompt', "\x00\x00")):
+        path = tmp_path / f"answers-{number:05d}.jsonl"
+        path.write_text("\n".join(whole) + "\n" + tail)
+        assert read_answers(tmp_path) == {0, 1, 2}
+        assert path.read_text() == "\n".join(whole) + "\n"
+
+
+def test_other_settings_are_refused(tmp_path: Path):
+    folder = tmp_path / "answers"
+    check_settings(folder, dict(target="a", seed=0))
+    check_settings(folder, dict(target="a", seed=0))
+    with pytest.raises(ValueError, match=r"seed: 0 there, 1 now"):
+        check_settings(folder, dict(target="a", seed=1))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="another folder"):
+        check_settings(tmp_path / "other", dict(target="a"))
+
+
+# ---- the command
+
+
+@pytest.fixture
+def saved_target(tmp_path: Path) -> Path:
+    from test_callers import tiny_tokenizer
+
+    folder = tmp_path / "target"
+    target = llama(torch.float32)
+    target.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def command(target: Path, tmp_path: Path, *options: str) -> list[str]:
+    prompt_file = tmp_path / "prompts.jsonl"
+    if not prompt_file.exists():
+        words = [" ".join(f"w{6 + (index * 7 + step) % 58}" for step in range(1 + index % 9)) for index in range(40)]
+        prompt_file.write_text("\n".join(json.dumps({"prompt": text}) for text in words) + "\n")
+    arguments = ["--prompts", prompt_file, "--target", target, "--batch-size", "4", "--max-new-tokens", "24"]
+    return [sys.executable, "-m", "specformer.scripts.distill", *map(str, arguments), *options]
+
+
+def run(*args, **options) -> subprocess.CompletedProcess:
+    environment = dict(os.environ, OMP_NUM_THREADS="1")
+    return subprocess.run(command(*args), env=environment, capture_output=True, text=True, timeout=300, **options)
+
+
+def rows_of(folder: Path) -> list[dict]:
+    files = sorted(folder.glob("answers-*.jsonl"))
+    return sorted((json.loads(line) for path in files for line in path.read_text().splitlines()), key=lambda r: r["id"])
+
+
+def test_command(saved_target: Path, tmp_path: Path):
+    output = tmp_path / "answers"
+    arguments = (saved_target, tmp_path, "--output", str(output))
+    done = run(*arguments)
+    assert done.returncode == 0, done.stderr
+    rows = rows_of(output)
+    assert [row["id"] for row in rows] == list(range(40))
+    assert "data_files" in (output / "README.md").read_text()
+    again = run(*arguments)
+    assert again.returncode == 0, again.stderr
+    assert rows_of(output) == rows  # nothing was left to do
+    datasets = pytest.importorskip("datasets")
+    loaded = datasets.load_dataset(str(output), split="train", cache_dir=str(tmp_path / "cache"))
+    assert sorted(loaded["id"]) == list(range(40))
+    assert loaded.column_names == ["id", "prompt_ids", "response_ids", "finished"]
+    other = run(*arguments, "--temperature", "1.0")
+    assert other.returncode != 0
+    assert "begun with other settings (temperature: 0.0 there, 1.0 now)" in other.stderr
+    assert rows_of(output) == rows
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(2))
+def test_killed_at_random_moments(seed: int, saved_target: Path, tmp_path: Path):
+    """SIGKILL, again and again: nothing is lost or doubled, and the answers are those of a run that was left alone."""
+    generator = torch.Generator().manual_seed(seed)
+    calm, killed = tmp_path / "calm", tmp_path / "killed"
+    assert run(saved_target, tmp_path, "--output", str(calm), "--temperature", "1.1").returncode == 0
+    arguments = command(saved_target, tmp_path, "--output", str(killed), "--temperature", "1.1", "--batch-size", "2")
+    kills = 0
+    for _ in range(12):
+        before = len(rows_of(killed)) if killed.exists() else 0
+        process = subprocess.Popen(
+            arguments, env=dict(os.environ, OMP_NUM_THREADS="1"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        wanted = before + int(torch.randint(1, 12, (), generator=generator))
+        while process.poll() is None:
+            lines = sum(path.read_bytes().count(b"\n") for path in killed.glob("answers-*.jsonl"))
+            if lines >= wanted:
+                time.sleep(float(torch.rand((), generator=generator)) * 0.02)
+                process.send_signal(signal.SIGKILL)
+                break
+            time.sleep(0.002)
+        if process.wait() == 0:
+            break
+        kills += 1
+    assert kills >= 2
+    assert rows_of(killed) == rows_of(calm)

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -30,6 +29,7 @@ from specformer.generation.target import prefill, prompt_arguments, verify
 from specformer.generation.verification import sample_with_noise
 from specformer.scripts.prompts import encode, read_prompts
 from specformer.scripts.provenance import provenance
+from specformer.scripts.runs import begin_or_go_on
 
 
 @dataclass
@@ -163,32 +163,6 @@ def read_answers(folder: Path) -> set[int]:
     return done
 
 
-def check_settings(folder: Path, settings: dict) -> None:
-    """Note the settings that decide about the answers, or compare them with those of the run that began the folder.
-
-    Raises:
-        ValueError: they differ.
-        FileExistsError: the folder holds something else.
-    """
-    path = folder / "settings.json"
-    if path.exists():
-        before = json.loads(path.read_text())
-        different = [f"{name}: {before.get(name)!r} there, {settings[name]!r} now" for name in settings]
-        different = [line for line, name in zip(different, settings, strict=True) if before.get(name) != settings[name]]
-        if different:
-            raise ValueError(
-                f"{folder} was begun with other settings ({'; '.join(different)}). Name another folder, or repeat the "
-                "settings to go on."
-            )
-    elif folder.exists() and any(folder.iterdir()):
-        raise FileExistsError(f"{folder} exists and does not hold answers of this script; name another folder.")
-    else:
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / ".settings.json"
-        temporary.write_text(json.dumps(settings, indent=2) + "\n")
-        os.replace(temporary, path)
-
-
 def write_card(folder: Path, settings: dict) -> None:
     """README.md: what `datasets` needs to know, and where the answers come from."""
     files = sorted(folder.glob("answers-*.jsonl"))
@@ -243,7 +217,7 @@ def main(arguments: argparse.Namespace) -> None:
     }
     done: set[int] = set()
     if process.is_main_process:
-        check_settings(arguments.output, settings)
+        begin_or_go_on(arguments.output, settings)
         done = read_answers(arguments.output)
     process.wait_for_everyone()
     done = done or read_answers(arguments.output)

@@ -1,275 +1,207 @@
 """Train a drafter for a causal LM on the target's own answers.
 
-    python -m specformer.scripts.train --data answers.jsonl --output runs/drafter
+    python -m specformer.scripts.train --data answers --output runs/drafter
+    accelerate launch -m specformer.scripts.train --data answers --output runs/drafter --mixed-precision bf16
 
-Each line of --data is {"prompt_ids": [...], "response_ids": [...]}, tokens of the target: what it answered, not what
-somebody else wrote. The target stays frozen and its hidden states are computed on the fly. The loss is the paper's:
-cross-entropy of every slot at every response position (arXiv 2511.20340, section 3).
-
-A first, simple trainer on accelerate: one run from start to end, saved after every epoch.
+--data is what specformer.scripts.distill wrote: what the target answered, not what somebody else wrote. The target
+stays frozen and its hidden states are computed on the fly. The loss is the paper's: cross-entropy of every slot at every
+response position (arXiv 2511.20340, section 3). Run the same command again after an interruption: it goes on from the
+last whole checkpoint, with the losses of a run that was left alone. The best checkpoint by tokens per target pass on
+held-out answers ends up in --output, ready for AutoModel.from_pretrained.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import shutil
-import time
 from pathlib import Path
 
 import torch
 from specformer.configuration_specformer import SpecFormerConfig
 from specformer.modeling_specformer import BorrowedTarget, SpecFormerModel
+from specformer.scripts.answers import Answers
+from specformer.scripts.losses import drafter_loss, slot_labels
+from specformer.scripts.offline import drafter_config, evaluate_offline, summarise, teacher_forced_states
 from specformer.scripts.provenance import provenance
-from torch import nn
-from torch.nn import functional
+from specformer.scripts.runs import begin_or_go_on
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments, set_seed
 
-IGNORED = -100
+WHOLE = "whole"
+"""Marks a checkpoint that was written to its end."""
 
 
-class HeadCrossEntropy(torch.autograd.Function):
-    """Sum of cross-entropies through a frozen LM head, whose logits are never held for more than one chunk.
+class DrafterTrainer(Trainer):
+    """The Trainer on a drafter; the frozen target stays outside of it.
 
-    The gradient with respect to the states is taken while each chunk's logits exist, so that plain `loss.backward()`
-    needs neither the logits nor a second pass through the head.
+    Args:
+        borrowed: the target.
+        draft_lengths: numbers of drafted tokens to evaluate; the last one decides which checkpoint is the best.
     """
 
-    @staticmethod
-    def forward(ctx, states: torch.Tensor, labels: torch.Tensor, logits_of, chunk_size: int) -> torch.Tensor:
-        precise = torch.promote_types(states.dtype, torch.float32)
-        total = torch.zeros((), dtype=precise, device=states.device)
-        gradients = torch.empty_like(states)
-        for start in range(0, len(states), chunk_size):
-            with torch.enable_grad():
-                chunk = states[start : start + chunk_size].detach().requires_grad_()
-                logits = logits_of(chunk).to(precise)
-                loss = functional.cross_entropy(logits, labels[start : start + chunk_size], reduction="sum")
-            gradients[start : start + chunk_size] = torch.autograd.grad(loss, chunk)[0]
-            total += loss.detach()
-        ctx.save_for_backward(gradients)
-        return total
+    def __init__(self, *args, borrowed: BorrowedTarget, draft_lengths: list[int], **kwargs):
+        super().__init__(*args, **kwargs)
+        self.borrowed, self.draft_lengths = borrowed, draft_lengths
+        self.model_accepts_loss_kwargs = False  # the loss is a mean over each micro-batch
 
-    @staticmethod
-    def backward(ctx, upstream: torch.Tensor):
-        (gradients,) = ctx.saved_tensors
-        return gradients * upstream, None, None, None
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        with self.compute_loss_context_manager():
+            states = teacher_forced_states(model, self.borrowed, inputs)
+        labels = slot_labels(inputs["labels"], drafter_config(model).num_draft_tokens)
+        return drafter_loss(states, labels, self.borrowed)
 
-
-def slot_labels(labels: torch.Tensor, num_slots: int) -> torch.Tensor:
-    """Label of slot j at position n is token n + 2 + j: (B, T) -> (B, T, D), IGNORED past the end."""
-    padded = functional.pad(labels, (0, num_slots + 1), value=IGNORED)
-    return torch.stack([padded[:, 2 + j : 2 + j + labels.shape[1]] for j in range(num_slots)], dim=2)
-
-
-def drafter_loss(
-    draft_hidden_states: torch.Tensor, labels: torch.Tensor, borrowed: BorrowedTarget, chunk_size: int = 512
-) -> torch.Tensor:
-    """Mean cross-entropy over all labelled slots. `draft_hidden_states` (B, T, D, d), `labels` (B, T, D)."""
-    kept = labels != IGNORED
-    count = kept.sum().clamp(min=1)
-    return HeadCrossEntropy.apply(draft_hidden_states[kept], labels[kept], borrowed.logits, chunk_size) / count
-
-
-class Answers(torch.utils.data.Dataset):
-    """Prompts and answers as token ids; the labels cover the answers only."""
-
-    def __init__(self, path: Path, max_length: int):
-        self.rows = []
-        with open(path) as file:
-            for number, line in enumerate(file, 1):
-                try:
-                    row = json.loads(line)
-                    prompt, response = row["prompt_ids"], row["response_ids"]
-                    if not all(
-                        isinstance(ids, list) and all(type(i) is int for i in ids) for ids in (prompt, response)
-                    ):
-                        raise TypeError("token ids are lists of integers")
-                except (ValueError, KeyError, TypeError) as error:
-                    raise ValueError(
-                        f"{path}, line {number}: expected {{'prompt_ids': [...], 'response_ids': [...]}}, got "
-                        f"{line[:80]!r} ({type(error).__name__}: {error})."
-                    ) from error
-                if response:
-                    tokens, labels = prompt + response, [IGNORED] * len(prompt) + response
-                    self.rows.append((tokens[:max_length], labels[:max_length]))
-        if not self.rows:
-            raise ValueError(f"{path} holds no answers.")
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int):
-        return self.rows[index]
-
-    @staticmethod
-    def collate(rows) -> dict[str, torch.Tensor]:
-        """Right-pad to the longest row: causal attention never lets padding reach a real position."""
-        width = max(len(tokens) for tokens, _ in rows)
-
-        def stack(lists, fill):
-            return torch.tensor([[*values, *[fill] * (width - len(values))] for values in lists])
-
-        return {
-            "input_ids": stack([tokens for tokens, _ in rows], 0),
-            "labels": stack([labels for _, labels in rows], IGNORED),
-            "attention_mask": stack([[1] * len(tokens) for tokens, _ in rows], 0),
-        }
-
-
-def teacher_forced_states(drafter: nn.Module, borrowed: BorrowedTarget, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Drafts of every position from one pass of the target over whole texts: (B, T, D, d)."""
-    with torch.no_grad(), borrowed:
-        borrowed.target.base_model(
-            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
+        """Offline figures over the held-out answers, each process taking its share."""
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        share = torch.utils.data.Subset(
+            dataset, range(self.accelerator.process_index, len(dataset), self.accelerator.num_processes)
         )
-        hidden_states = borrowed.take_hidden_states()
-    anchors = None
-    if drafter_config(drafter).use_anchor_token:
-        with torch.no_grad():
-            anchors = borrowed.embed(functional.pad(batch["input_ids"][:, 1:], (0, 1)))
-    return drafter(hidden_states, anchors).draft_hidden_states
+        loader = torch.utils.data.DataLoader(share, self.args.per_device_eval_batch_size, collate_fn=Answers.collate)
+        self.model.eval()
+        with self.compute_loss_context_manager():
+            sums = evaluate_offline(self.model, self.borrowed, loader, self.draft_lengths)
+        self.model.train()
+        sums = self.accelerator.reduce(sums.float().to(self.args.device))
+        figures = summarise(sums, self.draft_lengths)
+        figures["tokens_per_pass"] = figures[f"tokens_per_pass_k{self.draft_lengths[-1]}"]
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in figures.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
 
 
-def drafter_config(drafter: nn.Module) -> SpecFormerConfig:
-    return getattr(drafter, "module", drafter).config
+class MarkWholeCheckpoints(TrainerCallback):
+    def on_save(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / WHOLE).touch()
 
 
-@torch.no_grad()
-def slot_accuracy(drafter: nn.Module, borrowed: BorrowedTarget, loader) -> tuple[float, list[float]]:
-    """Mean loss, and the share of positions at which each slot's first choice is the label, over `loader`."""
-    slots = drafter_config(drafter).num_draft_tokens
-    hits, counts, loss, batches = torch.zeros(slots), torch.zeros(slots), 0.0, 0
-    for batch in loader:
-        states, labels = teacher_forced_states(drafter, borrowed, batch), slot_labels(batch["labels"], slots)
-        loss, batches = loss + float(drafter_loss(states, labels, borrowed)), batches + 1
-        for slot in range(slots):
-            kept = labels[..., slot] != IGNORED
-            choices = borrowed.logits(states[..., slot, :][kept]).argmax(-1)
-            hits[slot] += (choices == labels[..., slot][kept]).sum().cpu()
-            counts[slot] += kept.sum().cpu()
-    return loss / batches, (hits / counts.clamp(min=1)).tolist()
+def last_whole_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint that was written to its end; the remains of others are removed."""
+    whole = []
+    for checkpoint in folder.glob("checkpoint-*"):
+        if (checkpoint / WHOLE).exists():
+            whole.append(checkpoint)
+        else:
+            shutil.rmtree(checkpoint)
+    return max(whole, key=lambda path: int(path.name.split("-")[1]), default=None)
 
 
-def main(arguments: argparse.Namespace) -> None:
-    from accelerate import Accelerator
-    from accelerate.utils import set_seed
-    from specformer.scripts.fetch_target import fetch_target
-    from tqdm import tqdm
-    from transformers import AutoModelForCausalLM, get_cosine_schedule_with_warmup
-
-    if arguments.output.exists() and not (arguments.output / "training.json").exists():
-        raise FileExistsError(
-            f"{arguments.output} exists and is not a drafter that this script made; name another folder."
-        )
-    set_seed(arguments.seed)
-    accelerator = Accelerator(mixed_precision=arguments.mixed_precision)
-    name = arguments.target or str(fetch_target())
-    target = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).eval().requires_grad_(False)
-    target.to(accelerator.device)
-
-    # ---- the drafter
+def make_drafter(target, arguments: argparse.Namespace) -> SpecFormerModel:
+    """A new drafter for the target, with its final norm taken over."""
     overrides = {
         key: getattr(arguments, key)
         for key in ("num_draft_tokens", "intermediate_size", "default_num_assistant_tokens")
         if getattr(arguments, key) is not None
     }
-    overrides["target_name_or_path"] = arguments.target_id or name
+    overrides["target_name_or_path"] = arguments.target_id or target.name_or_path
     make = SpecFormerConfig.paper if arguments.paper else SpecFormerConfig.from_target_config
     drafter = SpecFormerModel(make(target.config, **overrides))
     drafter.init_from_target(target)
-    borrowed = drafter.borrow(target)
+    return drafter
 
-    # ---- data: the last rows are held out
+
+def main(arguments: argparse.Namespace) -> None:
+    from specformer.scripts.fetch_target import HUB_ID, fetch_target
+
+    if arguments.target is None:
+        arguments.target, arguments.target_id = str(fetch_target()), arguments.target_id or HUB_ID
     answers = Answers(arguments.data, arguments.max_length)
-    held_out = min(arguments.held_out, len(answers) // 5)
-    train_set = torch.utils.data.Subset(answers, range(len(answers) - held_out))
-    eval_set = torch.utils.data.Subset(answers, range(len(answers) - held_out, len(answers)))
-    train_loader = torch.utils.data.DataLoader(
-        train_set, batch_size=arguments.batch_size, shuffle=True, collate_fn=Answers.collate
+    held_out = max(1, min(arguments.held_out, len(answers) // 5))
+    if len(answers) < 2:
+        raise ValueError(f"{arguments.data} holds {len(answers)} answer; at least 2 are needed, one to evaluate on.")
+    output = arguments.output
+    training = TrainingArguments(
+        output_dir=str(output),
+        per_device_train_batch_size=arguments.batch_size,
+        per_device_eval_batch_size=arguments.batch_size,
+        gradient_accumulation_steps=arguments.accumulation,
+        num_train_epochs=arguments.epochs,
+        learning_rate=arguments.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=0.04,
+        weight_decay=0.01,
+        adam_beta2=0.95,
+        max_grad_norm=1.0,
+        bf16=arguments.mixed_precision == "bf16",
+        fp16=arguments.mixed_precision == "fp16",
+        seed=arguments.seed,
+        logging_steps=arguments.logging_steps,
+        eval_strategy="steps",
+        save_strategy="steps",
+        eval_steps=1 / arguments.evaluations,
+        save_steps=1 / arguments.evaluations,
+        save_total_limit=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_tokens_per_pass",
+        greater_is_better=True,
+        report_to=arguments.report_to,
+        remove_unused_columns=False,
+        label_names=["labels"],
     )
-    eval_loader = torch.utils.data.DataLoader(eval_set, batch_size=arguments.batch_size, collate_fn=Answers.collate)
+    with training.main_process_first():
+        places = ("output", "report_to", "logging_steps")
+        settings = {name: value for name, value in vars(arguments).items() if name not in places}
+        begin_or_go_on(output, {name: str(value) for name, value in settings.items()})
+        resume_from = last_whole_checkpoint(output) if training.process_index == 0 else None
+    set_seed(arguments.seed)
 
-    # ---- optimisation
-    decayed = [parameter for parameter in drafter.parameters() if parameter.ndim > 1]
-    others = [parameter for parameter in drafter.parameters() if parameter.ndim <= 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}],
-        lr=arguments.learning_rate,
-        betas=(0.9, 0.95),
+    dtype = "bfloat16" if training.bf16 and training.device.type != "cpu" else "float32"
+    target = AutoModelForCausalLM.from_pretrained(arguments.target, dtype=getattr(torch, dtype))
+    target = target.eval().requires_grad_(False).to(training.device)
+    drafter = make_drafter(target, arguments)
+    order = torch.randperm(len(answers), generator=torch.Generator().manual_seed(arguments.seed)).tolist()
+    slots = drafter.config.num_draft_tokens
+    trainer = DrafterTrainer(
+        model=drafter,
+        args=training,
+        data_collator=Answers.collate,
+        train_dataset=torch.utils.data.Subset(answers, order[held_out:]),
+        eval_dataset=torch.utils.data.Subset(answers, order[:held_out]),
+        callbacks=[MarkWholeCheckpoints()],
+        borrowed=drafter.borrow(target),
+        draft_lengths=sorted({min(4, slots), min(7, slots), slots}),
     )
-    steps = arguments.epochs * math.ceil(len(train_set) / arguments.batch_size / accelerator.num_processes)
-    scheduler = get_cosine_schedule_with_warmup(optimizer, max(1, steps // 25), steps)
-    drafter, optimizer, train_loader, eval_loader = accelerator.prepare(drafter, optimizer, train_loader, eval_loader)
+    trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
 
-    log = {
-        **provenance("specformer.scripts.train"),
-        "parameters": sum(parameter.numel() for parameter in drafter.parameters()),
-        "answer_tokens": sum(sum(label != IGNORED for label in labels) for _, labels in train_set),
-        "epochs": [],
-    }
-    started = time.monotonic()
-    progress = tqdm(total=steps, disable=not accelerator.is_local_main_process, unit="step")
-    for epoch in range(arguments.epochs):
-        drafter.train()
-        running = None
-        for batch in train_loader:
-            states = teacher_forced_states(drafter, borrowed, batch)
-            labels = slot_labels(batch["labels"], drafter_config(drafter).num_draft_tokens)
-            loss = drafter_loss(states, labels, borrowed)
-            accelerator.backward(loss)
-            accelerator.clip_grad_norm_(drafter.parameters(), 1.0)
-            optimizer.step()
-            scheduler.step()
-            optimizer.zero_grad()
-            value = float(loss.detach())
-            running = value if running is None else 0.95 * running + 0.05 * value
-            progress.set_postfix(loss=f"{running:.3f}", refresh=False)
-            progress.update()
-        drafter.eval()
-        eval_loss, accuracy = slot_accuracy(drafter, borrowed, eval_loader) if held_out else (None, None)
-        log["epochs"].append(
-            {
-                "epoch": epoch + 1,
-                "train_loss": running,
-                "held_out_loss": eval_loss,
-                "held_out_accuracy_per_slot": accuracy,
-                "minutes": (time.monotonic() - started) / 60,
-            }
+    if trainer.is_world_process_zero():
+        log = {
+            **provenance("specformer.scripts.train"),
+            "settings": json.loads((output / "settings.json").read_text()),
+            "parameters": sum(parameter.numel() for parameter in drafter.parameters()),
+            "answers": len(answers) - held_out,
+            "answer_tokens": answers.num_answer_tokens,
+            "held_out_answers": held_out,
+            "steps": trainer.state.global_step,
+            "best": {"step": trainer.state.best_global_step, "tokens_per_pass": trainer.state.best_metric},
+            "history": trainer.state.log_history,
+        }
+        drafter.to(getattr(torch, arguments.save_dtype)).save_pretrained(output)
+        (output / "training.json").write_text(json.dumps(log, indent=2) + "\n")
+        print(
+            f"The drafter is in {output}: {trainer.state.best_metric:.3f} tokens per target pass on held-out answers."
         )
-        if accelerator.is_main_process:
-            progress.write(json.dumps(log["epochs"][-1]))
-            save(accelerator.unwrap_model(drafter), arguments.output, arguments.save_dtype, log)
-    progress.close()
-
-
-def save(drafter: SpecFormerModel, folder: Path, dtype: str, log: dict) -> None:
-    """Write a loadable folder; the one of the last epoch is there until the new one is whole."""
-    temporary = folder.with_name(f".{folder.name}.new")
-    shutil.rmtree(temporary, ignore_errors=True)
-    stored = SpecFormerModel(drafter.config).to(getattr(torch, dtype))
-    stored.load_state_dict(drafter.state_dict())
-    stored.save_pretrained(temporary)
-    (temporary / "training.json").write_text(json.dumps(log, indent=2) + "\n")
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="jsonl of prompt_ids and response_ids")
-    parser.add_argument("--output", type=Path, required=True, help="folder for the drafter; replaced")
+    parser.add_argument("--data", type=Path, required=True, help="folder of distill, or a jsonl file")
+    parser.add_argument("--output", type=Path, required=True, help="folder for the drafter; begun or gone on with")
     parser.add_argument("--target", help="folder or Hub id of the target; default: the one of fetch_target")
     parser.add_argument("--target-id", help="name of the target to record, where --target is a folder")
     parser.add_argument("--paper", action="store_true", help="the paper's inputs: no anchor token")
     parser.add_argument("--num-draft-tokens", type=int)
     parser.add_argument("--default-num-assistant-tokens", type=int)
     parser.add_argument("--intermediate-size", type=int)
-    parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--batch-size", type=int, default=4, help="texts per step and process")
+    parser.add_argument("--epochs", type=float, default=3)
+    parser.add_argument("--batch-size", type=int, default=8, help="texts per step and process")
+    parser.add_argument("--accumulation", type=int, default=1, help="micro-batches per step")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--max-length", type=int, default=1024)
-    parser.add_argument("--held-out", type=int, default=32, help="texts kept for evaluation")
+    parser.add_argument("--max-length", type=int, default=1024, help="tokens of a text; what is longer is cut")
+    parser.add_argument("--held-out", type=int, default=64, help="texts kept for evaluation, a fifth of all at most")
+    parser.add_argument("--evaluations", type=int, default=10, help="evaluations and checkpoints, evenly over the run")
+    parser.add_argument("--logging-steps", type=int, default=10)
+    parser.add_argument("--report-to", default="none", help="tracker of the Trainer: tensorboard, wandb, ...")
     parser.add_argument("--mixed-precision", default="no", choices=["no", "fp16", "bf16"])
     parser.add_argument("--save-dtype", default="bfloat16", choices=["float32", "bfloat16"])
     parser.add_argument("--seed", type=int, default=0)

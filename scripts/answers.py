@@ -1,0 +1,75 @@
+"""The target's answers as training data."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from specformer.scripts.losses import IGNORED
+
+
+class Answers(torch.utils.data.Dataset):
+    """Prompts and answers as token ids; the labels cover the answers only.
+
+    Args:
+        source: a JSON-lines file of {"prompt_ids": [...], "response_ids": [...]}, or a folder with `answers-*.jsonl`,
+            as `distill` writes it.
+        max_length: tokens of one text; what is longer is cut.
+
+    Raises:
+        FileNotFoundError: there are no such files.
+        ValueError: a line that is none of that, or no answer at all; the message has file and line.
+    """
+
+    def __init__(self, source: Path, max_length: int):
+        self.rows: list[tuple[torch.Tensor, int]] = []  # tokens, and how many of them are the prompt
+        paths = sorted(source.glob("answers-*.jsonl")) if source.is_dir() else [source]
+        if not paths:
+            raise FileNotFoundError(f"{source} holds no answers-*.jsonl; make them with specformer.scripts.distill.")
+        for path in paths:
+            with open(path) as file:
+                for number, line in enumerate(file, 1):
+                    prompt, response = parse(line, f"{path}, line {number}")
+                    if response and len(prompt) < max_length:
+                        self.rows.append((torch.tensor((prompt + response)[:max_length]), len(prompt)))
+        if not self.rows:
+            raise ValueError(f"{source} holds no answers.")
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens and labels, (T,) each."""
+        tokens, prompt_length = self.rows[index]
+        labels = tokens.clone()
+        labels[:prompt_length] = IGNORED
+        return tokens, labels
+
+    @property
+    def num_answer_tokens(self) -> int:
+        return sum(len(tokens) - prompt_length for tokens, prompt_length in self.rows)
+
+    @staticmethod
+    def collate(rows) -> dict[str, torch.Tensor]:
+        """Right-pad to the longest row: causal attention never lets padding reach a real position."""
+        pad = torch.nn.utils.rnn.pad_sequence
+        return {
+            "input_ids": pad([tokens for tokens, _ in rows], batch_first=True),
+            "labels": pad([labels for _, labels in rows], batch_first=True, padding_value=IGNORED),
+            "attention_mask": pad([torch.ones_like(tokens) for tokens, _ in rows], batch_first=True),
+        }
+
+
+def parse(line: str, place: str) -> tuple[list[int], list[int]]:
+    try:
+        row = json.loads(line)
+        prompt, response = row["prompt_ids"], row["response_ids"]
+        if not all(isinstance(ids, list) and all(type(token) is int for token in ids) for ids in (prompt, response)):
+            raise TypeError("token ids are lists of integers")
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{place}: expected {{'prompt_ids': [...], 'response_ids': [...]}}, got {line[:80]!r} "
+            f"({type(error).__name__}: {error})."
+        ) from error
+    return prompt, response

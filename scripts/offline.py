@@ -1,0 +1,99 @@
+"""What a drafter would do on given answers, exactly, from one teacher-forced pass of the target.
+
+The drafts of all positions are known at once. Greedy decoding takes the answer itself, so the walk that decoding makes
+can be read off: accept slots while they match, add the target's own token, go on from there.
+"""
+
+from __future__ import annotations
+
+import torch
+from specformer.configuration_specformer import SpecFormerConfig
+from specformer.modeling_specformer import BorrowedTarget
+from specformer.scripts.losses import IGNORED, drafter_loss, slot_labels
+from torch import nn
+from torch.nn import functional
+
+
+def drafter_config(drafter: nn.Module) -> SpecFormerConfig:
+    return getattr(drafter, "module", drafter).config
+
+
+def teacher_forced_states(drafter: nn.Module, borrowed: BorrowedTarget, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Drafts of every position from one pass of the target over whole texts: (B, T, D, d)."""
+    dtype = next(drafter.parameters()).dtype
+    with torch.no_grad(), borrowed:
+        borrowed.target.base_model(
+            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
+        )
+        hidden_states = borrowed.take_hidden_states().to(dtype)
+    anchors = None
+    if drafter_config(drafter).use_anchor_token:
+        with torch.no_grad():
+            anchors = borrowed.embed(functional.pad(batch["input_ids"][:, 1:], (0, 1))).to(dtype)
+    return drafter(hidden_states, anchors).draft_hidden_states
+
+
+def walk(matches: list[int], first: int, length: int, num_assistant_tokens: int) -> list[int]:
+    """Drafts accepted in each pass of greedy decoding.
+
+    Args:
+        matches: how many leading slots are right at each position of the text.
+        first: position of the answer's first token, which the prompt pass writes.
+        length: tokens of the answer.
+    """
+    accepted, written = [], 1
+    while written < length:
+        read = first + written - 2  # the target has read all but the newest token
+        count = min(matches[read], num_assistant_tokens, length - written - 1)
+        accepted.append(count)
+        written += count + 1
+    return accepted
+
+
+@torch.no_grad()
+def evaluate_offline(drafter: nn.Module, borrowed: BorrowedTarget, loader, draft_lengths: list[int]) -> torch.Tensor:
+    """Sums over `loader`, to be added up over processes and read by `summarise`.
+
+    A vector: batches, loss; positions and hits of each slot; tokens, passes of each draft length.
+    """
+    slots = drafter_config(drafter).num_draft_tokens
+    device = borrowed.device
+    head = torch.zeros(2, dtype=torch.float64)
+    counts, hits = torch.zeros(slots, dtype=torch.float64), torch.zeros(slots, dtype=torch.float64)
+    decoded = torch.zeros(len(draft_lengths), 2, dtype=torch.float64)
+    for batch in loader:
+        batch = {name: values.to(device) for name, values in batch.items()}
+        states, labels = teacher_forced_states(drafter, borrowed, batch), slot_labels(batch["labels"], slots)
+        head += torch.tensor([1.0, float(drafter_loss(states, labels, borrowed))])
+        right = torch.zeros_like(labels, dtype=torch.bool)
+        for slot in range(slots):
+            kept = labels[..., slot] != IGNORED
+            choices = borrowed.logits(states[..., slot, :][kept].to(borrowed.target.dtype)).argmax(-1)
+            right[..., slot][kept] = choices == labels[..., slot][kept]
+            counts[slot] += kept.sum().cpu()
+        hits += right.sum(dim=(0, 1)).cpu()
+        matches = right.long().cumprod(dim=2).sum(dim=2).tolist()
+        answer = batch["labels"] != IGNORED
+        for row, first, length in zip(matches, answer.long().argmax(1).tolist(), answer.sum(1).tolist(), strict=True):
+            for place, k in enumerate(draft_lengths):
+                if length > 1:
+                    passes = len(walk(row, first, length, k))
+                    decoded[place] += torch.tensor([length - 1, passes], dtype=torch.float64)
+    return torch.cat([head, counts, hits, decoded.flatten()])
+
+
+def summarise(sums: torch.Tensor, draft_lengths: list[int]) -> dict[str, float]:
+    """Loss, share of right choices per slot, and tokens per target pass of greedy decoding per draft length."""
+    sums = sums.double().cpu()
+    slots = (len(sums) - 2 - 2 * len(draft_lengths)) // 2
+    counts, hits = sums[2 : 2 + slots], sums[2 + slots : 2 + 2 * slots]
+    decoded = sums[2 + 2 * slots :].view(-1, 2)
+    accuracy = (hits / counts.clamp(min=1)).tolist()
+    return {
+        "loss": float(sums[1] / sums[0].clamp(min=1)),
+        **{f"accuracy_slot_{slot}": value for slot, value in enumerate(accuracy)},
+        **{
+            f"tokens_per_pass_k{k}": float(tokens / passes.clamp(min=1))
+            for k, (tokens, passes) in zip(draft_lengths, decoded, strict=True)
+        },
+    }

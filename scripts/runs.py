@@ -1,0 +1,40 @@
+"""Output folders of long runs: begun once, gone on with after an interruption, never mixed up."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+
+def begin_or_go_on(folder: Path, settings: dict) -> bool:
+    """Note the settings that decide about a run, or compare them with those that began the folder.
+
+    Returns:
+        Whether the folder had been begun before.
+
+    Raises:
+        ValueError: the settings differ.
+        FileExistsError: the folder holds something else.
+    """
+    path = folder / "settings.json"
+    if path.exists():
+        before = json.loads(path.read_text())
+        different = "; ".join(
+            f"{name}: {before.get(name)!r} there, {value!r} now"
+            for name, value in json.loads(json.dumps(settings)).items()
+            if before.get(name) != value
+        )
+        if different:
+            raise ValueError(
+                f"{folder} was begun with other settings ({different}). Name another folder, or repeat the settings to "
+                "go on."
+            )
+        return True
+    if folder.exists() and any(folder.iterdir()):
+        raise FileExistsError(f"{folder} exists and was not made by this script; name another folder.")
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / ".settings.json"
+    temporary.write_text(json.dumps(settings, indent=2) + "\n")
+    os.replace(temporary, path)
+    return False

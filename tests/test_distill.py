@@ -15,7 +15,8 @@ import torch
 from architectures import make_target
 from exactness import choose_eos
 from specformer.scripts import distill
-from specformer.scripts.distill import Answer, Answering, check_settings, read_answers
+from specformer.scripts.distill import Answer, Answering, read_answers
+from specformer.scripts.runs import begin_or_go_on
 from tiny import EOS, VOCAB, llama
 
 NEW_TOKENS = 20
@@ -97,14 +98,14 @@ def test_what_an_interruption_left_is_cut_off(tmp_path: Path):
 
 def test_other_settings_are_refused(tmp_path: Path):
     folder = tmp_path / "answers"
-    check_settings(folder, dict(target="a", seed=0))
-    check_settings(folder, dict(target="a", seed=0))
+    begin_or_go_on(folder, dict(target="a", seed=0))
+    begin_or_go_on(folder, dict(target="a", seed=0))
     with pytest.raises(ValueError, match=r"seed: 0 there, 1 now"):
-        check_settings(folder, dict(target="a", seed=1))
+        begin_or_go_on(folder, dict(target="a", seed=1))
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.txt").write_text("mine")
     with pytest.raises(FileExistsError, match="another folder"):
-        check_settings(tmp_path / "other", dict(target="a"))
+        begin_or_go_on(tmp_path / "other", dict(target="a"))
 
 
 # ---- the command

@@ -10,7 +10,8 @@ import pytest
 import torch
 from specformer import SpecFormerConfig, SpecFormerModel, generate
 from specformer.scripts import train
-from specformer.scripts.train import IGNORED, Answers
+from specformer.scripts.answers import Answers
+from specformer.scripts.losses import IGNORED
 from tiny import llama, ragged_batch
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from specformer.generation.generate import generate
 from specformer.scripts.fetch_target import HUB_ID, fetch_target
 from specformer.scripts.prompts import encode, read_prompts
 from specformer.scripts.provenance import provenance
@@ -79,12 +80,11 @@ def evaluate(target, tokenizer, drafting: dict, prompts: list[str], arguments: a
         torch.manual_seed(start)
         plain = target.generate(**batch, **settings)
         torch.manual_seed(start)
-        output = target.generate(
+        output = generate(
+            target,
             **batch,
             **settings,
             **drafting,
-            custom_generate=arguments.strategy,
-            trust_remote_code=True,
             acceptance=arguments.acceptance,
             return_dict_in_generate=True,
         )
@@ -177,7 +177,6 @@ if __name__ == "__main__":
     what.add_argument("--assistant", help="a causal LM instead: folder or Hub id")
     what.add_argument("--assistant-layers", type=int, help="a causal LM of so many of the target's own layers instead")
     what.add_argument("--prompt-lookup", type=int, help="no model: copy so many tokens from the row's own text")
-    parser.add_argument("--strategy", default=str(ROOT), help="repository of the strategy; default: this one")
     parser.add_argument("--acceptance", default="match", choices=["match", "coupled", "rejection"])
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--max-new-tokens", type=int, default=64)

@@ -54,7 +54,7 @@ def walk(matches: list[int], first: int, length: int, num_assistant_tokens: int)
 def evaluate_offline(drafter: nn.Module, borrowed: BorrowedTarget, loader, draft_lengths: list[int]) -> torch.Tensor:
     """Sums over `loader`, to be added up over processes and read by `summarise`.
 
-    A vector: batches, loss; positions and hits of each slot; tokens, passes of each draft length.
+    A vector: labels, their loss; positions and hits of each slot; tokens, passes of each draft length.
     """
     slots = drafter_config(drafter).num_draft_tokens
     device = borrowed.device
@@ -64,11 +64,13 @@ def evaluate_offline(drafter: nn.Module, borrowed: BorrowedTarget, loader, draft
     for batch in loader:
         batch = {name: values.to(device) for name, values in batch.items()}
         states, labels = teacher_forced_states(drafter, borrowed, batch), slot_labels(batch["labels"], slots)
-        head += torch.tensor([1.0, float(drafter_loss(states, labels, borrowed))])
+        count = int((labels != IGNORED).sum())
+        head += torch.tensor([count, count * float(drafter_loss(states, labels, borrowed))])
         right = torch.zeros_like(labels, dtype=torch.bool)
         for slot in range(slots):
             kept = labels[..., slot] != IGNORED
-            choices = borrowed.logits(states[..., slot, :][kept].to(borrowed.target.dtype)).argmax(-1)
+            drafted = states[..., slot, :][kept].to(borrowed.target.dtype)
+            choices = torch.cat([borrowed.logits(chunk).argmax(-1) for chunk in drafted.split(1024)])
             right[..., slot][kept] = choices == labels[..., slot][kept]
             counts[slot] += kept.sum().cpu()
         hits += right.sum(dim=(0, 1)).cpu()

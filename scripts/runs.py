@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -31,10 +33,22 @@ def begin_or_go_on(folder: Path, settings: dict) -> bool:
                 "go on."
             )
         return True
-    if folder.exists() and any(folder.iterdir()):
+    temporary = folder / ".settings.json"
+    if folder.exists() and any(path != temporary for path in folder.iterdir()):
         raise FileExistsError(f"{folder} exists and was not made by this script; name another folder.")
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / ".settings.json"
     temporary.write_text(json.dumps(settings, indent=2) + "\n")
     os.replace(temporary, path)
     return False
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Say what to do when `path` cannot be written. torch and safetensors report a full disk each in its own way."""
+    try:
+        yield
+    except Exception as error:
+        raise RuntimeError(
+            f"{path} could not be written ({error}). What was there before is safe; free some space and run the same "
+            "command again."
+        ) from error

@@ -24,11 +24,12 @@ from specformer.scripts.answers import Answers
 from specformer.scripts.losses import drafter_loss, slot_labels
 from specformer.scripts.offline import drafter_config, evaluate_offline, summarise, teacher_forced_states
 from specformer.scripts.provenance import provenance
-from specformer.scripts.runs import begin_or_go_on
-from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments, set_seed
+from specformer.scripts.runs import begin_or_go_on, writing
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainerState, TrainingArguments, set_seed
 
 WHOLE = "whole"
 """Marks a checkpoint that was written to its end."""
+CHECKPOINTS = "checkpoint-[0-9]*"
 
 
 class DrafterTrainer(Trainer):
@@ -69,17 +70,33 @@ class DrafterTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def _save_checkpoint(self, model, trial):
+        """Mark the checkpoint when all of it is there, and only then remove those that are neither it nor the best."""
+        folder, newest = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
+        with writing(folder / newest):
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.is_world_process_zero():
+                (folder / newest / WHOLE).touch()
+        if self.is_world_process_zero():
+            for checkpoint in folder.glob(CHECKPOINTS):
+                if checkpoint.name not in (newest, f"checkpoint-{self.state.best_global_step}"):
+                    (checkpoint / WHOLE).unlink()
+                    shutil.rmtree(checkpoint)
 
-class MarkWholeCheckpoints(TrainerCallback):
-    def on_save(self, args, state, control, **kwargs):
-        if state.is_world_process_zero:
-            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / WHOLE).touch()
+
+class EvaluateCheckpoints(TrainerCallback):
+    """Every checkpoint is evaluated, the last one too, and no logged loss spans one."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if control.should_save:
+            control.should_log = control.should_evaluate = True
 
 
 def last_whole_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint that was written to its end; the remains of others are removed."""
     whole = []
-    for checkpoint in folder.glob("checkpoint-*"):
+    for checkpoint in folder.glob(CHECKPOINTS):
         if (checkpoint / WHOLE).exists():
             whole.append(checkpoint)
         else:
@@ -127,23 +144,20 @@ def main(arguments: argparse.Namespace) -> None:
         fp16=arguments.mixed_precision == "fp16",
         seed=arguments.seed,
         logging_steps=arguments.logging_steps,
-        eval_strategy="steps",
         save_strategy="steps",
-        eval_steps=1 / arguments.evaluations,
-        save_steps=1 / arguments.evaluations,
-        save_total_limit=2,
-        load_best_model_at_end=True,
+        save_steps=min(1 / arguments.evaluations, 1 - 1e-9),  # a share of all steps; 1 would mean every step
         metric_for_best_model="eval_tokens_per_pass",
         greater_is_better=True,
         report_to=arguments.report_to,
         remove_unused_columns=False,
         label_names=["labels"],
     )
-    with training.main_process_first():
+    with training.main_process_first(local=False):
         places = ("output", "report_to", "logging_steps")
         settings = {name: value for name, value in vars(arguments).items() if name not in places}
+        settings.update(answers=len(answers), answer_tokens=answers.num_answer_tokens, processes=training.world_size)
         begin_or_go_on(output, {name: str(value) for name, value in settings.items()})
-        resume_from = last_whole_checkpoint(output) if training.process_index == 0 else None
+        resume_from = last_whole_checkpoint(output)
     set_seed(arguments.seed)
 
     dtype = "bfloat16" if training.bf16 and training.device.type != "cpu" else "float32"
@@ -158,13 +172,17 @@ def main(arguments: argparse.Namespace) -> None:
         data_collator=Answers.collate,
         train_dataset=torch.utils.data.Subset(answers, order[held_out:]),
         eval_dataset=torch.utils.data.Subset(answers, order[:held_out]),
-        callbacks=[MarkWholeCheckpoints()],
+        callbacks=[EvaluateCheckpoints()],
         borrowed=drafter.borrow(target),
         draft_lengths=sorted({min(4, slots), min(7, slots), slots}),
     )
-    trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+    if resume_from:
+        trainer.state = TrainerState.load_from_json(str(resume_from / "trainer_state.json"))
+    if not resume_from or trainer.state.global_step < trainer.state.max_steps:
+        trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
 
     if trainer.is_world_process_zero():
+        state = trainer.state
         log = {
             **provenance("specformer.scripts.train"),
             "settings": json.loads((output / "settings.json").read_text()),
@@ -172,15 +190,15 @@ def main(arguments: argparse.Namespace) -> None:
             "answers": len(answers) - held_out,
             "answer_tokens": answers.num_answer_tokens,
             "held_out_answers": held_out,
-            "steps": trainer.state.global_step,
-            "best": {"step": trainer.state.best_global_step, "tokens_per_pass": trainer.state.best_metric},
-            "history": trainer.state.log_history,
+            "steps": state.global_step,
+            "best": {"step": state.best_global_step, "tokens_per_pass": state.best_metric},
+            "history": [entry for entry in state.log_history if "train_runtime" not in entry],  # of one session only
         }
-        drafter.to(getattr(torch, arguments.save_dtype)).save_pretrained(output)
-        (output / "training.json").write_text(json.dumps(log, indent=2) + "\n")
-        print(
-            f"The drafter is in {output}: {trainer.state.best_metric:.3f} tokens per target pass on held-out answers."
-        )
+        best = output / f"checkpoint-{state.best_global_step}"
+        with writing(output):
+            SpecFormerModel.from_pretrained(best, dtype=getattr(torch, arguments.save_dtype)).save_pretrained(output)
+            (output / "training.json").write_text(json.dumps(log, indent=2) + "\n")
+        print(f"The drafter is in {output}: {state.best_metric:.3f} tokens per target pass on held-out answers.")
 
 
 def parse() -> argparse.Namespace:

@@ -1,0 +1,75 @@
+"""Draw what the JSON files say.
+
+python -m specformer.scripts.plots runs/drafter/training.json          # training.png beside it
+python -m specformer.scripts.plots benchmarks/results/mt_bench_*.json  # acceptance.png beside the first one
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+
+def training_curves(log: dict, path: Path) -> None:
+    """Loss and tokens per target pass over the steps of one training run."""
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    history = log["history"]
+    for axes, name, label in ((left, "loss", "training"), (left, "eval_loss", "held out")):
+        points = [(entry["step"], entry[name]) for entry in history if name in entry]
+        axes.plot(*zip(*points, strict=True), label=label)
+    left.set(xlabel="optimiser step", ylabel="cross-entropy per slot (nats)", title="Loss")
+    left.legend()
+    lengths = sorted({name for entry in history for name in entry if name.startswith("eval_tokens_per_pass_k")})
+    for name in lengths:
+        points = [(entry["step"], entry[name]) for entry in history if name in entry]
+        right.plot(*zip(*points, strict=True), marker="o", label=f"{name.rsplit('k', 1)[1]} drafted a round")
+    right.set(xlabel="optimiser step", ylabel="tokens per target pass", title="Held-out answers, greedy")
+    right.legend()
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def acceptance(results: list[dict], path: Path) -> None:
+    """Share of rounds in which each draft slot was accepted, the slots before it included."""
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    for result in results:
+        regime, shares = result["regime"], result["acceptance_per_slot"]
+        label = f"{regime['drafter']}, {regime['decoding']}"
+        if regime["decoding"] != "greedy":
+            label += f", {regime['acceptance']}"
+        axes.plot(range(1, len(shares) + 1), shares, marker="o", label=label)
+    axes.set(xlabel="draft slot", ylabel="accepted, with all before it", ylim=(0, 1))
+    axes.set_xticks(range(1, 1 + max(len(result["acceptance_per_slot"]) for result in results)))
+    axes.legend(fontsize="small")
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def main(paths: list[Path]) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    decoded = []
+    for path in paths:
+        content = json.loads(path.read_text())
+        if "history" in content:
+            training_curves(content, path.with_name("training.png"))
+            print(path.with_name("training.png"))
+        elif "acceptance_per_slot" in content:
+            decoded.append(content)
+        else:
+            raise ValueError(f"{path} is neither a training log nor a result of evaluate_drafter.")
+    if decoded:
+        acceptance(decoded, paths[0].with_name("acceptance.png"))
+        print(paths[0].with_name("acceptance.png"))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", type=Path, nargs="+")
+    main(parser.parse_args().files)

@@ -1,0 +1,98 @@
+"""Make the default drafter, from prompts to model.safetensors.
+
+    python -m specformer.scripts.reproduce --prompts train_prompts.jsonl --evaluate mt_bench.jsonl --output runs/default
+
+Answers of the target, training, and an evaluation at 4 and 7 drafted tokens, one after the other. With a GPU this is
+the recipe of the default drafter; without one a reduced form that takes hours and gives a weaker drafter. Every step
+goes on where it was, so the command may be stopped at any moment and run again; --minutes stops it by itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+RECIPES = {
+    "gpu": {
+        "distill": ["--batch-size", "768", "--max-new-tokens", "256"],
+        "train": [
+            *("--epochs", "4", "--batch-size", "64", "--learning-rate", "1e-3", "--max-length", "768"),
+            *("--num-draft-tokens", "8", "--default-num-assistant-tokens", "4", "--mixed-precision", "bf16"),
+            *("--held-out", "512", "--evaluations", "12", "--logging-steps", "50"),
+        ],
+        "evaluate": ["--batch-size", "40", "--dtype", "bfloat16", "--max-new-tokens", "256"],
+    },
+    "cpu": {
+        "distill": ["--batch-size", "32", "--max-new-tokens", "192", "--limit", "3000", "--max-prompt-tokens", "256"],
+        "train": [
+            *("--epochs", "2", "--batch-size", "8", "--learning-rate", "1e-3", "--max-length", "448"),
+            *("--num-draft-tokens", "4", "--default-num-assistant-tokens", "2", "--held-out", "64"),
+        ],
+        "evaluate": ["--batch-size", "8", "--max-new-tokens", "64"],
+    },
+}
+OUT_OF_TIME = 75
+"""Exit status after --minutes: run the same command again."""
+
+
+def commands(arguments: argparse.Namespace) -> list[list[str]]:
+    """The steps, each a module of specformer.scripts and its arguments."""
+    recipe = RECIPES[arguments.recipe]
+    target = ["--target", arguments.target] if arguments.target else []
+    answers, drafter = str(arguments.output / "answers"), str(arguments.output / "drafter")
+    steps = [["distill", "--prompts", arguments.prompts, "--output", answers, *target, *recipe["distill"]]]
+    name = ["--target-id", arguments.target_id] if arguments.target_id else []
+    steps.append(["train", "--data", answers, "--output", drafter, *target, *name, *recipe["train"]])
+    for prompts in arguments.evaluate:
+        for k in ("4", "7"):
+            result = arguments.output / f"{Path(prompts).stem}_k{k}.json"
+            options = ["--drafter", drafter, "--num-assistant-tokens", k, "--output", str(result)]
+            steps.append(["evaluate_drafter", "--prompts", prompts, *options, *target, *recipe["evaluate"]])
+    return steps
+
+
+def is_done(step: list[str]) -> bool:
+    """Whether a step has left what it leaves at its very end."""
+    output = Path(step[step.index("--output") + 1])
+    return {"distill": output / "README.md", "train": output / "training.json"}.get(step[0], output).exists()
+
+
+def main(arguments: argparse.Namespace) -> int:
+    deadline = time.monotonic() + 60 * arguments.minutes if arguments.minutes else None
+    for step in commands(arguments):
+        if is_done(step):
+            continue
+        print("specformer.scripts." + " ".join(step), flush=True)
+        process = subprocess.Popen([sys.executable, "-m", f"specformer.scripts.{step[0]}", *step[1:]])
+        try:
+            status = process.wait(None if deadline is None else max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()  # every step is safe to kill
+            process.wait()
+            print("Time is up; run the same command again to go on.")
+            return OUT_OF_TIME
+        if status:
+            return status
+    print(f"The drafter is in {arguments.output / 'drafter'}.")
+    return 0
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prompts", required=True, help="jsonl file or datasets id")
+    parser.add_argument("--output", type=Path, required=True, help="folder for everything; begun or gone on with")
+    parser.add_argument("--evaluate", nargs="*", default=[], help="prompt files to evaluate on; never train on them")
+    parser.add_argument("--target", help="folder or Hub id; default: the one of fetch_target")
+    parser.add_argument("--target-id", help="name of the target to record, where --target is a folder")
+    parser.add_argument("--recipe", choices=sorted(RECIPES), default="gpu" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--minutes", type=float, help="stop after so many minutes, with status 75")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main(parse()))

@@ -302,14 +302,16 @@ class BorrowedTarget:
                 keep(len(layers), kwargs_and_output[-1][0])
 
         decoder, layers = find_decoder(self.target)
-        for layer_id in self.layer_ids:
-            if layer_id < len(layers):
-                hook = layers[layer_id].register_forward_pre_hook(before_layer(layer_id), with_kwargs=True)
-            else:
-                hook = decoder.register_forward_hook(after_decoder, with_kwargs=True)
-            self._exit.callback(hook.remove)
-        if is_compiled(self.target):
-            self._exit.enter_context(uncompiled())
+        with ExitStack() as stack:
+            for layer_id in self.layer_ids:
+                if layer_id < len(layers):
+                    hook = layers[layer_id].register_forward_pre_hook(before_layer(layer_id), with_kwargs=True)
+                else:
+                    hook = decoder.register_forward_hook(after_decoder, with_kwargs=True)
+                stack.callback(hook.remove)
+            if is_compiled(self.target):
+                stack.enter_context(uncompiled())
+            self._exit = stack.pop_all()
         return self
 
     def __exit__(self, *exception) -> None:
@@ -321,14 +323,23 @@ class BorrowedTarget:
         """Where the drafter computes: beside the LM head that it shares."""
         return device_of(self.head)
 
-    def take_hidden_states(self) -> torch.Tensor:
+    def take_hidden_states(self, num_tokens: int | None = None) -> torch.Tensor:
         """The hooked states of this thread's passes since the last call, one behind the other along T:
-        (B, T, len(target_layer_ids), d)."""
+        (B, T, len(target_layer_ids), d).
+
+        Args:
+            num_tokens: T, where only the first passes are wanted: a caller's processor or streamer may have run the
+                target after them.
+        """
         missing = [layer_id for layer_id in self.layer_ids if layer_id not in self._seen]
         if missing:
             raise RuntimeError(f"No forward pass of the target left its hidden states {missing}.")
-        passes = zip(*(self._seen[layer_id] for layer_id in self.layer_ids), strict=True)
-        states = [torch.stack([slice_.to(self.device) for slice_ in one_pass], dim=2) for one_pass in passes]
+        states, width = [], 0
+        for one_pass in zip(*(self._seen[layer_id] for layer_id in self.layer_ids), strict=True):
+            states.append(torch.stack([slice_.to(self.device) for slice_ in one_pass], dim=2))
+            width += states[-1].shape[1]
+            if width == num_tokens:
+                break
         self._seen.clear()
         return states[0] if len(states) == 1 else torch.cat(states, dim=1)
 
@@ -386,7 +397,7 @@ def uncompiled():
 def find_decoder(target: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList]:
     """The target's module that runs the decoder layers and the final norm, and its list of layers."""
     count = target.config.get_text_config(decoder=True).num_hidden_layers
-    for module in target.base_model.modules():
+    for module in target.get_decoder().modules():
         for child in module.children():
             if isinstance(child, nn.ModuleList) and len(child) == count:
                 return module, child

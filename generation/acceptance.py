@@ -13,8 +13,6 @@ penalties do, a text depends on padding in plain generate() and under every rule
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import torch
 
 from .noise import HashedNoise, StepNoise
@@ -23,22 +21,23 @@ from .verification import reject_and_resample, sample_with_noise
 ACCEPTANCE_RULES = ("match", "coupled", "rejection")
 
 
-class AcceptanceRule(Protocol):
+class AcceptanceRule:
     """Positions are N rows with q positions each, flattened where `rows` and `steps` list them: the row of the batch,
     and how many tokens that row has generated before that position. Scores are processed, in float32.
 
     A rule is a context manager around the call that uses it.
     """
 
-    def __enter__(self): ...
+    def __enter__(self):
+        return self
 
-    def __exit__(self, *exception) -> None: ...
+    def __exit__(self, *exception) -> None:
+        pass
 
-    def draft(
-        self, scores: torch.Tensor, rows: list[int], steps: list[int]
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def draft(self, scores: torch.Tensor, rows: list[int], steps: list[int]):
         """Draft tokens (N, q) for a drafter's scores (N, q, V), and the distributions (N, q, V) that they were sampled
-        from if `take` needs them."""
+        from, if `take` needs them."""
+        raise NotImplementedError
 
     def take(
         self,
@@ -49,6 +48,7 @@ class AcceptanceRule(Protocol):
         steps: list[int],
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The target's tokens (N, q) for its scores (N, q, V), and which `drafts` (N, q) they accept, bool (N, q)."""
+        raise NotImplementedError
 
     def forget_before(self, step: int) -> None:
         """No row will ask for a position before `step` again."""
@@ -57,14 +57,8 @@ class AcceptanceRule(Protocol):
         """The text is complete, with `steps` new tokens."""
 
 
-class Greedy:
+class Greedy(AcceptanceRule):
     """The best token, and the draft if it is that one."""
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exception) -> None:
-        pass
 
     def draft(self, scores, rows, steps):
         return scores.argmax(dim=-1), None
@@ -73,14 +67,8 @@ class Greedy:
         tokens = scores.argmax(dim=-1)
         return tokens, tokens == drafts
 
-    def forget_before(self, step) -> None:
-        pass
 
-    def finish(self, steps, vocab_size) -> None:
-        pass
-
-
-class Match(Greedy):
+class Match(AcceptanceRule):
     """A sample with the noise that belongs to the position, and the draft if it is that one ("match", "coupled").
 
     Drafts are sampled with the same noise: two distributions at total variation t then agree with a probability of at
@@ -113,7 +101,7 @@ class Match(Greedy):
         self.noise.leave_after(steps, vocab_size)
 
 
-class Rejection(Greedy):
+class Rejection(AcceptanceRule):
     """Rejection sampling, with torch's generator. Where the drafter gave no distribution, its token is certain."""
 
     def draft(self, scores, rows, steps):
@@ -147,7 +135,7 @@ def acceptance_rule(
 
 
 def check_acceptance(name: str, seed) -> None:
-    """Refuse what is no rule, and a seed that would go unused or is none.
+    """Refuse what is no rule, and a seed that is none or belongs to another rule.
 
     Raises:
         ValueError: with what was given and what was expected.

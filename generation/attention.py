@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 USABLE_ATTENTION = ("sdpa", "eager")
 
-_switches: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # model -> [calls inside, implementation before]
+_switches: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # model -> [calls inside, implementations before]
 _switches_lock = threading.Lock()
 
 
@@ -21,18 +21,9 @@ def usable_attention(model):
     """
     with _switches_lock:
         switch = model in _switches or attention_of(model) not in USABLE_ATTENTION
-        if switch and model not in _switches:
-            _switches[model] = [0, attention_of(model)]
-            try:
-                model.set_attn_implementation("sdpa")
-            except ValueError:
-                model.set_attn_implementation("eager")
-            warnings.warn(
-                f"This target was loaded with attn_implementation={_switches[model][1]!r}, which cannot mask each row "
-                f"of a batch on its own. It runs with {attention_of(model)!r} during speculative decoding.",
-                stacklevel=4,
-            )
         if switch:
+            if model not in _switches:
+                _switches[model] = [0, switch_attention(model)]
             _switches[model][0] += 1
     try:
         yield
@@ -42,6 +33,28 @@ def usable_attention(model):
                 _switches[model][0] -= 1
                 if _switches[model][0] == 0:
                     model.set_attn_implementation(_switches.pop(model)[1])
+
+
+def switch_attention(model) -> dict[str, str]:
+    """Switch and warn; returns what was there, of the model and of each of its parts."""
+    parts = {name: getattr(model.config, name) for name in getattr(model.config, "sub_configs", {})}
+    before = {"": model.config._attn_implementation}
+    before |= {name: part._attn_implementation for name, part in parts.items() if part is not None}
+    loaded_with = attention_of(model)
+    try:
+        try:
+            model.set_attn_implementation("sdpa")
+        except ValueError:
+            model.set_attn_implementation("eager")
+        warnings.warn(
+            f"This target was loaded with attn_implementation={loaded_with!r}, which cannot mask each row of a batch "
+            f"on its own. It runs with {attention_of(model)!r} during speculative decoding.",
+            stacklevel=5,
+        )
+    except BaseException:
+        model.set_attn_implementation(before)
+        raise
+    return before
 
 
 def attention_of(model) -> str:

@@ -191,9 +191,8 @@ def check_call(model, layout: PromptLayout, generation_config: GenerationConfig,
         )
     if outputs := [name for name in ("output_attentions", "output_hidden_states") if getattr(generation_config, name)]:
         raise ValueError(f"{', '.join(outputs)} cannot be returned by speculative decoding; leave it unset.")
-    if extra := sorted(
-        key for key, value in model_kwargs.items() if key not in KNOWN_MODEL_KWARGS and value is not None
-    ):
+    given = {key: value for key, value in model_kwargs.items() if value is not None and not is_empty(value)}
+    if extra := sorted(given.keys() - KNOWN_MODEL_KWARGS):
         raise ValueError(f"The inputs {extra} are not supported by speculative decoding; pass input_ids and a mask.")
     if (positions := model_kwargs.get("position_ids")) is not None and positions.ndim != 2:
         refuse(model, f"its position ids have {positions.ndim} axes (a multimodal model).")
@@ -220,6 +219,11 @@ def check_call(model, layout: PromptLayout, generation_config: GenerationConfig,
                 f"its {kind} rotary embedding changes at {limit} positions, and this call starts at "
                 f"{min(layout.host_lengths)} and may reach {longest_text}.{advice}",
             )
+
+
+def is_empty(value) -> bool:
+    """Composite models are given an empty dictionary of images with a prompt of text alone."""
+    return isinstance(value, dict) and not value
 
 
 def rope_settings(config) -> list[dict]:

@@ -35,6 +35,10 @@ def choose_drafter(
         if assistant_model is not None:
             raise ValueError("assistant_model and prompt_lookup_num_tokens were both given; pass one of them.")
         check_draft_length(prompt_lookup_num_tokens, "prompt_lookup_num_tokens")
+        if max_matching_ngram_size is not None and (
+            type(max_matching_ngram_size) is not int or max_matching_ngram_size < 1
+        ):
+            raise ValueError(f"max_matching_ngram_size is {max_matching_ngram_size!r}; expected a positive integer.")
         drafter = PromptLookupDrafter(max_matching_ngram_size or 2)
         num_assistant_tokens = prompt_lookup_num_tokens
     elif hasattr(assistant_model, "propose"):

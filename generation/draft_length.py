@@ -10,8 +10,8 @@ def check_draft_length(value, name: str = "num_assistant_tokens") -> None:
     """
     if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
         raise ValueError(
-            f"{name} is {value!r}; expected an integer: 0 for plain decoding, otherwise how many tokens "
-            "to draft each round."
+            f"{name} is {value!r}; expected an integer: 0 for plain decoding, otherwise how many tokens to draft each "
+            "round."
         )
 
 

@@ -39,11 +39,11 @@ class Drafter(Protocol):
         """The target has read the last token and the drafts, and row r's text goes on with tokens[r, : counts[r]].
 
         `tokens` is (R, q); `longest` is the number of tokens of the longest row that the target has read. Rows with
-        count 0 have finished.
+        count 0 have finished, or wait for others.
         """
 
     def select_rows(self, index: torch.Tensor, longest: int) -> None:
-        """Only the rows of `index` (R',) go on."""
+        """Only the rows of `index` (R',) go on; `longest` as in `update`."""
 
 
 class NoDrafter:

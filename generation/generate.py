@@ -67,9 +67,9 @@ def generate(
 
     Args:
         model: the target, any decoder-only causal LM that keeps keys and values of all tokens.
-        assistant_model: what drafts: the SpecFormer drafter of that target, which is moved to the target's dtype and
-            device, or a smaller causal LM with the same tokenizer. With `prompt_lookup_num_tokens` instead, drafts are
-            copied from each row's own text.
+        assistant_model: what drafts: the SpecFormer drafter of that target, which is moved to the target's
+            device and computes in its dtype, or a smaller causal LM with the same tokenizer. With
+            `prompt_lookup_num_tokens` instead, drafts are copied from each row's own text.
         num_assistant_tokens: tokens to draft each round. `None` takes the generation config's, else the drafter's
             default; more than the drafter has slots is cut to them; 0 decodes plainly.
         acceptance: when sampling, "match" gives the same tokens as plain generate() with the same torch seed;

@@ -18,6 +18,8 @@ KEPT_BYTES = 512 * 2**20
 def default_generator(device: torch.device) -> torch.Generator:
     if device.type == "cpu":
         return torch.default_generator
+    if device.type == "mps":
+        return torch.mps._get_default_mps_generator()
     index = device.index if device.index is not None else torch.accelerator.current_device_index()
     return getattr(torch, device.type).default_generators[index]
 

@@ -50,15 +50,15 @@ def probe_target(model) -> None:
         _, cache = prefill(model, prompt, layout, width + 2 * block + 1, block, prompt_arguments(model, layout))
         verify(model, cache, first)
         cache.advance(torch.tensor(kept, device=device), width + max(kept))
-        ours = verify(model, cache, second).double()
+        ours = verify(model, cache, second).cpu().double()
         for row, count in enumerate(kept):
             context = torch.cat([prompt[row][mask[row].bool()], first[row, :count]])[None]
             text = torch.cat([context, second[row : row + 1]], dim=1)
-            whole = model(input_ids=text, use_cache=False).logits[0, -block:].double()
+            whole = model(input_ids=text, use_cache=False).logits[0, -block:].cpu().double()
             own_cache = DynamicCache(config=model.config)
             model(input_ids=context, past_key_values=own_cache, use_cache=True)
             cached = model(input_ids=second[row : row + 1], past_key_values=own_cache, use_cache=True).logits[0]
-            own_error = (cached.double() - whole).abs().median()
+            own_error = (cached.cpu().double() - whole).abs().median()
             allowed = 8 * own_error + torch.finfo(dtype).eps ** 0.5 * whole.std()
             error = (ours[row] - whole).abs().median()
             if not error <= allowed:  # also when it is NaN

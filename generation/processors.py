@@ -12,28 +12,6 @@ from collections.abc import Callable
 import torch
 from transformers import LogitsProcessorList
 
-READS_TEXT = {
-    "MinLengthLogitsProcessor",
-    "MinNewTokensLengthLogitsProcessor",
-    "RepetitionPenaltyLogitsProcessor",
-    "EncoderRepetitionPenaltyLogitsProcessor",
-    "NoRepeatNGramLogitsProcessor",
-    "EncoderNoRepeatNGramLogitsProcessor",
-    "SequenceBiasLogitsProcessor",
-    "NoBadWordsLogitsProcessor",
-    "PrefixConstrainedLogitsProcessor",
-    "ForcedBOSTokenLogitsProcessor",
-    "ForcedEOSTokenLogitsProcessor",
-    "ExponentialDecayLengthPenalty",
-    "SuppressTokensAtBeginLogitsProcessor",
-    "WatermarkLogitsProcessor",
-    "AlternatingCodebooksLogitsProcessor",
-    "DiaEOSChannelFilterLogitsProcessor",
-    "UnlimitedOcrSlidingWindowNoRepeatNgramLogitsProcessor",
-    "WhisperTimeStampLogitsProcessor",
-}
-"""Named for completeness: a processor that is in none of these sets, such as a caller's own, is treated like them."""
-
 PREFIX_FREE = {
     "TemperatureLogitsWarper",
     "TopPLogitsWarper",

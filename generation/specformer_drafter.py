@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 
 from .ragged_cache import RaggedCache
@@ -12,14 +14,17 @@ class SpecFormerDrafter:
     """A SpecFormer network on one target: context states of all read tokens, drafts from each row's last one only.
 
     Args:
-        network: a SpecFormerModel. It is moved to the target's dtype and to the device of its LM head.
+        network: a SpecFormerModel. It is moved to the device of the target's LM head; where its dtype is another one
+            than the target's, a copy in that dtype is used.
         target: the model it drafts for.
     """
 
     def __init__(self, network, target):
         self.borrowed = network.borrow(target)
         with torch.inference_mode(False):  # weights that move inside it could not be trained any more
-            self.network = network.to(device=self.borrowed.device, dtype=target.dtype)
+            self.network = network.to(self.borrowed.device)
+            if network.dtype != target.dtype:
+                self.network = copy.deepcopy(network).to(target.dtype)
         self.max_draft_tokens = network.config.num_draft_tokens
         self.default_num_assistant_tokens = network.config.default_num_assistant_tokens
 
@@ -35,7 +40,8 @@ class SpecFormerDrafter:
         self.rows = torch.arange(len(input_ids), device=device)
         lengths, first_tokens = layout.lengths.to(device), first_tokens.to(device)
         # Real tokens go to the front, so that plain causal attention keeps padding out.
-        hidden_states = layout.compact(self.borrowed.take_hidden_states())[:, : layout.longest]  # (B, T, S, d)
+        hidden_states = self.borrowed.take_hidden_states(input_ids.shape[1])  # (B, P, S, d)
+        hidden_states = layout.compact(hidden_states)[:, : layout.longest]
         next_tokens = layout.compact(input_ids.to(device))[:, 1 : layout.longest + 1]
         next_tokens = torch.cat([next_tokens, next_tokens.new_zeros(len(input_ids), 1)], dim=1)[:, : layout.longest]
         next_tokens = next_tokens.scatter(1, lengths[:, None] - 1, first_tokens)  # (B, T)
@@ -59,14 +65,15 @@ class SpecFormerDrafter:
         counts = counts.to(self.context.device)
         positions = self.cache.prepare(tokens.shape[1])
         states = self.network.encode_context(
-            self.borrowed.take_hidden_states(),
+            self.borrowed.take_hidden_states(tokens.shape[1]),
             self._anchors(tokens.to(counts.device)),
             positions,
             self.cache.mask(positions),
             self.cache,
         )
         self.cache.advance(counts, longest)
-        self.context = states[self.rows, (counts - 1).clamp(min=0)]  # (R, d)
+        newest = states[self.rows, (counts - 1).clamp(min=0)]  # (R, d)
+        self.context = torch.where(counts[:, None] > 0, newest, self.context)
 
     def select_rows(self, index, longest) -> None:
         index = index.to(self.context.device)

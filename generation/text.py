@@ -79,7 +79,7 @@ class Text:
     def tokens_per_row(self) -> list[int]:
         """New tokens of each row, padding behind its end left out."""
         if self.rules.pads:
-            return list(self.stopped_at)
+            return [min(at, self.end) for at in self.stopped_at]
         return [self.end] * self.batch_size
 
     @property

@@ -67,6 +67,8 @@ def parse(line: str, place: str) -> tuple[list[int], list[int]]:
         prompt, response = row["prompt_ids"], row["response_ids"]
         if not all(isinstance(ids, list) and all(type(token) is int for token in ids) for ids in (prompt, response)):
             raise TypeError("token ids are lists of integers")
+        if not prompt:
+            raise ValueError("a prompt has at least one token")
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{place}: expected {{'prompt_ids': [...], 'response_ids': [...]}}, got {line[:80]!r} "

@@ -195,7 +195,7 @@ def main(arguments: argparse.Namespace) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     prompts = read_prompts(arguments.prompts, arguments.limit)
-    process = PartialState()
+    process = PartialState(cpu=not torch.accelerator.is_available())
     name = arguments.target or str(fetch_target())
     tokenizer = AutoTokenizer.from_pretrained(name, revision=arguments.revision)
     encoded = [encode(tokenizer, [prompt])["input_ids"][0].tolist() for prompt in tqdm(prompts, desc="tokenize")]

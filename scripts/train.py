@@ -46,8 +46,7 @@ class DrafterTrainer(Trainer):
         self.model_accepts_loss_kwargs = False  # the loss is a mean over each micro-batch
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        with self.compute_loss_context_manager():
-            states = teacher_forced_states(model, self.borrowed, inputs)
+        states = teacher_forced_states(model, self.borrowed, inputs)
         labels = slot_labels(inputs["labels"], drafter_config(model).num_draft_tokens)
         return drafter_loss(states, labels, self.borrowed)
 
@@ -59,8 +58,7 @@ class DrafterTrainer(Trainer):
         )
         loader = torch.utils.data.DataLoader(share, self.args.per_device_eval_batch_size, collate_fn=Answers.collate)
         self.model.eval()
-        with self.compute_loss_context_manager():
-            sums = evaluate_offline(self.model, self.borrowed, loader, self.draft_lengths)
+        sums = evaluate_offline(self.model, self.borrowed, loader, self.draft_lengths)
         self.model.train()
         sums = self.accelerator.reduce(sums.float().to(self.args.device))
         figures = summarise(sums, self.draft_lengths)
@@ -123,6 +121,8 @@ def main(arguments: argparse.Namespace) -> None:
 
     if arguments.target is None:
         arguments.target, arguments.target_id = str(fetch_target()), arguments.target_id or HUB_ID
+    if arguments.evaluations < 1:
+        raise ValueError(f"--evaluations is {arguments.evaluations}; at least 1 is needed, to choose a checkpoint.")
     answers = Answers(arguments.data, arguments.max_length)
     held_out = max(1, min(arguments.held_out, len(answers) // 5))
     if len(answers) < 2:
@@ -130,6 +130,7 @@ def main(arguments: argparse.Namespace) -> None:
     output = arguments.output
     training = TrainingArguments(
         output_dir=str(output),
+        use_cpu=not torch.accelerator.is_available(),  # unsaid, several processes would not know of each other there
         per_device_train_batch_size=arguments.batch_size,
         per_device_eval_batch_size=arguments.batch_size,
         gradient_accumulation_steps=arguments.accumulation,
@@ -149,6 +150,7 @@ def main(arguments: argparse.Namespace) -> None:
         metric_for_best_model="eval_tokens_per_pass",
         greater_is_better=True,
         report_to=arguments.report_to,
+        dataloader_pin_memory=torch.cuda.is_available(),
         remove_unused_columns=False,
         label_names=["labels"],
     )

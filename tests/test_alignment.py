@@ -10,7 +10,7 @@ import torch
 from exactness import choose_eos
 from specformer import SpecFormerConfig, SpecFormerModel, generate
 from specformer.generation.specformer_drafter import SpecFormerDrafter
-from specformer.scripts.train import IGNORED, HeadCrossEntropy, drafter_loss, slot_labels
+from specformer.scripts.losses import IGNORED, HeadCrossEntropy, drafter_loss, slot_labels
 from tiny import VOCAB, llama, ragged_batch
 from torch.nn import functional
 from transformers.models.llama.modeling_llama import LlamaRMSNorm

@@ -694,11 +694,13 @@ def test_inference_mode(target, speculation: Speculation):
 
 
 def test_drafter_that_moved_in_inference_mode_can_be_trained(target, speculation: Speculation):
-    """It is moved to the target's dtype, and stays an ordinary module."""
-    drafter = speculation.drafter.to(torch.bfloat16)
+    """A copy of it computes in the target's dtype; it stays an ordinary module."""
+    drafter = speculation.drafter
+    drafter.to(torch.bfloat16)
     with torch.inference_mode():
         target.generate(**ragged_batch(), max_new_tokens=4, **speculation.arguments)
-    assert {parameter.dtype for parameter in drafter.parameters()} == {torch.float32}
+    assert {parameter.dtype for parameter in drafter.parameters()} == {torch.bfloat16}
+    drafter.float()
     assert not any(parameter.is_inference() for parameter in drafter.parameters())
     states = torch.randn(1, 3, len(drafter.config.target_layer_ids), drafter.config.hidden_size)
     drafter(states, torch.randn(1, 3, drafter.config.hidden_size)).draft_hidden_states.sum().backward()
@@ -727,3 +729,12 @@ def test_train_mode(target, speculation: Speculation, trained: str):
     assert (target.training, speculation.drafter.training) == modes
     assert not reference.requires_grad
     assert all(parameter.grad is None for parameter in target.parameters())
+
+
+def test_processor_that_runs_the_target_itself(target, speculation: Speculation):
+    """Its passes are not those that the drafter reads."""
+
+    def guidance(input_ids, scores):
+        return scores + 0.3 * target(input_ids=input_ids[:, -3:]).logits[:, -1]
+
+    speculation.same(target.generate, **ragged_batch(), max_new_tokens=NEW_TOKENS, logits_processor=[guidance])

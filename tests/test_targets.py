@@ -130,7 +130,7 @@ def test_half_precision_target_with_float32_drafter(dtype: torch.dtype):
     drafter = drafter_for(target)
     assert drafter.dtype == torch.float32
     generate(target, drafter, **ragged_batch(), max_new_tokens=4)
-    assert {parameter.dtype for parameter in drafter.parameters()} == {dtype}
+    assert drafter.dtype == torch.float32  # a copy computes in the target's
     assert {parameter.dtype for parameter in target.parameters()} == {dtype}
 
 
@@ -151,7 +151,7 @@ def test_float32_target_with_bfloat16_drafter():
     for arguments in settings(target, batch):
         drafter = drafter_for(target).to(torch.bfloat16)
         check(target, batch, plain(target, batch, **arguments), drafter, 4, **arguments)
-        assert drafter.dtype == torch.float32
+        assert drafter.dtype == torch.bfloat16
 
 
 # ---- offloaded by accelerate

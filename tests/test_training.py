@@ -1,145 +1,257 @@
-"""The trainer from its command line to a folder that loads."""
+"""The trainer from its command line to a folder that loads, left alone, interrupted, killed, and on a full disk."""
 
 from __future__ import annotations
 
 import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from specformer import SpecFormerConfig, SpecFormerModel, generate
 from specformer.scripts import train
 from specformer.scripts.answers import Answers
-from specformer.scripts.losses import IGNORED
-from tiny import llama, ragged_batch
+from specformer.scripts.losses import IGNORED, drafter_loss, slot_labels
+from specformer.scripts.offline import evaluate_offline, summarise, teacher_forced_states
+from specformer.scripts.runs import begin_or_go_on
+from specformer.scripts.train import CHECKPOINTS, WHOLE, DrafterTrainer
+from tiny import VOCAB, llama, ragged_batch
+
+SMALL = ("--num-draft-tokens", "3", "--default-num-assistant-tokens", "2", "--held-out", "4", "--save-dtype", "float32")
+RUN = (*SMALL, "--epochs", "4", "--batch-size", "4", "--learning-rate", "1e-2", "--evaluations", "4", "--logging-steps")
+EACH_STEP, SELDOM = (*RUN, "1"), (*RUN, "7")
 
 
-def write_answers(path: Path, count: int = 24) -> None:
+def answer_lines(count: int) -> list[str]:
     """Texts that go up by one, so that there is something to learn."""
-    with open(path, "w") as file:
-        for number in range(count):
-            tokens = [6 + (number + step) % 50 for step in range(20)]
-            split = 2 + number % 4
-            file.write(json.dumps({"prompt_ids": tokens[:split], "response_ids": tokens[split:]}) + "\n")
+    lines = []
+    for number in range(count):
+        tokens, split = [6 + (number + step) % 50 for step in range(20)], 2 + number % 4
+        lines.append(json.dumps({"id": number, "prompt_ids": tokens[:split], "response_ids": tokens[split:]}) + "\n")
+    return lines
+
+
+def prepare(folder: Path) -> Path:
+    llama(torch.float32).save_pretrained(folder / "target")
+    (folder / "answers.jsonl").write_text("".join(answer_lines(24)))
+    return folder
 
 
 @pytest.fixture
 def folders(tmp_path) -> Path:
     """A folder with a target and its answers."""
-    llama(torch.float32).save_pretrained(tmp_path / "target")
-    write_answers(tmp_path / "answers.jsonl")
-    return tmp_path
+    return prepare(tmp_path)
 
 
-def run(monkeypatch, folder: Path, *options: str) -> Path:
-    """Train from the command line; returns the drafter's folder."""
-    arguments = ["--data", folder / "answers.jsonl", "--target", folder / "target", "--output", folder / "drafter"]
-    monkeypatch.setattr(sys, "argv", ["train", *map(str, arguments), *options])
+@pytest.fixture(scope="module")
+def calm(tmp_path_factory) -> Path:
+    """The drafter of a run of EACH_STEP that nothing disturbed."""
+    with pytest.MonkeyPatch.context() as patch:
+        return run(patch, prepare(tmp_path_factory.mktemp("calm")), *EACH_STEP)
+
+
+def arguments_of(folder: Path, output: str, *options: str) -> list[str]:
+    data, target = folder / "answers.jsonl", folder / "target"
+    return ["--data", str(data), "--target", str(target), "--output", str(folder / output), *options]
+
+
+def run(monkeypatch, folder: Path, *options: str, output: str = "drafter") -> Path:
+    """Train in this process; returns the drafter's folder."""
+    monkeypatch.setattr(sys, "argv", ["train", *arguments_of(folder, output, *options)])
     train.main(train.parse())
-    return folder / "drafter"
+    return folder / output
+
+
+def command(folder: Path, output: str, *options: str, launcher: tuple = ("-m", "specformer.scripts.train")) -> dict:
+    """Arguments of subprocess for a run in a process of its own."""
+    environment = dict(os.environ, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
+    return dict(args=[sys.executable, *launcher, *arguments_of(folder, output, *options)], env=environment)
+
+
+def completed(**process) -> str:
+    done = subprocess.run(**process, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def log_of(folder: Path) -> dict:
+    return json.loads((folder / "training.json").read_text())
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def assert_same_run(folder: Path, calm: Path) -> None:
+    """The same figures at the same steps and the same weights, to the last bit."""
+    for name in ("history", "best", "steps"):
+        assert log_of(folder)[name] == log_of(calm)[name]
+    checkpoints = sorted(path.name for path in calm.glob(CHECKPOINTS))
+    assert sorted(path.name for path in folder.glob(CHECKPOINTS)) == checkpoints
+    for place in (".", *checkpoints):
+        ours, theirs = load_file(folder / place / "model.safetensors"), load_file(calm / place / "model.safetensors")
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def held_out_figures(folders: Path, drafter: SpecFormerModel, count: int = 4) -> dict[str, float]:
+    answers = Answers(folders / "answers.jsonl", 1024)
+    order = torch.randperm(len(answers), generator=torch.Generator().manual_seed(0))[:count]
+    batches = [Answers.collate([answers[index]]) for index in order.tolist()]
+    return summarise(evaluate_offline(drafter, drafter.borrow(llama(torch.float32)), batches, [3]), [3])
+
+
+# ---- a run that is left alone
 
 
 @pytest.mark.parametrize("preset", [(), ("--paper",)], ids=["anchor", "paper"])
 def test_training_end_to_end(preset: tuple, folders: Path, monkeypatch):
-    options = ("--epochs", "4", "--num-draft-tokens", "3", "--default-num-assistant-tokens", "2", "--held-out", "4")
-    folder = run(
-        monkeypatch, folders, *options, *preset, "--target-id", "some/target", "--save-dtype", "float32",
-        "--learning-rate", "1e-2",
-    )  # fmt: skip
-    log = json.loads((folder / "training.json").read_text())
-    assert [entry["epoch"] for entry in log["epochs"]] == [1, 2, 3, 4]
-    assert log["epochs"][-1]["train_loss"] < 0.7 * log["epochs"][0]["train_loss"]
-    assert log["epochs"][-1]["held_out_loss"] < log["epochs"][0]["held_out_loss"]
-    assert log["epochs"][-1]["held_out_accuracy_per_slot"][0] > 0.25  # chance is 1 in 64
-    assert len(log["epochs"][-1]["held_out_accuracy_per_slot"]) == 3
-    drafter = SpecFormerModel.from_pretrained(folder)
+    folder = run(monkeypatch, folders, *EACH_STEP, *preset, "--target-id", "some/target")
+    log, drafter = log_of(folder), SpecFormerModel.from_pretrained(folder)
+    assert log["command"].startswith("python -m specformer.scripts.train --data answers.jsonl")
+    assert {"python", "torch", "transformers", "specformer"} <= log["versions"].keys()
+    assert log["settings"]["paper"] == str(bool(preset))
+    assert (log["answers"], log["held_out_answers"], log["steps"]) == (20, 4, 20)
+    assert log["parameters"] == sum(parameter.numel() for parameter in drafter.parameters())
+    losses = [entry["loss"] for entry in log["history"] if "loss" in entry]
+    figures = [entry for entry in log["history"] if "eval_loss" in entry]
+    assert len(losses) == 20
+    assert losses[-1] < 0.5 * losses[0]
+    assert [entry["step"] for entry in figures] == [5, 10, 15, 20]
+    assert figures[-1]["eval_accuracy_slot_0"] > 0.5  # chance is 1 in 64
+    assert log["best"]["tokens_per_pass"] == max(entry["eval_tokens_per_pass"] for entry in figures)
     assert drafter.config.use_anchor_token is not bool(preset)
     assert drafter.config.target_name_or_path == "some/target"
     assert drafter.config.default_num_assistant_tokens == 2
     assert drafter.dtype == torch.float32
-    assert log["parameters"] == sum(parameter.numel() for parameter in drafter.parameters())
-    assert [path.name for path in folders.iterdir() if path.name.startswith(".")] == []
     target, batch = llama(torch.float32), ragged_batch()
     texts = generate(target, drafter, **batch, max_new_tokens=8)
     assert texts.tolist() == target.generate(**batch, max_new_tokens=8).tolist()
 
 
-def test_held_out_accuracy_is_that_of_the_saved_drafter(folders: Path, monkeypatch):
-    """Counted one token at a time, from the folder."""
-    options = ("--epochs", "1", "--num-draft-tokens", "3", "--held-out", "4", "--save-dtype", "float32")
-    folder = run(monkeypatch, folders, *options, "--learning-rate", "1e-2")
-    logged = json.loads((folder / "training.json").read_text())["epochs"][-1]["held_out_accuracy_per_slot"]
-    drafter, target = SpecFormerModel.from_pretrained(folder), llama(torch.float32)
-    hits, counts = [0] * 3, [0] * 3
-    for line in (folders / "answers.jsonl").read_text().splitlines()[-4:]:
-        row = json.loads(line)
-        text = row["prompt_ids"] + row["response_ids"]
-        with torch.no_grad(), drafter.borrow(target) as borrowed:
-            target(input_ids=torch.tensor([text]))
-            anchors = borrowed.embed(torch.tensor([[*text[1:], 0]]))
-            choices = borrowed.logits(drafter(borrowed.take_hidden_states(), anchors).draft_hidden_states).argmax(-1)
-        for n in range(len(text)):
-            for slot in range(3):
-                if len(row["prompt_ids"]) <= n + 2 + slot < len(text):
-                    hits[slot] += text[n + 2 + slot] == int(choices[0, n, slot])
-                    counts[slot] += 1
-    assert logged == pytest.approx([hit / count for hit, count in zip(hits, counts, strict=True)])
+def test_the_best_checkpoint_ends_up_in_the_output(folders: Path, monkeypatch):
+    """Not the last one: here the figures of the second evaluation are made the best."""
+    evaluations = iter([1, 9, 1, 2])
+
+    def spoilt(sums, draft_lengths):
+        return {**summarise(sums, draft_lengths), "tokens_per_pass_k3": next(evaluations)}
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "summarise", spoilt)
+        folder = run(patch, folders, *SELDOM)
+    log = log_of(folder)
+    assert log["best"] == {"step": 10, "tokens_per_pass": 9}
+    assert sorted(path.name for path in folder.glob(CHECKPOINTS)) == ["checkpoint-10", "checkpoint-20"]
+    assert (folder / "model.safetensors").read_bytes() == (folder / "checkpoint-10" / "model.safetensors").read_bytes()
+    figures = held_out_figures(folders, SpecFormerModel.from_pretrained(folder))
+    (logged,) = [entry for entry in log["history"] if entry["step"] == 10 and "eval_loss" in entry]
+    assert logged["eval_loss"] == pytest.approx(figures["loss"], rel=1e-5)
+    for slot in range(3):
+        assert logged[f"eval_accuracy_slot_{slot}"] == pytest.approx(figures[f"accuracy_slot_{slot}"])
 
 
-def test_training_again_replaces_the_folder(folders: Path, monkeypatch):
-    run(monkeypatch, folders, "--epochs", "1", "--num-draft-tokens", "2")
-    (folders / "drafter" / "left-over").touch()
-    folder = run(monkeypatch, folders, "--epochs", "1", "--num-draft-tokens", "3")
-    assert not (folder / "left-over").exists()
-    drafter = SpecFormerModel.from_pretrained(folder)
-    assert drafter.config.num_draft_tokens == 3
-    assert drafter.dtype == torch.bfloat16
+@pytest.mark.parametrize(("evaluations", "steps"), [("1", [5]), ("2", [3, 5]), ("100", [1, 2, 3, 4, 5])])
+def test_evaluations_are_spread_over_the_run_and_include_its_end(evaluations, steps, folders: Path, monkeypatch):
+    folder = run(monkeypatch, folders, *SELDOM, "--epochs", "1", "--evaluations", evaluations)
+    assert [entry["step"] for entry in log_of(folder)["history"] if "eval_loss" in entry] == steps
 
 
 def test_training_starts_from_the_targets_final_norm(folders: Path, monkeypatch):
     target = llama(torch.float32)
     torch.nn.init.normal_(target.model.norm.weight)
     target.save_pretrained(folders / "target")
-    folder = run(monkeypatch, folders, "--epochs", "1", "--learning-rate", "0", "--save-dtype", "float32")
-    drafter = SpecFormerModel.from_pretrained(folder)
+    options = ("--epochs", "1", "--learning-rate", "0", "--evaluations", "1", "--save-dtype", "float32")
+    drafter = SpecFormerModel.from_pretrained(run(monkeypatch, folders, *options))
     torch.testing.assert_close(drafter.final_norm.weight, target.model.norm.weight, rtol=2e-5, atol=1e-6)
 
 
+def test_weights_are_saved_in_bfloat16_unless_asked_otherwise(folders: Path, monkeypatch):
+    folder = run(monkeypatch, folders, "--epochs", "1", "--evaluations", "1")
+    assert {weight.dtype for weight in load_file(folder / "model.safetensors").values()} == {torch.bfloat16}
+    assert SpecFormerModel.from_pretrained(folder).dtype == torch.bfloat16
+
+
+def test_command_without_datasets_and_evaluate(folders: Path):
+    code = (
+        "import sys, runpy; sys.modules['datasets'] = sys.modules['evaluate'] = None; "
+        "runpy.run_module('specformer.scripts.train', run_name='__main__', alter_sys=True)"
+    )
+    said = completed(**command(folders, "drafter", *SELDOM, launcher=("-c", code)))
+    assert "tokens per target pass on held-out answers" in said
+    SpecFormerModel.from_pretrained(folders / "drafter")
+
+
+# ---- loss and states (the loss beside the naive one: test_alignment.py)
+
+
+def make_drafter(target) -> SpecFormerModel:
+    return SpecFormerModel(SpecFormerConfig.from_target_config(target.config)).to(target.dtype)
+
+
 def test_gradients_reach_all_of_the_drafter_and_none_of_the_target(folders: Path):
-    target = llama(torch.float32)
-    drafter = SpecFormerModel(SpecFormerConfig.from_target_config(target.config))
-    target.requires_grad_(False)
+    """And the logits of all slots are never there at once."""
+    target = llama(torch.float32).requires_grad_(False)
+    drafter, shapes = make_drafter(target), []
+    target.lm_head.register_forward_hook(lambda module, args, logits: shapes.append(tuple(logits.shape)))
     answers = Answers(folders / "answers.jsonl", 16)
     batch = Answers.collate([answers[0], answers[1]])
-    borrowed = drafter.borrow(target)
-    states = train.teacher_forced_states(drafter, borrowed, batch)
-    train.drafter_loss(states, train.slot_labels(batch["labels"], 8), borrowed).backward()
+    borrowed, labels = drafter.borrow(target), slot_labels(batch["labels"], 8)
+    drafter_loss(teacher_forced_states(drafter, borrowed, batch), labels, borrowed, chunk_size=50).backward()
     assert all(parameter.grad is not None and parameter.grad.any() for parameter in drafter.parameters())
     assert all(parameter.grad is None for parameter in target.parameters())
+    count = int((labels != IGNORED).sum())
+    assert shapes == [(50, VOCAB)] * (count // 50) + [(count % 50, VOCAB)]
+    assert len(shapes) > 2
 
 
 def test_right_padding_does_not_reach_drafts(folders: Path):
     target = llama(torch.float64)
-    drafter = SpecFormerModel(SpecFormerConfig.from_target_config(target.config)).to(torch.float64)
+    drafter = make_drafter(target)
     answers = Answers(folders / "answers.jsonl", 100)
     rows = [answers[0], tuple(values[:9] for values in answers[1])]
     borrowed = drafter.borrow(target)
-    together = train.teacher_forced_states(drafter, borrowed, Answers.collate(rows))
-    alone = train.teacher_forced_states(drafter, borrowed, Answers.collate(rows[1:]))
+    together = teacher_forced_states(drafter, borrowed, Answers.collate(rows))
+    alone = teacher_forced_states(drafter, borrowed, Answers.collate(rows[1:]))
     torch.testing.assert_close(together[1:, :8], alone[:, :8], rtol=0, atol=1e-6)
+
+
+# ---- answers
+
+
+def lists(rows) -> list[tuple[list[int], list[int]]]:
+    return [(tokens.tolist(), labels.tolist()) for tokens, labels in rows]
 
 
 def test_labels_cover_answers_only(tmp_path):
     path = tmp_path / "answers.jsonl"
     path.write_text('{"prompt_ids": [1, 2, 3], "response_ids": [4, 5]}\n{"prompt_ids": [6], "response_ids": []}\n')
     answers = Answers(path, 10)
-    assert list(answers) == [([1, 2, 3, 4, 5], [IGNORED, IGNORED, IGNORED, 4, 5])]
-    assert Answers(path, 4)[0] == ([1, 2, 3, 4], [IGNORED, IGNORED, IGNORED, 4])
-    batch = Answers.collate([answers[0], ([7, 8], [IGNORED, 8])])
+    assert lists(answers[i] for i in range(len(answers))) == [([1, 2, 3, 4, 5], [IGNORED] * 3 + [4, 5])]
+    assert answers.num_answer_tokens == 2
+    assert lists([Answers(path, 4)[0]]) == [([1, 2, 3, 4], [IGNORED, IGNORED, IGNORED, 4])]
+    batch = Answers.collate([answers[0], (torch.tensor([7, 8]), torch.tensor([IGNORED, 8]))])
     assert batch["input_ids"].tolist() == [[1, 2, 3, 4, 5], [7, 8, 0, 0, 0]]
     assert batch["labels"][1].tolist() == [IGNORED, 8, IGNORED, IGNORED, IGNORED]
     assert batch["attention_mask"].tolist() == [[1] * 5, [1, 1, 0, 0, 0]]
+
+
+def test_answers_come_from_a_file_or_a_folder_of_distill(tmp_path):
+    lines = answer_lines(10)
+    (tmp_path / "all.jsonl").write_text("".join(lines))
+    folder = tmp_path / "answers"
+    begin_or_go_on(folder, dict(target="some"))
+    (folder / "README.md").write_text("a card")
+    (folder / "answers-00000.jsonl").write_text("".join(lines[:4]))
+    (folder / "answers-00001.jsonl").write_text("".join(lines[4:]))
+    one, other = Answers(tmp_path / "all.jsonl", 100), Answers(folder, 100)
+    assert lists(one[i] for i in range(10)) == lists(other[i] for i in range(10))
 
 
 @pytest.mark.parametrize(
@@ -150,6 +262,7 @@ def test_labels_cover_answers_only(tmp_path):
         "[1, 2]",
         "3",
         '{"prompt_ids": [1]}',
+        '{"prompt_ids": [], "response_ids": [4]}',
         '{"prompt_ids": [1], "response_ids": 4}',
         '{"prompt_ids": [1], "response_ids": "text"}',
         '{"prompt_ids": [1], "response_ids": [4, "five"]}',
@@ -163,8 +276,222 @@ def test_a_broken_line_is_named(line: str, tmp_path):
         Answers(path, 10)
 
 
-def test_a_file_without_answers_is_refused(tmp_path):
-    path = tmp_path / "empty.jsonl"
-    path.write_text("")
-    with pytest.raises(ValueError, match="holds no answers"):
-        Answers(path, 10)
+@pytest.mark.parametrize(("count", "message"), [(0, "holds no answers"), (1, "at least 2 are needed")])
+def test_too_few_answers_are_refused(count: int, message: str, folders: Path, monkeypatch):
+    (folders / "answers.jsonl").write_text("".join(answer_lines(count)))
+    with pytest.raises(ValueError, match=message):
+        run(monkeypatch, folders)
+    assert not (folders / "drafter").exists()
+
+
+def test_a_folder_without_answers_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="distill"):
+        Answers(tmp_path, 10)
+
+
+# ---- the output folder
+
+
+def test_other_settings_and_other_answers_are_refused(folders: Path, monkeypatch):
+    folder = run(monkeypatch, folders, *SELDOM)
+    before = contents(folder)
+    with pytest.raises(ValueError, match=r"seed: '0' there, '1' now"):
+        run(monkeypatch, folders, *SELDOM, "--seed", "1")
+    (folders / "answers.jsonl").write_text("".join(answer_lines(23)))
+    with pytest.raises(ValueError, match=r"answers: '24' there, '23' now"):
+        run(monkeypatch, folders, *SELDOM)
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize("name", ["thesis.txt", "checkpoint-7/thesis.txt"])
+def test_a_foreign_folder_is_refused(name: str, folders: Path, monkeypatch):
+    place = folders / "drafter" / name
+    place.parent.mkdir(parents=True)
+    place.write_text("mine")
+    with pytest.raises(FileExistsError, match="another folder"):
+        run(monkeypatch, folders, *SELDOM)
+    assert contents(folders / "drafter") == {Path(name): b"mine"}
+
+
+def test_a_run_that_was_stopped_before_its_settings_were_whole_begins(folders: Path, monkeypatch):
+    (folders / "drafter").mkdir()
+    (folders / "drafter" / ".settings.json").write_text('{"da')
+    run(monkeypatch, folders, *SELDOM)
+
+
+# ---- interruptions
+
+
+class Interruption(BaseException):
+    """Ctrl-C, as far as anybody can tell."""
+
+
+def interrupt(patch, owner, name: str, after: int) -> None:
+    """Let the method `name` work so many times, and then raise."""
+    method, calls = getattr(owner, name), iter(range(after))
+
+    def counted(*args, **kwargs):
+        if next(calls, None) is None:
+            raise Interruption
+        return method(*args, **kwargs)
+
+    patch.setattr(owner, name, counted)
+
+
+@pytest.mark.parametrize(
+    ("options", "stops"),
+    [
+        (EACH_STEP, [3, 5, 8, 1]),  # before the first checkpoint; right behind it; twice between checkpoints
+        ((*EACH_STEP, "--accumulation", "2"), [7, 9, 5]),
+        ((*SELDOM, "--epochs", "3.5", "--evaluations", "5"), [9, 4]),
+    ],
+    ids=["steps", "accumulation", "part of an epoch"],
+)
+def test_an_interrupted_run_goes_on_exactly(options: tuple, stops: list[int], folders: Path, monkeypatch):
+    """The stops count micro-batches of one session, so that a run that starts over would not arrive."""
+    calm = run(monkeypatch, folders, *options, output="calm")
+    for stop in stops:
+        with monkeypatch.context() as patch, pytest.raises(Interruption):
+            interrupt(patch, DrafterTrainer, "training_step", stop)
+            run(patch, folders, *options)
+        assert not (folders / "drafter" / "training.json").exists()
+    with monkeypatch.context() as patch:
+        interrupt(patch, DrafterTrainer, "training_step", 15)
+        assert_same_run(run(patch, folders, *options), calm)
+
+
+def test_a_finished_run_has_nothing_left_to_do(folders: Path, monkeypatch):
+    """Half an epoch at the end: the Trainer alone would add a step each time."""
+    options = (*SELDOM, "--epochs", "1.5")
+    calm = run(monkeypatch, folders, *options)
+    kept = folders / "kept"
+    shutil.copytree(calm, kept)
+    (calm / "training.json").unlink()
+    (calm / "model.safetensors").write_bytes(b"half")
+    with monkeypatch.context() as patch:
+        interrupt(patch, DrafterTrainer, "training_step", 0)
+        assert_same_run(run(patch, folders, *options), kept)
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        (DrafterTrainer, "_save_optimizer_and_scheduler"),
+        (DrafterTrainer, "_save_rng_state"),
+        (Path, "touch"),
+        (os, "unlink"),
+        (SpecFormerModel, "from_pretrained"),
+    ],
+)
+def test_a_checkpoint_is_whole_or_not_there(owner, name: str, calm: Path, folders: Path, monkeypatch):
+    """Interrupted while a checkpoint is written, marked or removed, and before the drafter is put into the output."""
+    folder = folders / "drafter"
+    for after in (0,) if name == "from_pretrained" else (2, 0):
+        with monkeypatch.context() as patch, pytest.raises(Interruption):
+            interrupt(patch, owner, name, after)
+            run(patch, folders, *EACH_STEP)
+        for checkpoint in folder.glob(CHECKPOINTS):
+            if (checkpoint / WHOLE).exists():
+                assert len(contents(checkpoint)) == len(contents(calm / "checkpoint-20"))
+    assert_same_run(run(monkeypatch, folders, *EACH_STEP), calm)
+
+
+def test_a_full_disk(calm: Path, folders: Path, monkeypatch):
+    """The second checkpoint cannot be written: files end at a size that the weights have and the optimizer exceeds."""
+    with monkeypatch.context() as patch, pytest.raises(Interruption):
+        interrupt(patch, DrafterTrainer, "training_step", 6)
+        run(patch, folders, *EACH_STEP)
+    whole = contents(folders / "drafter" / "checkpoint-5")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    size = (calm / "model.safetensors").stat().st_size
+    for limit in (size // 2, size + 2000):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
+        try:
+            with pytest.raises(RuntimeError, match=r"checkpoint-10 could not be written .* free some space and run"):
+                run(monkeypatch, folders, *EACH_STEP)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert not (folders / "drafter" / "checkpoint-10" / WHOLE).exists()
+        assert contents(folders / "drafter" / "checkpoint-5") == whole
+        SpecFormerModel.from_pretrained(folders / "drafter" / "checkpoint-5")
+    assert_same_run(run(monkeypatch, folders, *EACH_STEP), calm)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(2))
+def test_killed_at_random_moments(seed: int, folders: Path):
+    """SIGKILL, again and again, most of them around the writing of a checkpoint."""
+    options = (*SELDOM, "--epochs", "24", "--evaluations", "24")
+    completed(**command(folders, "calm", *options))
+    generator, folder, kills = torch.Generator().manual_seed(seed), folders / "killed", 0
+
+    def newest() -> int:
+        return max((int(path.name.split("-")[1]) for path in folder.glob(CHECKPOINTS)), default=0)
+
+    while True:
+        begun, wanted = newest(), 5 * int(torch.randint(1, 7, (), generator=generator))
+        process = subprocess.Popen(
+            **command(folders, "killed", *options), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        while process.poll() is None:
+            if newest() >= begun + wanted:
+                time.sleep(float(torch.rand((), generator=generator)) * 0.05)
+                process.send_signal(signal.SIGKILL)
+                break
+            time.sleep(0.002)
+        if process.wait() == 0:
+            break
+        kills += 1
+    assert kills >= 3
+    assert_same_run(folder, folders / "calm")
+
+
+# ---- two processes
+
+
+@pytest.mark.slow
+def test_two_processes(folders: Path):
+    """They train one drafter, count the held-out answers once, and go on together after a kill."""
+    (folders / "answers.jsonl").write_text("".join(answer_lines(45)))
+    driver = folders / "driver.py"
+    driver.write_text(
+        "import sys, torch\n"
+        "from specformer.scripts import train\n"
+        "class Trainer(train.DrafterTrainer):\n"
+        "    def train(self, **kwargs):\n"
+        "        super().train(**kwargs)\n"
+        "        assert self.accelerator.num_processes == 2\n"
+        "        weights = {name: weight.detach() for name, weight in self.model.named_parameters()}\n"
+        "        torch.save((weights, self.state.best_metric), f'{sys.argv[0]}.{self.args.process_index}')\n"
+        "train.DrafterTrainer = Trainer\n"
+        "train.main(train.parse())\n"
+    )
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(driver))
+    options = (*EACH_STEP, "--held-out", "5")
+    said = completed(**command(folders, "calm", *options, launcher=launcher))
+    assert said.count("The drafter is in") == 1
+    (weights, best), (others, other_best) = (torch.load(f"{driver}.{process}") for process in (0, 1))
+    assert best == other_best
+    assert all(torch.equal(weights[name], others[name]) for name in weights)
+    calm = folders / "calm"
+    log = log_of(calm)
+    assert (log["steps"], log["settings"]["processes"]) == (20, "2")
+    drafter = SpecFormerModel.from_pretrained(calm)
+    figures = held_out_figures(folders, drafter, 5)
+    (logged,) = [e for e in log["history"] if e["step"] == log["best"]["step"] and "eval_loss" in e]
+    assert {name: logged[f"eval_{name}"] for name in figures} == pytest.approx(figures, rel=1e-5)
+
+    process = subprocess.Popen(
+        **command(folders, "killed", *options, launcher=launcher),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    while not list((folders / "killed").glob(f"checkpoint-10/{WHOLE}")):
+        assert process.poll() is None
+        time.sleep(0.002)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (folders / "killed" / "training.json").exists()
+    completed(**command(folders, "killed", *options, launcher=launcher))
+    assert_same_run(folders / "killed", calm)

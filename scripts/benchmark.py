@@ -3,7 +3,7 @@
     python -m specformer.scripts.benchmark --prompts prompts.jsonl --output benchmarks/results/benchmark_cpu.json
 
 Three drafters: the default one (or --drafter), one that is always right and one that is always wrong, both of which
-cost nothing. They are the ends between which every drafter lies. Tokens per second are medians over --repeats turns.
+cost nothing: what drafting could give, and what it costs. Tokens per second are medians over --repeats turns.
 """
 
 from __future__ import annotations

@@ -86,8 +86,8 @@ def speed_table() -> list[str]:
     lines += [
         "",
         f"Greedy, {regime['max_new_tokens']} new tokens, {regime['num_assistant_tokens']} drafted a round, "
-        f"{regime['dtype']}, medians of {regime['repeats']} turns, {result['machine']['torch_threads']} threads of that "
-        f"machine; {identical} of {texts} texts identical to plain `generate`. The drafters that are always right or "
+        f"{regime['dtype']}, medians of {regime['repeats']} turns, {result['machine']['torch_threads']} threads; "
+        f"{identical} of {texts} texts identical to plain `generate`. The drafters that are always right or "
         "always wrong know the text and cost nothing; a real one takes time of its own as well.",
     ]
     return lines

@@ -162,7 +162,9 @@ def check_arguments(
         raise ValueError(f"input_ids {given}; expected a tensor of token ids, (batch, tokens).")
     for name in ("attention_mask", "position_ids"):
         value = settings.get(name)
-        if value is not None and getattr(value, "ndim", 2) <= 2 and tuple(value.shape) != tuple(input_ids.shape):
+        if value is not None and not isinstance(value, torch.Tensor):
+            raise ValueError(f"{name} is a {type(value).__name__}; expected a tensor, (batch, tokens).")
+        if value is not None and value.ndim <= 2 and value.shape != input_ids.shape:
             raise ValueError(
                 f"{name} has shape {tuple(value.shape)} and input_ids {tuple(input_ids.shape)}; expected one entry for "
                 "every token of the prompts."

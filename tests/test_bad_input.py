@@ -290,6 +290,7 @@ def test_longrope_with_a_wide_batch_of_short_prompts():
         (dict(dola_layers="low"), ["dola generation", "unset"]),
         (dict(prompt_lookup_num_tokens=3), ["assistant_model", "prompt_lookup_num_tokens", "one of them"]),
         (dict(prompt_lookup_num_tokens=-3, assistant_model=None), ["prompt_lookup_num_tokens is -3", "integer"]),
+        (dict(attention_mask=[[1, 1]]), ["attention_mask is a list", "tensor"]),
         (dict(acceptance="coupled", seed=1.5), ["seed is 1.5", "integer"]),
         (dict(acceptance="coupled", seed=[1, True]), ["seed is [1, True]", "integer"]),
         (dict(seed=3), ["acceptance='coupled'", "torch.manual_seed(3)"]),

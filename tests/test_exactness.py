@@ -221,7 +221,17 @@ def test_rows_cut_by_the_clock_end_at_the_same_column(with_eos: bool):
     reference = plain(target, batch, **arguments)
     drafter = oracle(reference, batch, "sometimes", eos)
     clock = [AfterCalls(3)]
-    ours = generate(target, drafter, **batch, **arguments, num_assistant_tokens=4, stopping_criteria=clock)
+    output = generate(
+        target,
+        drafter,
+        **batch,
+        **arguments,
+        num_assistant_tokens=4,
+        stopping_criteria=clock,
+        return_dict_in_generate=True,
+    )
+    ours = output.sequences
+    assert max(output.statistics.tokens_per_row) == ours.shape[1] - batch["input_ids"].shape[1]
     assert batch["input_ids"].shape[1] < ours.shape[1] < reference.sequences.shape[1]
     assert ours.tolist() == reference.sequences[:, : ours.shape[1]].tolist()
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,10 +21,17 @@ from specformer import SpecFormerModel, generate
 from specformer.generation import generate as entry
 from specformer.generation.capabilities import UnsupportedTargetError
 from test_bad_input import NEW_TOKENS as REFUSED_TOKENS
-from test_bad_input import contains, drafter_for, refusal
+from test_bad_input import contains, drafter_for, hooks_of, refusal
 from test_entry_points import GENERATION
 from tiny import llama, ragged_batch
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, TorchAoConfig
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    PreTrainedModel,
+    TorchAoConfig,
+)
 
 NEW_TOKENS = 16
 SAMPLING = dict(do_sample=True, temperature=1.3, top_k=20)
@@ -511,3 +520,71 @@ def test_remote_code_that_reads_its_arguments_in_another_way(change: str, tmp_pa
     monkeypatch.setattr(entry, "probe_target", lambda *_, **__: None)
     with pytest.raises((AssertionError, RuntimeError, ValueError, IndexError)):
         check(target, batch, reference, oracle(reference, batch, "sometimes", None), 4, **arguments)
+
+
+# ---- composite models, with a prompt of text alone
+
+
+def gemma3_with_images(vision_layers: int) -> PreTrainedModel:
+    """Its vision tower may have as many layers as the language model."""
+    text = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4)
+    text |= dict(num_key_value_heads=2, head_dim=8, sliding_window=6, max_position_embeddings=64)
+    text |= dict(eos_token_id=None, pad_token_id=0, initializer_range=0.15)
+    vision = dict(hidden_size=32, intermediate_size=48, num_attention_heads=4, image_size=28, patch_size=14)
+    vision |= dict(num_hidden_layers=vision_layers)
+    images = dict(image_token_index=60, boi_token_index=61, eoi_token_index=62, mm_tokens_per_image=1)
+    torch.manual_seed(0)
+    return Gemma3ForConditionalGeneration(Gemma3Config(text_config=text, vision_config=vision, **images)).eval()
+
+
+@pytest.mark.parametrize("vision_layers", [2, 4])
+def test_composite_model_with_text_alone(vision_layers: int):
+    target, batch = gemma3_with_images(vision_layers), ragged_batch()
+    batch["input_ids"] %= 58
+    arguments = dict(max_new_tokens=NEW_TOKENS, eos_token_id=None)
+    reference = plain(target, batch, **arguments)
+    for kind in ("sometimes", "adversarial"):
+        check(target, batch, reference, oracle(reference, batch, kind, None), 4, **arguments)
+    check(target, batch, reference, drafter_for(target), 4, **arguments)
+    check(target, batch, reference, target, 4, **arguments)
+
+
+def test_attention_of_every_part_is_restored():
+    target = gemma3_with_images(2)
+    target.set_attn_implementation({"text_config": "flex_attention", "vision_config": "eager"})
+
+    def implementations() -> list[str]:
+        config = target.config
+        return [part._attn_implementation for part in (config, config.text_config, config.vision_config)]
+
+    before = implementations()
+    with pytest.warns(UserWarning, match="flex_attention"):
+        generate(target, None, **ragged_batch(), max_new_tokens=3, num_assistant_tokens=0)
+    assert implementations() == before
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning):
+            generate(target, None, **ragged_batch(), max_new_tokens=3, num_assistant_tokens=0)
+    assert implementations() == before
+
+
+def test_one_drafter_on_targets_of_two_dtypes():
+    exact, half = llama(torch.float32), llama(torch.bfloat16)
+    drafter, batch = drafter_for(exact), ragged_batch()
+    weights = copy.deepcopy(drafter.state_dict())
+    generate(half, drafter, **batch, max_new_tokens=4)
+    check(exact, batch, plain(exact, batch, max_new_tokens=NEW_TOKENS), drafter, 4, max_new_tokens=NEW_TOKENS)
+    assert all(torch.equal(weights[name], value) for name, value in drafter.state_dict().items())
+
+
+def test_interrupted_entry_leaves_no_hooks(monkeypatch):
+    target = llama()
+    borrowed = drafter_for(target).borrow(target)
+
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys.modules[type(borrowed).__module__], "is_compiled", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        borrowed.__enter__()
+    assert hooks_of(target) == 0

@@ -32,6 +32,8 @@ class SpecFormerConfig(PreTrainedConfig):
         head_dim (`int`, *optional*): width of one head, even; `None` means `hidden_size / num_attention_heads`.
         num_draft_tokens (`int`, defaults to 8): draft slots `l_d`, the most tokens that one pass can draft.
         default_num_assistant_tokens (`int`, defaults to 4): how many of them are drafted when the caller does not say.
+        draft_vocab_size (`int`, *optional*): how many tokens of the vocabulary can be drafted; which ones is kept with
+            the weights. `None` means all of them, as in the paper. Fewer cost less time and are rarely missed.
         use_anchor_token (`bool`, defaults to `True`): whether the embedding of the token that follows each position
             is an input. It is known when drafting starts, and the paper's drafter does not see it (`False`).
         target_layer_ids (`list[int]`, *optional*): which of the target's hidden states are inputs: `i` is the state
@@ -60,6 +62,7 @@ class SpecFormerConfig(PreTrainedConfig):
         head_dim: int | None = None,
         num_draft_tokens: int = 8,
         default_num_assistant_tokens: int = 4,
+        draft_vocab_size: int | None = None,
         use_anchor_token: bool = True,
         target_layer_ids: list[int] | None = None,
         target_num_hidden_layers: int = 30,
@@ -78,6 +81,7 @@ class SpecFormerConfig(PreTrainedConfig):
         self.head_dim = head_dim if head_dim is not None else hidden_size // max(num_attention_heads, 1)
         self.num_draft_tokens = num_draft_tokens
         self.default_num_assistant_tokens = default_num_assistant_tokens
+        self.draft_vocab_size = draft_vocab_size
         self.use_anchor_token = use_anchor_token
         self.target_num_hidden_layers = target_num_hidden_layers
         if target_layer_ids is None:
@@ -129,10 +133,15 @@ class SpecFormerConfig(PreTrainedConfig):
         return cls.from_target_config(target_config, **{"use_anchor_token": False, **overrides})
 
     def _check_sizes(self) -> None:
-        for name in SIZES:
+        for name in (*SIZES, *(("draft_vocab_size",) if self.draft_vocab_size is not None else ())):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"SpecFormerConfig: {name} is {value!r}; expected a positive integer.")
+        if self.draft_vocab_size is not None and self.draft_vocab_size > self.vocab_size:
+            raise ValueError(
+                f"SpecFormerConfig: draft_vocab_size is {self.draft_vocab_size}, more than the {self.vocab_size} "
+                "entries of the target's vocabulary."
+            )
         default = self.default_num_assistant_tokens
         if not isinstance(default, int) or isinstance(default, bool) or default < 0:
             raise ValueError(

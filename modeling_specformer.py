@@ -8,7 +8,8 @@
         -> final norm, and the target's own LM head
 
 Slot j (0-based) at position n predicts token n + 2 + j; the target's own logits at n give token n + 1. With
-`use_anchor_token` the embedding of token n + 1 is one of the S inputs at position n.
+`use_anchor_token` the embedding of token n + 1 is one of the S inputs at position n. With `draft_vocab_size` the head
+scores only the tokens of `draft_token_ids`.
 
 Nothing of the decode loop is here: that is `generation/` (`custom_generate/` in a published repository).
 """
@@ -41,7 +42,8 @@ class SpecFormerOutput(ModelOutput):
     """
     Args:
         draft_hidden_states (`torch.FloatTensor`): normed states of every slot, ready for the target's LM head,
-            `(batch_size, sequence_length, num_draft_tokens, hidden_size)`.
+            `(batch_size, sequence_length, num_draft_tokens, hidden_size)`, or `(positions, num_draft_tokens,
+            hidden_size)` where only some positions were asked for.
         context_states (`torch.FloatTensor`): output of the context layer, from which the slots are drafted,
             `(batch_size, sequence_length, hidden_size)`.
     """
@@ -150,6 +152,9 @@ class SpecFormerModel(PreTrainedModel):
         self.draft_attention = SpecFormerAttention(config)
         self.draft_mlp = SpecFormerMLP(config)
         self.final_norm = SpecFormerRMSNorm(size, config.rms_norm_eps)
+        # ascending; training chooses them (`choose_draft_tokens`)
+        ids = None if config.draft_vocab_size is None else torch.arange(config.draft_vocab_size)
+        self.register_buffer("draft_token_ids", ids)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -210,19 +215,38 @@ class SpecFormerModel(PreTrainedModel):
         position_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
+        draft_positions: torch.BoolTensor | None = None,
     ) -> SpecFormerOutput:
-        """Draft from every position: the teacher-forced pass that training uses. See `encode_context`."""
+        """Draft from every position, or from those where `draft_positions` (B, T) is True: the teacher-forced pass that
+        training uses. See `encode_context` for the other arguments."""
         context = self.encode_context(hidden_states, anchor_embeds, position_ids, attention_mask, past_key_values)
-        return SpecFormerOutput(draft_hidden_states=self.draft(context), context_states=context)
+        drafted = self.draft(context if draft_positions is None else context[draft_positions])
+        return SpecFormerOutput(draft_hidden_states=drafted, context_states=context)
 
     def borrow(self, target: PreTrainedModel) -> BorrowedTarget:
         """What this drafter uses of `target`, checked for a fit. See [`BorrowedTarget`]."""
-        return BorrowedTarget(target, self.config)
+        return BorrowedTarget(target, self.config, self.draft_token_ids)
+
+    @torch.no_grad()
+    def choose_draft_tokens(self, counts: torch.Tensor) -> None:
+        """Draft the `config.draft_vocab_size` tokens that are the most frequent by `counts` (vocab_size,)."""
+        order = counts.argsort(descending=True, stable=True)
+        self.draft_token_ids.copy_(order[: self.config.draft_vocab_size].sort().values)
 
     @torch.no_grad()
     def init_from_target(self, target: PreTrainedModel) -> None:
-        """Start the final norm from the target's, whatever its family calls it. Everything else stays as it is."""
+        """Start a new drafter near the target's own prediction, from which it learns much faster than from noise.
+
+        The final norm becomes the target's, whatever its family calls it. The last hooked state, which the target's
+        head would read, passes through to every slot; what is added to it starts small.
+        """
         self.final_norm.weight.copy_(final_norm_scale(target).to(self.final_norm.weight))
+        outputs = (self.context_attention.o_proj, self.draft_attention.o_proj, self.draft_mlp.down_proj)
+        for layer in (self.input_proj, self.positional_ffn, *outputs):
+            layer.weight /= 2
+        identity = torch.eye(self.config.hidden_size, device=self.device)
+        self.input_proj.weight[:, -len(identity) :] += identity
+        self.positional_ffn.weight += identity.repeat(self.config.num_draft_tokens, 1)
 
     @classmethod
     def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
@@ -254,11 +278,14 @@ class BorrowedTarget:
     for `take_hidden_states`. The hooks are gone afterwards, also after an exception. Passes that other threads run on
     the same target are not seen.
 
+    Args:
+        draft_token_ids: the only tokens that are drafted, ascending; `None` means all.
+
     Raises:
         ValueError: the target's sizes are not those that the drafter was made for.
     """
 
-    def __init__(self, target: PreTrainedModel, config: SpecFormerConfig):
+    def __init__(self, target: PreTrainedModel, config: SpecFormerConfig, draft_token_ids: torch.Tensor | None = None):
         text_config = target.config.get_text_config(decoder=True)
         sizes = {
             "hidden_size": "hidden_size",
@@ -280,6 +307,10 @@ class BorrowedTarget:
         self.head: nn.Module = target.get_output_embeddings()
         if self.head is None:
             raise ValueError(f"{type(target).__name__} has no LM head (get_output_embeddings() is None).")
+        self.draft_token_ids, self._draft_head = None, self.head
+        if draft_token_ids is not None:
+            self.draft_token_ids = draft_token_ids.to(self.device)
+            self._draft_head = head_of_some(self.head, self.draft_token_ids)
         self._seen: dict[int, list[torch.Tensor]] = {}
         self._exit = ExitStack()
 
@@ -349,8 +380,29 @@ class BorrowedTarget:
         return embeddings(token_ids.to(device_of(embeddings))).to(self.device)
 
     def logits(self, draft_hidden_states: torch.Tensor) -> torch.Tensor:
-        """Next-token logits (..., vocab_size) of drafter states (..., d), with the family's scale and soft cap."""
-        logits = self.head(draft_hidden_states)
+        """Next-token logits (..., vocab_size) of drafter states (..., d); -inf where a token is never drafted."""
+        logits = self.draft_logits(draft_hidden_states)
+        if self.draft_token_ids is None:
+            return logits
+        everywhere = logits.new_full((*logits.shape[:-1], self.text_config.vocab_size), -torch.inf)
+        everywhere[..., self.draft_token_ids] = logits
+        return everywhere
+
+    def best_tokens(self, draft_hidden_states: torch.Tensor) -> torch.Tensor:
+        """The most likely token of each state: (..., d) -> (...)."""
+        best = self.draft_logits(draft_hidden_states).argmax(dim=-1)
+        return best if self.draft_token_ids is None else self.draft_token_ids[best]
+
+    def draft_labels(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """Where `draft_logits` has the tokens `token_ids`: -100, which losses ignore, if they are never drafted."""
+        if self.draft_token_ids is None:
+            return token_ids
+        places = torch.searchsorted(self.draft_token_ids, token_ids).clamp(max=len(self.draft_token_ids) - 1)
+        return torch.where(self.draft_token_ids[places] == token_ids, places, -100)
+
+    def draft_logits(self, draft_hidden_states: torch.Tensor) -> torch.Tensor:
+        """Logits of the tokens that are drafted, with the family's scale and soft cap."""
+        logits = self._draft_head(draft_hidden_states)
         if (scale := getattr(self.text_config, "logit_scale", None)) is not None:  # Cohere
             logits = logits * scale
         if (divisor := getattr(self.text_config, "logits_scaling", None)) is not None:  # Granite
@@ -358,6 +410,18 @@ class BorrowedTarget:
         if (cap := getattr(self.text_config, "final_logit_softcapping", None)) is not None:  # Gemma
             logits = cap * torch.tanh(logits / cap)
         return logits
+
+
+def head_of_some(head: nn.Module, token_ids: torch.Tensor):
+    """The LM head for `token_ids` alone, as a function of states.
+
+    Only a plain linear layer is cut. Any other one (quantised, sharded, offloaded, with adapters) is called as it is.
+    """
+    if type(head) is not nn.Linear or type(head.weight.data) is not torch.Tensor or hasattr(head, "_hf_hook"):
+        return lambda states: head(states)[..., token_ids]
+    with torch.no_grad():
+        weight, bias = head.weight[token_ids], None if head.bias is None else head.bias[token_ids]
+    return lambda states: functional.linear(states, weight, bias)
 
 
 def device_of(module: nn.Module) -> torch.device:

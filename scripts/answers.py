@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -50,14 +51,23 @@ class Answers(torch.utils.data.Dataset):
     def num_answer_tokens(self) -> int:
         return sum(len(tokens) - prompt_length for tokens, prompt_length in self.rows)
 
+    def token_counts(self, vocab_size: int) -> torch.Tensor:
+        """How often each token occurs in the answers, (vocab_size,)."""
+        return torch.cat([tokens[prompt:] for tokens, prompt in self.rows]).bincount(minlength=vocab_size)
+
     @staticmethod
     def collate(rows) -> dict[str, torch.Tensor]:
-        """Right-pad to the longest row: causal attention never lets padding reach a real position."""
-        pad = torch.nn.utils.rnn.pad_sequence
+        """Right-pad to the longest row: causal attention never lets padding reach a real position.
+
+        Rows are tokens, labels and, where they are stored, hidden states.
+        """
+        pad = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
+        tokens, labels, *hidden_states = zip(*rows, strict=True)
         return {
-            "input_ids": pad([tokens for tokens, _ in rows], batch_first=True),
-            "labels": pad([labels for _, labels in rows], batch_first=True, padding_value=IGNORED),
-            "attention_mask": pad([torch.ones_like(tokens) for tokens, _ in rows], batch_first=True),
+            "input_ids": pad(tokens),
+            "labels": pad(labels, padding_value=IGNORED),
+            "attention_mask": pad([torch.ones_like(row) for row in tokens]),
+            **({"hidden_states": pad(hidden_states[0])} if hidden_states else {}),
         }
 
 

@@ -10,23 +10,24 @@ IGNORED = -100
 
 
 class HeadCrossEntropy(torch.autograd.Function):
-    """Sum of cross-entropies through a frozen LM head, whose logits are never held for more than one chunk.
+    """Weighted sum of cross-entropies through a frozen LM head, whose logits are never held for more than one chunk.
 
     The gradient with respect to the states is taken while each chunk's logits exist, so that plain `loss.backward()`
     needs neither the logits nor a second pass through the head.
     """
 
     @staticmethod
-    def forward(ctx, states: torch.Tensor, labels: torch.Tensor, logits_of, chunk_size: int) -> torch.Tensor:
+    def forward(ctx, states: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor, logits_of, chunk_size: int):
         precise = torch.promote_types(states.dtype, torch.float32)
         total = torch.zeros((), dtype=precise, device=states.device)
         gradients = torch.empty_like(states)
         for start in range(0, len(states), chunk_size):
+            chunk = slice(start, start + chunk_size)
             with torch.enable_grad():
-                chunk = states[start : start + chunk_size].detach().requires_grad_()
-                logits = logits_of(chunk).to(precise)
-                loss = functional.cross_entropy(logits, labels[start : start + chunk_size], reduction="sum")
-            gradients[start : start + chunk_size] = torch.autograd.grad(loss, chunk)[0]
+                leaf = states[chunk].detach().requires_grad_()
+                logits = logits_of(leaf).to(precise)
+                loss = functional.cross_entropy(logits, labels[chunk], reduction="none") @ weights[chunk].to(precise)
+            gradients[chunk] = torch.autograd.grad(loss, leaf)[0]
             total += loss.detach()
         ctx.save_for_backward(gradients)
         return total
@@ -34,7 +35,7 @@ class HeadCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream: torch.Tensor):
         (gradients,) = ctx.saved_tensors
-        return gradients * upstream, None, None, None
+        return gradients * upstream, None, None, None, None
 
 
 def slot_labels(labels: torch.Tensor, num_slots: int) -> torch.Tensor:
@@ -44,14 +45,29 @@ def slot_labels(labels: torch.Tensor, num_slots: int) -> torch.Tensor:
 
 
 def drafter_loss(
-    draft_hidden_states: torch.Tensor, labels: torch.Tensor, borrowed: BorrowedTarget, chunk_size: int = 1024
+    draft_hidden_states: torch.Tensor,
+    labels: torch.Tensor,
+    borrowed: BorrowedTarget,
+    slot_decay: float = 1.0,
+    chunk_size: int = 1024,
 ) -> torch.Tensor:
-    """Mean cross-entropy over all labelled slots. `draft_hidden_states` (B, T, D, d), `labels` (B, T, D)."""
+    """Mean cross-entropy over all labelled slots.
+
+    Args:
+        draft_hidden_states: (..., D, d).
+        labels: (..., D); IGNORED ones do not count, nor tokens that are never drafted.
+        slot_decay: slot j weighs slot_decay**j. 1 is the paper's loss. Less makes the first slots better, without which
+            later ones are of no use.
+        chunk_size: rows of logits that are held at once.
+    """
+    labels = borrowed.draft_labels(labels)
     kept = labels != IGNORED
-    count = kept.sum().clamp(min=1)
+    slots = torch.arange(labels.shape[-1], device=labels.device)
+    weights = (slot_decay**slots).expand(labels.shape)[kept]
     dtype = borrowed.target.dtype
 
     def logits_of(states: torch.Tensor) -> torch.Tensor:
-        return borrowed.logits(states.to(dtype))
+        return borrowed.draft_logits(states.to(dtype))
 
-    return HeadCrossEntropy.apply(draft_hidden_states[kept], labels[kept], logits_of, chunk_size) / count
+    total = HeadCrossEntropy.apply(draft_hidden_states[kept], labels[kept], weights, logits_of, chunk_size)
+    return total / weights.sum().clamp(min=torch.finfo(weights.dtype).tiny)

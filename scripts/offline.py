@@ -18,19 +18,34 @@ def drafter_config(drafter: nn.Module) -> SpecFormerConfig:
     return getattr(drafter, "module", drafter).config
 
 
-def teacher_forced_states(drafter: nn.Module, borrowed: BorrowedTarget, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Drafts of every position from one pass of the target over whole texts: (B, T, D, d)."""
-    dtype = next(drafter.parameters()).dtype
-    with torch.no_grad(), borrowed:
+@torch.no_grad()
+def target_states(borrowed: BorrowedTarget, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """What a drafter reads of the target over whole texts: (B, T, len(target_layer_ids), d)."""
+    with borrowed:
         borrowed.target.base_model(
             input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
         )
-        hidden_states = borrowed.take_hidden_states().to(dtype)
+        return borrowed.take_hidden_states()
+
+
+def drafts_of_text(
+    drafter: nn.Module, borrowed: BorrowedTarget, batch: dict[str, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Teacher-forced drafts of the N positions of `batch` that have something to draft, and their labels.
+
+    Returns:
+        Draft states (N, D, d) and labels (N, D).
+    """
+    dtype = next(drafter.parameters()).dtype
+    hidden_states = batch["hidden_states"] if "hidden_states" in batch else target_states(borrowed, batch)
     anchors = None
     if drafter_config(drafter).use_anchor_token:
         with torch.no_grad():
             anchors = borrowed.embed(functional.pad(batch["input_ids"][:, 1:], (0, 1))).to(dtype)
-    return drafter(hidden_states, anchors).draft_hidden_states
+    labels = slot_labels(batch["labels"], drafter_config(drafter).num_draft_tokens)
+    wanted = (labels != IGNORED).any(dim=2)
+    states = drafter(hidden_states.to(dtype), anchors, draft_positions=wanted).draft_hidden_states
+    return states, labels[wanted]
 
 
 def walk(matches: list[int], first: int, length: int, num_assistant_tokens: int) -> list[int]:
@@ -63,19 +78,21 @@ def evaluate_offline(drafter: nn.Module, borrowed: BorrowedTarget, loader, draft
     decoded = torch.zeros(len(draft_lengths), 2, dtype=torch.float64)
     for batch in loader:
         batch = {name: values.to(device) for name, values in batch.items()}
-        states, labels = teacher_forced_states(drafter, borrowed, batch), slot_labels(batch["labels"], slots)
-        count = int((labels != IGNORED).sum())
+        states, labels = drafts_of_text(drafter, borrowed, batch)
+        count = int((borrowed.draft_labels(labels) != IGNORED).sum())
         head += torch.tensor([count, count * float(drafter_loss(states, labels, borrowed))])
         right = torch.zeros_like(labels, dtype=torch.bool)
         for slot in range(slots):
-            kept = labels[..., slot] != IGNORED
-            drafted = states[..., slot, :][kept].to(borrowed.target.dtype)
-            choices = torch.cat([borrowed.logits(chunk).argmax(-1) for chunk in drafted.split(1024)])
-            right[..., slot][kept] = choices == labels[..., slot][kept]
+            kept = labels[:, slot] != IGNORED
+            drafted = states[kept, slot].to(borrowed.target.dtype)
+            choices = torch.cat([borrowed.best_tokens(chunk) for chunk in drafted.split(1024)])
+            right[kept, slot] = choices == labels[kept, slot]
             counts[slot] += kept.sum().cpu()
-        hits += right.sum(dim=(0, 1)).cpu()
-        matches = right.long().cumprod(dim=2).sum(dim=2).tolist()
+        hits += right.sum(dim=0).cpu()
         answer = batch["labels"] != IGNORED
+        matches = torch.zeros_like(batch["labels"])
+        matches[(slot_labels(batch["labels"], slots) != IGNORED).any(dim=2)] = right.long().cumprod(1).sum(1)
+        matches = matches.tolist()
         for row, first, length in zip(matches, answer.long().argmax(1).tolist(), answer.sum(1).tolist(), strict=True):
             for place, k in enumerate(draft_lengths):
                 if length > 1:

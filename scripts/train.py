@@ -18,18 +18,29 @@ import shutil
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from specformer.configuration_specformer import SpecFormerConfig
 from specformer.modeling_specformer import BorrowedTarget, SpecFormerModel
 from specformer.scripts.answers import Answers
-from specformer.scripts.losses import drafter_loss, slot_labels
-from specformer.scripts.offline import drafter_config, evaluate_offline, summarise, teacher_forced_states
+from specformer.scripts.losses import drafter_loss
+from specformer.scripts.offline import drafts_of_text, evaluate_offline, summarise
 from specformer.scripts.provenance import provenance
 from specformer.scripts.runs import begin_or_go_on, writing
-from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainerState, TrainingArguments, set_seed
+from specformer.scripts.stored_states import StoredStates
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Trainer,
+    TrainerCallback,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
 
 WHOLE = "whole"
 """Marks a checkpoint that was written to its end."""
 CHECKPOINTS = "checkpoint-[0-9]*"
+STATES_FILE = "hidden_states.bin"
 
 
 class DrafterTrainer(Trainer):
@@ -38,17 +49,16 @@ class DrafterTrainer(Trainer):
     Args:
         borrowed: the target.
         draft_lengths: numbers of drafted tokens to evaluate; the last one decides which checkpoint is the best.
+        slot_decay: see `drafter_loss`.
     """
 
-    def __init__(self, *args, borrowed: BorrowedTarget, draft_lengths: list[int], **kwargs):
+    def __init__(self, *args, borrowed: BorrowedTarget, draft_lengths: list[int], slot_decay: float, **kwargs):
         super().__init__(*args, **kwargs)
-        self.borrowed, self.draft_lengths = borrowed, draft_lengths
+        self.borrowed, self.draft_lengths, self.slot_decay = borrowed, draft_lengths, slot_decay
         self.model_accepts_loss_kwargs = False  # the loss is a mean over each micro-batch
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        states = teacher_forced_states(model, self.borrowed, inputs)
-        labels = slot_labels(inputs["labels"], drafter_config(model).num_draft_tokens)
-        return drafter_loss(states, labels, self.borrowed)
+        return drafter_loss(*drafts_of_text(model, self.borrowed, inputs), self.borrowed, self.slot_decay)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
         """Offline figures over the held-out answers, each process taking its share."""
@@ -102,17 +112,24 @@ def last_whole_checkpoint(folder: Path) -> Path | None:
     return max(whole, key=lambda path: int(path.name.split("-")[1]), default=None)
 
 
-def make_drafter(target, arguments: argparse.Namespace) -> SpecFormerModel:
-    """A new drafter for the target, with its final norm taken over."""
+def make_config(arguments: argparse.Namespace) -> SpecFormerConfig:
+    """The config of a new drafter; its errors come before anything is written."""
     overrides = {
         key: getattr(arguments, key)
-        for key in ("num_draft_tokens", "intermediate_size", "default_num_assistant_tokens")
+        for key in ("num_draft_tokens", "intermediate_size", "default_num_assistant_tokens", "draft_vocab_size")
         if getattr(arguments, key) is not None
     }
-    overrides["target_name_or_path"] = arguments.target_id or target.name_or_path
+    overrides["target_name_or_path"] = arguments.target_id or arguments.target
     make = SpecFormerConfig.paper if arguments.paper else SpecFormerConfig.from_target_config
-    drafter = SpecFormerModel(make(target.config, **overrides))
+    return make(AutoConfig.from_pretrained(arguments.target), **overrides)
+
+
+def make_drafter(config: SpecFormerConfig, target, answers: Answers) -> SpecFormerModel:
+    """A new drafter with the target's final norm, which drafts the most frequent tokens of the answers."""
+    drafter = SpecFormerModel(config)
     drafter.init_from_target(target)
+    if drafter.draft_token_ids is not None:
+        drafter.choose_draft_tokens(answers.token_counts(drafter.config.vocab_size))
     return drafter
 
 
@@ -127,7 +144,7 @@ def main(arguments: argparse.Namespace) -> None:
     held_out = max(1, min(arguments.held_out, len(answers) // 5))
     if len(answers) < 2:
         raise ValueError(f"{arguments.data} holds {len(answers)} answer; at least 2 are needed, one to evaluate on.")
-    output = arguments.output
+    config, output = make_config(arguments), arguments.output
     training = TrainingArguments(
         output_dir=str(output),
         use_cpu=not torch.accelerator.is_available(),  # unsaid, several processes would not know of each other there
@@ -158,25 +175,32 @@ def main(arguments: argparse.Namespace) -> None:
         places = ("output", "report_to", "logging_steps")
         settings = {name: value for name, value in vars(arguments).items() if name not in places}
         settings.update(answers=len(answers), answer_tokens=answers.num_answer_tokens, processes=training.world_size)
-        begin_or_go_on(output, {name: str(value) for name, value in settings.items()})
+        begin_or_go_on(output, json.loads(json.dumps(settings, default=str)))
         resume_from = last_whole_checkpoint(output)
     set_seed(arguments.seed)
 
     dtype = "bfloat16" if training.bf16 and training.device.type != "cpu" else "float32"
     target = AutoModelForCausalLM.from_pretrained(arguments.target, dtype=getattr(torch, dtype))
     target = target.eval().requires_grad_(False).to(training.device)
-    drafter = make_drafter(target, arguments)
+    drafter = make_drafter(config, target, answers)
+    borrowed = drafter.borrow(target)
     order = torch.randperm(len(answers), generator=torch.Generator().manual_seed(arguments.seed)).tolist()
+    learnt = torch.utils.data.Subset(answers, order[held_out:])
+    if arguments.store_hidden_states:
+        learnt = StoredStates(learnt, borrowed, output / STATES_FILE)
+        learnt.fill(training.process_index, training.world_size)
+        PartialState().wait_for_everyone()
     slots = drafter.config.num_draft_tokens
     trainer = DrafterTrainer(
         model=drafter,
         args=training,
         data_collator=Answers.collate,
-        train_dataset=torch.utils.data.Subset(answers, order[held_out:]),
+        train_dataset=learnt,
         eval_dataset=torch.utils.data.Subset(answers, order[:held_out]),
         callbacks=[EvaluateCheckpoints()],
-        borrowed=drafter.borrow(target),
+        borrowed=borrowed,
         draft_lengths=sorted({min(4, slots), min(7, slots), slots}),
+        slot_decay=arguments.slot_decay,
     )
     if resume_from:
         trainer.state = TrainerState.load_from_json(str(resume_from / "trainer_state.json"))
@@ -200,6 +224,8 @@ def main(arguments: argparse.Namespace) -> None:
         with writing(output):
             SpecFormerModel.from_pretrained(best, dtype=getattr(torch, arguments.save_dtype)).save_pretrained(output)
             (output / "training.json").write_text(json.dumps(log, indent=2) + "\n")
+        for path in output.glob(f"{STATES_FILE}*"):
+            path.unlink()
         print(f"The drafter is in {output}: {state.best_metric:.3f} tokens per target pass on held-out answers.")
 
 
@@ -213,6 +239,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--num-draft-tokens", type=int)
     parser.add_argument("--default-num-assistant-tokens", type=int)
     parser.add_argument("--intermediate-size", type=int)
+    parser.add_argument("--draft-vocab-size", type=int, help="draft only so many tokens, the most frequent of --data")
+    parser.add_argument("--slot-decay", type=float, default=1.0, help="slot j weighs slot_decay**j in the loss")
     parser.add_argument("--epochs", type=float, default=3)
     parser.add_argument("--batch-size", type=int, default=8, help="texts per step and process")
     parser.add_argument("--accumulation", type=int, default=1, help="micro-batches per step")
@@ -224,6 +252,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--report-to", default="none", help="tracker of the Trainer: tensorboard, wandb, ...")
     parser.add_argument("--mixed-precision", default="no", choices=["no", "fp16", "bf16"])
     parser.add_argument("--save-dtype", default="bfloat16", choices=["float32", "bfloat16"])
+    parser.add_argument(
+        "--store-hidden-states",
+        action="store_true",
+        help="read every answer with the target once and keep that in a file in --output; for small runs on a CPU",
+    )
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 

@@ -4,6 +4,7 @@ finished text, and labels and loss are those of the slots."""
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 import torch
@@ -16,7 +17,11 @@ from torch.nn import functional
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 NEW_TOKENS = 16
-PRESETS = {"anchor": SpecFormerConfig.from_target_config, "paper": SpecFormerConfig.paper}
+PRESETS = {
+    "anchor": SpecFormerConfig.from_target_config,
+    "paper": SpecFormerConfig.paper,
+    "some tokens": partial(SpecFormerConfig.from_target_config, draft_vocab_size=VOCAB // 2),
+}
 
 
 @dataclass
@@ -43,7 +48,10 @@ def target(monkeypatch):
 
 def make_network(preset: str, target) -> SpecFormerModel:
     config = PRESETS[preset](target.config, num_draft_tokens=4, initializer_range=0.3)
-    return SpecFormerModel(config).to(torch.float64).eval()
+    network = SpecFormerModel(config).to(torch.float64).eval()
+    if preset == "some tokens":
+        network.choose_draft_tokens(torch.rand(VOCAB, generator=torch.Generator().manual_seed(0)))
+    return network
 
 
 def record_drafts(monkeypatch, answer: torch.Tensor | None = None) -> list[Draft]:
@@ -176,25 +184,36 @@ def test_labels_and_drafts_mean_the_same_token(monkeypatch, target):
 @pytest.mark.parametrize("count", [1, 4, 5, 8, 11])
 @pytest.mark.parametrize("factor", [1.0, -2.5])
 def test_head_cross_entropy_is_cross_entropy(count: int, factor: float):
-    """Chunks of 4 that fit and that do not. The loss itself is computed in float32."""
+    """Chunks of 4 that fit and that do not."""
     head = torch.randn(16, 30, dtype=torch.float64)
     states = torch.randn(count, 16, dtype=torch.float64, requires_grad=True)
     labels = torch.randint(0, 30, (count,))
-    naive = functional.cross_entropy(states @ head, labels, reduction="sum")
+    weights = torch.rand(count, dtype=torch.float64)
+    naive = (functional.cross_entropy(states @ head, labels, reduction="none") * weights).sum()
     (expected,) = torch.autograd.grad(factor * naive, states)
-    ours = HeadCrossEntropy.apply(states, labels, lambda chunk: chunk @ head, 4)
+    ours = HeadCrossEntropy.apply(states, labels, weights, lambda chunk: chunk @ head, 4)
     (gradient,) = torch.autograd.grad(factor * ours, states)
     torch.testing.assert_close(ours, naive, rtol=1e-6, atol=0)
     torch.testing.assert_close(gradient, expected, rtol=0, atol=1e-5)
 
 
-def test_drafter_loss_is_the_mean_over_labelled_slots(target):
-    network = make_network("anchor", target)
+@pytest.mark.parametrize("decay", [1.0, 0.5])
+@pytest.mark.parametrize("preset", ["anchor", "some tokens"])
+def test_drafter_loss_is_the_weighted_mean_over_labelled_slots(preset: str, decay: float, target):
+    network = make_network(preset, target)
     borrowed = network.borrow(target)
     states = torch.randn(2, 6, 4, 32, dtype=torch.float64, requires_grad=True)
     labels = slot_labels(torch.randint(0, VOCAB, (2, 6)), 4)
-    naive = functional.cross_entropy(borrowed.logits(states).flatten(0, 2), labels.flatten(), ignore_index=IGNORED)
-    loss = drafter_loss(states, labels, borrowed, chunk_size=7)
+    drafted = set(range(VOCAB) if network.draft_token_ids is None else network.draft_token_ids.tolist())
+    probabilities = borrowed.logits(states).log_softmax(-1)
+    parts, weights = [], []
+    for row, position, slot in torch.cartesian_prod(*map(torch.arange, labels.shape)).tolist():
+        if (label := int(labels[row, position, slot])) in drafted:
+            parts.append(-probabilities[row, position, slot, label] * decay**slot)
+            weights.append(decay**slot)
+    assert 0 < len(parts) < labels.numel()
+    naive = torch.stack(parts).sum() / sum(weights)
+    loss = drafter_loss(states, labels, borrowed, decay, chunk_size=7)
     torch.testing.assert_close(loss, naive, rtol=1e-6, atol=0)
     ours, expected = (torch.autograd.grad(value, states)[0] for value in (loss, naive))
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-6)

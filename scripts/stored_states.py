@@ -1,0 +1,70 @@
+"""The target's hidden states of all training texts, computed once and kept in a file.
+
+The target is most of the work of an epoch on a CPU. The file takes 2 * S * d bytes per token (S hooked states of width
+d, in bfloat16): 3.5 kB for a 135M target, so this is for small runs.
+"""
+
+from __future__ import annotations
+
+import os
+from itertools import accumulate
+from pathlib import Path
+
+import torch
+from specformer.modeling_specformer import BorrowedTarget
+from specformer.scripts.answers import Answers
+from specformer.scripts.offline import target_states
+from tqdm import tqdm
+
+STORED = torch.bfloat16
+
+
+class StoredStates(torch.utils.data.Dataset):
+    """Texts, labels and hidden states (T, S, d) of the texts of `answers`.
+
+    Several processes may hold the same file; each fills its share. What an interrupted run has filled is kept.
+
+    Args:
+        answers: a dataset of (tokens, labels).
+        path: of the file; `path`.done notes which texts are in it.
+
+    Raises:
+        OSError: the disk has no room for the file. Nothing was computed yet.
+    """
+
+    def __init__(self, answers, borrowed: BorrowedTarget, path: Path):
+        self.answers, self.borrowed = answers, borrowed
+        lengths = [len(tokens) for tokens, _ in answers]
+        self.ends = list(accumulate(lengths))
+        shape = self.ends[-1], len(borrowed.layer_ids), borrowed.text_config.hidden_size
+        self.states = map_file(path, shape, STORED)
+        self.done = map_file(path.with_name(path.name + ".done"), (len(lengths),), torch.uint8)
+
+    def __len__(self) -> int:
+        return len(self.answers)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        tokens, labels = self.answers[index]
+        return tokens, labels, self._place(index)
+
+    def fill(self, process_index: int, num_processes: int) -> None:
+        """Compute what is missing of this process's share. A text is read alone, so that its states are the same
+        whatever was computed before an interruption."""
+        mine = [index for index in range(process_index, len(self), num_processes) if not self.done[index]]
+        for index in tqdm(mine, desc="read answers", unit="text", disable=process_index > 0 or not mine):
+            batch = Answers.collate([self.answers[index]])
+            batch = {name: values.to(self.borrowed.target.device) for name, values in batch.items()}
+            self._place(index).copy_(target_states(self.borrowed, batch)[0])
+            self.done[index] = 1
+
+    def _place(self, index: int) -> torch.Tensor:
+        return self.states[self.ends[index - 1] if index else 0 : self.ends[index]]
+
+
+def map_file(path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """A tensor whose memory is the file `path`, made with zeros where it is not there yet."""
+    count = torch.Size(shape).numel()
+    with open(path, "ab") as file:
+        # All at once: a full disk would otherwise end the process without a word when memory is written.
+        os.posix_fallocate(file.fileno(), 0, count * dtype.itemsize)
+    return torch.from_file(str(path), shared=True, size=count, dtype=dtype).view(shape)

@@ -18,6 +18,9 @@ class Answers(torch.utils.data.Dataset):
             as `distill` writes it.
         max_length: tokens of one text; what is longer is cut.
 
+    Attributes:
+        prompt_ids: which prompt each row answers, where the file says so.
+
     Raises:
         FileNotFoundError: there are no such files.
         ValueError: a line that is none of that, or no answer at all; the message has file and line.
@@ -25,15 +28,17 @@ class Answers(torch.utils.data.Dataset):
 
     def __init__(self, source: Path, max_length: int):
         self.rows: list[tuple[torch.Tensor, int]] = []  # tokens, and how many of them are the prompt
+        self.prompt_ids: list[int | str | None] = []
         paths = sorted(source.glob("answers-*.jsonl")) if source.is_dir() else [source]
         if not paths:
             raise FileNotFoundError(f"{source} holds no answers-*.jsonl; make them with specformer.scripts.distill.")
         for path in paths:
             with open(path) as file:
                 for number, line in enumerate(file, 1):
-                    prompt, response = parse(line, f"{path}, line {number}")
+                    prompt, response, prompt_id = parse(line, f"{path}, line {number}")
                     if response and len(prompt) < max_length:
                         self.rows.append((torch.tensor((prompt + response)[:max_length]), len(prompt)))
+                        self.prompt_ids.append(prompt_id)
         if not self.rows:
             raise ValueError(f"{source} holds no answers.")
 
@@ -71,7 +76,7 @@ class Answers(torch.utils.data.Dataset):
         }
 
 
-def parse(line: str, place: str) -> tuple[list[int], list[int]]:
+def parse(line: str, place: str) -> tuple[list[int], list[int], int | str | None]:
     try:
         row = json.loads(line)
         prompt, response = row["prompt_ids"], row["response_ids"]
@@ -84,4 +89,4 @@ def parse(line: str, place: str) -> tuple[list[int], list[int]]:
             f"{place}: expected {{'prompt_ids': [...], 'response_ids': [...]}}, got {line[:80]!r} "
             f"({type(error).__name__}: {error})."
         ) from error
-    return prompt, response
+    return prompt, response, row.get("id")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from specformer.configuration_specformer import SpecFormerConfig
 from specformer.modeling_specformer import BorrowedTarget
+from specformer.scripts.answers import Answers
 from specformer.scripts.losses import IGNORED, drafter_loss, slot_labels
 from torch import nn
 from torch.nn import functional
@@ -63,6 +64,33 @@ def walk(matches: list[int], first: int, length: int, num_assistant_tokens: int)
         accepted.append(count)
         written += count + 1
     return accepted
+
+
+def evaluate_answers(
+    drafter: nn.Module, borrowed: BorrowedTarget, answers: Answers, tasks: list[str], batch_size: int
+) -> dict[str, dict]:
+    """What `drafter` would do on `answers`, for every draft length: all of them, and those of each task.
+
+    Args:
+        tasks: of each answer.
+    """
+    from tqdm import tqdm
+
+    lengths = list(range(1, drafter_config(drafter).num_draft_tokens + 1))
+    progress, sums = tqdm(total=len(answers), unit="answer"), {}
+    for task in dict.fromkeys(tasks):
+        rows = [index for index, other in enumerate(tasks) if other == task]
+        rows.sort(key=lambda index: len(answers[index][0]))  # texts of one length waste no padding
+        loader = torch.utils.data.DataLoader(
+            torch.utils.data.Subset(answers, rows), batch_size, collate_fn=Answers.collate
+        )
+        sums[task] = evaluate_offline(drafter, borrowed, loader, lengths)
+        progress.update(len(rows))
+    progress.close()
+    figures = {task: summarise(each, lengths) for task, each in sums.items()}
+    for task, each in figures.items():
+        each["answers"] = tasks.count(task)
+    return {"all": {**summarise(sum(sums.values()), lengths), "answers": len(tasks)}, "tasks": figures}
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 FIELDS = ("prompt", "turns", "instruction", "question", "text")
@@ -16,32 +17,42 @@ def prompt_of(row: dict) -> str:
     raise ValueError(f"expected one of the fields {', '.join(FIELDS)}, found {', '.join(row) or 'none'}")
 
 
+def task_of(row: dict) -> str:
+    """What kind of prompt it is, where the row says so."""
+    return row.get("task") or row.get("category") or "all"
+
+
 def read_prompts(source: str, limit: int | None = None) -> list[str]:
-    """Prompts of a jsonl file, or of the train split of a `datasets` id.
+    """Prompts of a jsonl file, or of the train split of a `datasets` id. See `read`."""
+    return read(source, prompt_of, limit)
+
+
+def read(source: str, read_row: Callable[[dict], str], limit: int | None = None) -> list[str]:
+    """What `read_row` makes of the rows of a jsonl file, or of the train split of a `datasets` id.
 
     Raises:
         ValueError: a line that is no JSON object with a prompt; the message has file and line.
         FileNotFoundError: `source` ends in .jsonl or .json and does not exist.
     """
-    prompts: list[str] = []
+    values: list[str] = []
     path = Path(source)
     if path.exists() or path.suffix in (".jsonl", ".json"):
         with open(path) as file:
             for number, line in enumerate(file, 1):
-                if limit is not None and len(prompts) == limit:
+                if limit is not None and len(values) == limit:
                     break
                 try:
-                    prompts.append(prompt_of(json.loads(line)))
+                    values.append(read_row(json.loads(line)))
                 except (ValueError, AttributeError) as error:
                     raise ValueError(f"{path}, line {number}: {error}") from error
-        return prompts
+        return values
     from datasets import load_dataset
 
     for row in load_dataset(source, split="train", streaming=True):
-        if limit is not None and len(prompts) == limit:
+        if limit is not None and len(values) == limit:
             break
-        prompts.append(prompt_of(row))
-    return prompts
+        values.append(read_row(row))
+    return values
 
 
 def encode(tokenizer, prompts: list[str]):

@@ -14,6 +14,7 @@ import torch
 from specformer.modeling_specformer import BorrowedTarget
 from specformer.scripts.answers import Answers
 from specformer.scripts.offline import target_states
+from specformer.scripts.runs import writing
 from tqdm import tqdm
 
 STORED = torch.bfloat16
@@ -29,7 +30,7 @@ class StoredStates(torch.utils.data.Dataset):
         path: of the file; `path`.done notes which texts are in it.
 
     Raises:
-        OSError: the disk has no room for the file. Nothing was computed yet.
+        RuntimeError: the disk has no room for the file. Nothing was computed yet.
     """
 
     def __init__(self, answers, borrowed: BorrowedTarget, path: Path):
@@ -64,7 +65,7 @@ class StoredStates(torch.utils.data.Dataset):
 def map_file(path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     """A tensor whose memory is the file `path`, made with zeros where it is not there yet."""
     count = torch.Size(shape).numel()
-    with open(path, "ab") as file:
+    with writing(path), open(path, "ab") as file:
         # All at once: a full disk would otherwise end the process without a word when memory is written.
         os.posix_fallocate(file.fileno(), 0, count * dtype.itemsize)
     return torch.from_file(str(path), shared=True, size=count, dtype=dtype).view(shape)

@@ -188,8 +188,6 @@ def main(arguments: argparse.Namespace) -> None:
     learnt = torch.utils.data.Subset(answers, order[held_out:])
     if arguments.store_hidden_states:
         learnt = StoredStates(learnt, borrowed, output / STATES_FILE)
-        learnt.fill(training.process_index, training.world_size)
-        PartialState().wait_for_everyone()
     slots = drafter.config.num_draft_tokens
     trainer = DrafterTrainer(
         model=drafter,
@@ -205,6 +203,9 @@ def main(arguments: argparse.Namespace) -> None:
     if resume_from:
         trainer.state = TrainerState.load_from_json(str(resume_from / "trainer_state.json"))
     if not resume_from or trainer.state.global_step < trainer.state.max_steps:
+        if arguments.store_hidden_states:
+            learnt.fill(training.process_index, training.world_size)
+            PartialState().wait_for_everyone()
         trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
 
     if trainer.is_world_process_zero():

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 from specformer import SpecFormerConfig, SpecFormerModel
-from specformer.scripts import benchmark, plots, reproduce
+from specformer.scripts import benchmark, distill, evaluate_drafter, plots, reproduce, train
 from test_callers import tiny_tokenizer
 from tiny import llama
 
@@ -49,6 +50,61 @@ def test_benchmark(folder: Path, monkeypatch):
         assert 1 <= drafters["default"]["tokens_per_pass"] < 5
         ratio = drafters["default"]["ratio_to_plain"]
         assert 0 < ratio["min"] <= ratio["median"] <= ratio["max"]
+
+
+def test_figures_from_answers_are_those_of_decoding(folder: Path, monkeypatch):
+    """All together and task by task, for every draft length. The drafter learnt the answers, so that it is often
+    right."""
+    tasks = ["short" if len(text) < 10 else "long" for text in TEXTS]
+    lines = [json.dumps({"prompt": text, "task": task}) + "\n" for text, task in zip(TEXTS, tasks, strict=True)]
+    (folder / "prompts.jsonl").write_text("".join(lines))
+    prompts = ("--prompts", folder / "prompts.jsonl", "--target", folder / "target")
+    run(distill, monkeypatch, *prompts, "--max-new-tokens", 16, "--output", folder / "answers")
+    settings = ("--epochs", 60, "--num-draft-tokens", 3, "--learning-rate", 3e-3, "--save-dtype", "float32")
+    data = ("--data", folder / "answers", "--target", folder / "target")
+    run(train, monkeypatch, *data, *settings, "--evaluations", 1, "--output", folder / "trained")
+    evaluated = (*prompts, "--drafter", folder / "trained", "--output", folder / "result.json")
+    run(evaluate_drafter, monkeypatch, *evaluated, "--answers", folder / "answers")
+    offline = json.loads((folder / "result.json").read_text())
+    assert {task: figures["answers"] for task, figures in offline["tasks"].items()} == Counter(tasks)
+    for k in (1, 2, 3):
+        options = ("--num-assistant-tokens", k, "--max-new-tokens", 16, "--batch-size", 3)
+        run(evaluate_drafter, monkeypatch, *evaluated, *options)
+        decoded = json.loads((folder / "result.json").read_text())
+        assert decoded["identical"] == len(TEXTS)
+        assert decoded["tokens_per_pass"] == offline["all"][f"tokens_per_pass_k{k}"] > 1.2
+        for task, figures in offline["tasks"].items():
+            assert decoded["tasks"][task]["tokens_per_pass"] == figures[f"tokens_per_pass_k{k}"]
+        measures = decoded["measures"]
+        assert measures["kappa"] == decoded["tokens_per_pass"]
+        assert measures["acceptance_per_slot"] == decoded["acceptance_per_slot"]
+        assert 0 < measures["r1"] < measures["kappa"]
+        seconds = decoded["seconds"]
+        assert measures["theta"] == pytest.approx(measures["kappa"] * seconds["drafting"] / seconds["plain"])
+
+
+def test_answers_to_other_prompts_are_refused(folder: Path, monkeypatch):
+    (folder / "answers.jsonl").write_text('{"id": 8, "prompt_ids": [3], "response_ids": [4, 5]}\n')
+    evaluated = ("--prompts", folder / "prompts.jsonl", "--target", folder / "target", "--drafter", folder / "drafter")
+    with pytest.raises(ValueError, match=r"answers prompts \[8\], and .* has prompts 0 to 7"):
+        run(evaluate_drafter, monkeypatch, *evaluated, "--answers", folder / "answers.jsonl")
+    with pytest.raises(ValueError, match="needs a SpecFormer drafter"):
+        options = ("--prompt-lookup", 2, "--answers", folder / "answers.jsonl")
+        run(evaluate_drafter, monkeypatch, *evaluated[:4], *options)
+
+
+def test_parameters_at_work(folder: Path):
+    target = llama(torch.float32)
+    drafter = SpecFormerModel(SpecFormerConfig.from_target_config(target.config, num_draft_tokens=3))
+    figures = evaluate_drafter.parameters_at_work(drafter, target)
+    size = target.config.hidden_size
+    read_only = 64 * size  # the target's embeddings; its head is a matrix of its own
+    assert figures["target_parameters"] == target.num_parameters() - read_only
+    shared = {"input_norm", "input_proj", "context_attention", "positional_norm", "positional_ffn"}
+    expected = 3 * 64 * size
+    for name, weight in drafter.named_parameters():
+        expected += weight.numel() * (1 if name.split(".")[0] in shared else 3)
+    assert figures["shared_parameters"] == expected
 
 
 def is_picture(path: Path) -> bool:

@@ -8,6 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+SETTINGS = "settings.json"
+"""Written when a run begins, and never again."""
+
 
 def begin_or_go_on(folder: Path, settings: dict) -> bool:
     """Note the settings that decide about a run, or compare them with those that began the folder.
@@ -19,7 +22,7 @@ def begin_or_go_on(folder: Path, settings: dict) -> bool:
         ValueError: the settings differ.
         FileExistsError: the folder holds something else.
     """
-    path = folder / "settings.json"
+    path = folder / SETTINGS
     if path.exists():
         before = json.loads(path.read_text())
         different = "; ".join(

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -23,9 +24,10 @@ from specformer.configuration_specformer import SpecFormerConfig
 from specformer.modeling_specformer import BorrowedTarget, SpecFormerModel
 from specformer.scripts.answers import Answers
 from specformer.scripts.losses import drafter_loss
+from specformer.scripts.model_card import write_model_card
 from specformer.scripts.offline import drafts_of_text, evaluate_offline, summarise
 from specformer.scripts.provenance import provenance
-from specformer.scripts.runs import begin_or_go_on, writing
+from specformer.scripts.runs import SETTINGS, begin_or_go_on, writing
 from specformer.scripts.stored_states import StoredStates
 from transformers import (
     AutoConfig,
@@ -110,6 +112,11 @@ def last_whole_checkpoint(folder: Path) -> Path | None:
         else:
             shutil.rmtree(checkpoint)
     return max(whole, key=lambda path: int(path.name.split("-")[1]), default=None)
+
+
+def minutes_between(first: Path, last: Path) -> float:
+    """From the writing of one file to that of another; of an interrupted run with the pauses."""
+    return (last.stat().st_mtime - first.stat().st_mtime) / 60
 
 
 def make_config(arguments: argparse.Namespace) -> SpecFormerConfig:
@@ -212,12 +219,13 @@ def main(arguments: argparse.Namespace) -> None:
         state = trainer.state
         log = {
             **provenance("specformer.scripts.train"),
-            "settings": json.loads((output / "settings.json").read_text()),
+            "settings": json.loads((output / SETTINGS).read_text()),
             "parameters": sum(parameter.numel() for parameter in drafter.parameters()),
             "answers": len(answers) - held_out,
             "answer_tokens": answers.num_answer_tokens,
             "held_out_answers": held_out,
             "steps": state.global_step,
+            "minutes": minutes_between(output / SETTINGS, last_whole_checkpoint(output) / WHOLE),
             "best": {"step": state.best_global_step, "tokens_per_pass": state.best_metric},
             "history": [entry for entry in state.log_history if "train_runtime" not in entry],  # of one session only
         }
@@ -225,6 +233,8 @@ def main(arguments: argparse.Namespace) -> None:
         with writing(output):
             SpecFormerModel.from_pretrained(best, dtype=getattr(torch, arguments.save_dtype)).save_pretrained(output)
             (output / "training.json").write_text(json.dumps(log, indent=2) + "\n")
+            with suppress(FileExistsError):  # a card of one's own stays
+                write_model_card(output, [])
         for path in output.glob(f"{STATES_FILE}*"):
             path.unlink()
         print(f"The drafter is in {output}: {state.best_metric:.3f} tokens per target pass on held-out answers.")

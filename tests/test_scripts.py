@@ -10,12 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from specformer import SpecFormerConfig, SpecFormerModel
-from specformer.scripts import benchmark, distill, evaluate_drafter, plots, reproduce, train
+from specformer.scripts import benchmark, distill, evaluate_drafter, model_card, plots, reproduce, train
 from test_callers import tiny_tokenizer
 from tiny import llama
 
 TEXTS = ["the other note", "and in the end", "is it?", "one, two", "a hen on the hill", "so it is", "in there", "there"]
+
+VERSIONS = dict(torch="2.0", transformers="5.0")
 
 
 @pytest.fixture
@@ -105,6 +108,50 @@ def test_parameters_at_work(folder: Path):
     for name, weight in drafter.named_parameters():
         expected += weight.numel() * (1 if name.split(".")[0] in shared else 3)
     assert figures["shared_parameters"] == expected
+
+
+@pytest.fixture
+def trained(folder: Path) -> Path:
+    """What training leaves of a drafter that its model card tells about."""
+    settings = dict(epochs=3, batch_size=8, accumulation=1, processes=2)
+    machine = dict(device="CPU", cpu="an example", torch_threads=1)
+    log = dict(
+        settings=settings, machine=machine, versions=dict(torch="2.0", transformers="5.0"), command="python -m a"
+    )
+    log.update(parameters=7_100_000, answers=1_500, answer_tokens=234_567, held_out_answers=20, steps=99, minutes=12.3)
+    (folder / "drafter" / "training.json").write_text(json.dumps({**log, "best": {"tokens_per_pass": 1.5}}))
+    return folder / "drafter"
+
+
+def test_model_card(trained: Path, monkeypatch):
+    decoded, offline, sources = (trained.parent / name for name in ("decoded.json", "offline.json", "sources.md"))
+    common = dict(
+        machine=dict(device="GPU", cpu="x"), versions=dict(torch="2.1", transformers="5.1"), command="python -m b"
+    )
+    regime = dict(dtype="float32", decoding="greedy", max_new_tokens=64, batch_size=8, num_assistant_tokens=4)
+    tasks = {"poems": dict(prompts=3, tokens_per_pass=1.25), "sums": dict(prompts=5, tokens_per_pass=1.75)}
+    decoded.write_text(
+        json.dumps(dict(common, regime=regime, tasks=tasks, prompts=8, tokens_per_pass=1.5, identical=8))
+    )
+    figures = dict(answers=4, tokens_per_pass_k1=1.2, tokens_per_pass_k2=1.31)
+    everything = dict(common, answer_tokens=4321, tasks={"poems": figures}, all=figures)
+    offline.write_text(json.dumps(everything))
+    sources.write_text("Prompts of a friend, CC0.")
+    run(model_card, monkeypatch, trained, decoded, offline, "--license", "mit", "--sources", sources)
+    card = ModelCard.load(trained / "README.md")
+    assert card.data.library_name == "transformers"
+    assert (card.data.license, card.data.base_model_relation) == ("mit", "adapter")
+    assert set(card.data.tags) == {"custom_generate", "speculative-decoding", "specformer"}
+    assert "| poems | 3 | 1.25 |" in card.text and "| all | 8 | 1.50 |" in card.text
+    assert "| task | prompts | k = 1 | k = 2 |" in card.text and "| all | 4 | 1.20 | 1.31 |" in card.text
+    assert "1,500 answers of the target itself (234,567 tokens" in card.text
+    assert "Prompts of a friend, CC0." in card.text and "python -m a" in card.text
+    run(model_card, monkeypatch, trained)  # its own card is written again
+    assert "Not measured yet" in (trained / "README.md").read_text()
+    (trained / "README.md").write_text("mine")
+    with pytest.raises(FileExistsError, match="left alone"):
+        run(model_card, monkeypatch, trained)
+    assert (trained / "README.md").read_text() == "mine"
 
 
 def is_picture(path: Path) -> bool:

@@ -1,0 +1,165 @@
+"""Write the model card of a trained drafter from what its training and its evaluations left.
+
+    python -m specformer.scripts.model_card runs/drafter result.json ... --license apache-2.0 --sources data.md
+
+README.md goes into the drafter's folder. Results are JSON files of specformer.scripts.evaluate_drafter. Without any,
+the card says that nothing was measured. Training writes such a card; call this again when there are figures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+WRITTEN = "<!-- written by specformer.scripts.model_card -->"
+"""A card without this line was written by a person, and is left alone."""
+
+USE = """```python
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{target}", padding_side="left")
+target = AutoModelForCausalLM.from_pretrained("{target}")
+drafter = AutoModel.from_pretrained("<this repository>", trust_remote_code=True)
+inputs = tokenizer(["The capital of Portugal is"], return_tensors="pt")
+output = target.generate(
+    **inputs, assistant_model=drafter, custom_generate=drafter.name_or_path, trust_remote_code=True
+)
+```"""
+
+
+def training_text(log: dict, config: dict) -> str:
+    """What a drafter is and how it was trained, in sentences. `log`: training.json; `config`: config.json."""
+    settings, machine = log["settings"], log["machine"]
+    vocabulary = config.get("draft_vocab_size")
+    vocabulary = f" that draft the {vocabulary:,} most frequent tokens" if vocabulary else ""
+    inputs = "with" if config["use_anchor_token"] else "without"
+    return (
+        f"{log['parameters'] / 1e6:.1f} million weights ({config['dtype']}), {config['num_draft_tokens']} draft "
+        f"slots{vocabulary}, {inputs} the anchor token as input. Trained on {log['answers']:,} answers of the target "
+        f"itself ({log['answer_tokens']:,} tokens, {log['held_out_answers']} of the answers held out), "
+        f"{settings['epochs']:g} epochs, {log['steps']:,} steps of {settings['batch_size']} x "
+        f"{settings['accumulation']} texts on each of {settings['processes']} processes, in {log['minutes']:.0f} "
+        f"minutes on {machine['device']} ({machine['cpu']}), torch {log['versions']['torch']}, transformers "
+        f"{log['versions']['transformers']}. On the held-out answers the best checkpoint comes to "
+        f"{log['best']['tokens_per_pass']:.2f} tokens per target pass, greedy, at "
+        f"{min(7, config['num_draft_tokens'])} drafted."
+    )
+
+
+def task_table(result: dict) -> list[str]:
+    """Tokens per target pass by task. `result`: a JSON file of evaluate_drafter."""
+    if "all" in result:  # of answers, for every draft length
+        lengths = [name for name in result["all"] if name.startswith("tokens_per_pass_k")]
+        titles = [f"k = {name.rsplit('k', 1)[1]}" for name in lengths]
+        rows = {**result["tasks"], "all": result["all"]}
+        cells = {task: [figures[name] for name in lengths] for task, figures in rows.items()}
+        counts = {task: figures["answers"] for task, figures in rows.items()}
+    else:
+        titles = [f"k = {result['regime']['num_assistant_tokens']}"]
+        rows = {**result["tasks"], "all": result}
+        cells = {task: [figures["tokens_per_pass"]] for task, figures in rows.items()}
+        counts = {task: figures["prompts"] for task, figures in rows.items()}
+    return [
+        f"| task | prompts | {' | '.join(titles)} |",
+        "|---" * (2 + len(titles)) + "|",
+        *(f"| {task} | {counts[task]} | {' | '.join(f'{cell:.2f}' for cell in cells[task])} |" for task in rows),
+    ]
+
+
+def regime_text(result: dict) -> str:
+    """How a result was measured, in one line."""
+    regime = result["regime"]
+    if "all" in result:
+        how = f"greedy, exactly computed over {result['answer_tokens']:,} tokens that the target answered"
+    else:
+        how = (
+            f"{regime['decoding']}, {regime['max_new_tokens']} new tokens, batches of {regime['batch_size']} different "
+            "prompts"
+        )
+        if "identical" in result:
+            how += f", {result['identical']} of {result['prompts']} texts identical to plain `generate`"
+    return (
+        f"Tokens per target pass at k drafted tokens, {regime['dtype']}, {how}; {result['machine']['device']} "
+        f"({result['machine']['cpu']}), torch {result['versions']['torch']}, transformers "
+        f"{result['versions']['transformers']}. `{result['command']}`"
+    )
+
+
+def model_card(folder: Path, results: list[dict], license: str | None, sources: str | None) -> str:
+    """The text of README.md for the drafter in `folder`."""
+    config = json.loads((folder / "config.json").read_text())
+    log = json.loads((folder / "training.json").read_text())
+    target = config["target_name_or_path"]
+    head = ["---", "library_name: transformers"]
+    head += [f"license: {license}"] if license else []
+    head += [f"base_model: {target}", "base_model_relation: adapter", "pipeline_tag: text-generation", "tags:"]
+    head += [f"  - {tag}" for tag in ("custom_generate", "speculative-decoding", "specformer")]
+    figures = ["Not measured yet on prompts of its own; see `specformer.scripts.evaluate_drafter`."]
+    if results:
+        figures = [line for result in results for line in (*task_table(result), "", regime_text(result), "")]
+    return "\n".join(
+        [
+            *head,
+            "---",
+            WRITTEN,
+            "",
+            f"# SpecFormer drafter for {target}",
+            "",
+            f"Makes `generate` of {target} draft several tokens a pass, for one prompt or a batch of different ones, "
+            "without changing what it says: the target verifies every token.",
+            "",
+            USE.format(target=target),
+            "",
+            "## Figures",
+            "",
+            *figures,
+            "" if results else "\n",
+            "## Training",
+            "",
+            training_text(log, config),
+            "",
+            f"```\n{log['command']}\n```",
+            "",
+            *(["## Prompts", "", sources.strip(), ""] if sources else []),
+            "## Limits",
+            "",
+            f"It fits {target} and fine-tunes of the same sizes alone. Drafts are best on text like the answers it learnt "
+            "from; elsewhere fewer are accepted, which costs time and never changes the text. Whether drafting saves time "
+            "depends on the device, the batch and how much is accepted: measure it with "
+            "`specformer.scripts.benchmark`.",
+            "",
+        ]
+    )
+
+
+def write_model_card(folder: Path, results: list[dict], license: str | None = None, sources: str | None = None) -> None:
+    """Write README.md into `folder`.
+
+    Raises:
+        FileExistsError: there is one that somebody else wrote.
+    """
+    path = folder / "README.md"
+    if path.exists() and WRITTEN not in path.read_text():
+        raise FileExistsError(f"{path} was not written by this script and is left alone. Move it away for a new card.")
+    path.write_text(model_card(folder, results, license, sources))
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("drafter", type=Path, help="folder of specformer.scripts.train")
+    parser.add_argument("results", type=Path, nargs="*", help="JSON files of specformer.scripts.evaluate_drafter")
+    parser.add_argument("--license", help="of the weights, as the Hub spells it")
+    parser.add_argument("--sources", type=Path, help="Markdown file about the prompts and their licences")
+    return parser.parse_args()
+
+
+def main(arguments: argparse.Namespace) -> None:
+    results = [json.loads(path.read_text()) for path in arguments.results]
+    sources = arguments.sources.read_text() if arguments.sources else None
+    write_model_card(arguments.drafter, results, arguments.license, sources)
+    print(arguments.drafter / "README.md")
+
+
+if __name__ == "__main__":
+    main(parse())

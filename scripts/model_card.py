@@ -124,8 +124,9 @@ def model_card(folder: Path, results: list[dict], license: str | None, sources: 
             *(["## Prompts", "", sources.strip(), ""] if sources else []),
             "## Limits",
             "",
-            f"It fits {target} and fine-tunes of the same sizes alone. Drafts are best on text like the answers it learnt "
-            "from; elsewhere fewer are accepted, which costs time and never changes the text. Whether drafting saves time "
+            f"It fits {target} and fine-tunes of the same sizes alone. Drafts are best on text like the answers that "
+            "it learnt; elsewhere fewer are accepted, which costs time and never changes the text. Whether drafting "
+            "saves time "
             "depends on the device, the batch and how much is accepted: measure it with "
             "`specformer.scripts.benchmark`.",
             "",

@@ -36,6 +36,10 @@ class SpecFormerConfig(PreTrainedConfig):
             the weights. `None` means all of them, as in the paper. Fewer cost less time and are rarely missed.
         use_anchor_token (`bool`, defaults to `True`): whether the embedding of the token that follows each position
             is an input. It is known when drafting starts, and the paper's drafter does not see it (`False`).
+        causal_draft_attention (`bool`, defaults to `False`): whether a slot sees only the slots before it, where the
+            paper's see one another.
+        use_positional_ffn (`bool`, defaults to `True`): whether every slot has a linear layer of its own, as in the
+            paper, or only an embedding that is added to what all slots share.
         target_layer_ids (`list[int]`, *optional*): which of the target's hidden states are inputs: `i` is the state
             that enters layer `i`, and `target_num_hidden_layers` the last one, after the final norm. `None` means the
             paper's `[0, L/2, L-1, L]`, without the first where the anchor token takes its place.
@@ -64,6 +68,8 @@ class SpecFormerConfig(PreTrainedConfig):
         default_num_assistant_tokens: int = 4,
         draft_vocab_size: int | None = None,
         use_anchor_token: bool = True,
+        causal_draft_attention: bool = False,
+        use_positional_ffn: bool = True,
         target_layer_ids: list[int] | None = None,
         target_num_hidden_layers: int = 30,
         target_name_or_path: str | None = None,
@@ -83,6 +89,8 @@ class SpecFormerConfig(PreTrainedConfig):
         self.default_num_assistant_tokens = default_num_assistant_tokens
         self.draft_vocab_size = draft_vocab_size
         self.use_anchor_token = use_anchor_token
+        self.causal_draft_attention = causal_draft_attention
+        self.use_positional_ffn = use_positional_ffn
         self.target_num_hidden_layers = target_num_hidden_layers
         if target_layer_ids is None:
             layers = target_num_hidden_layers

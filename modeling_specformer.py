@@ -147,8 +147,11 @@ class SpecFormerModel(PreTrainedModel):
         self.input_norm = SpecFormerRMSNorm(size, config.rms_norm_eps, groups=config.num_input_slices)
         self.input_proj = nn.Linear(config.num_input_slices * size, size, bias=False)
         self.context_attention = SpecFormerAttention(config)
-        self.positional_norm = SpecFormerRMSNorm(size, config.rms_norm_eps)
-        self.positional_ffn = nn.Linear(size, slots * size, bias=True)
+        if config.use_positional_ffn:
+            self.positional_norm = SpecFormerRMSNorm(size, config.rms_norm_eps)
+            self.positional_ffn = nn.Linear(size, slots * size, bias=True)
+        else:
+            self.slot_embeddings = nn.Embedding(slots, size)
         self.draft_attention = SpecFormerAttention(config)
         self.draft_mlp = SpecFormerMLP(config)
         self.final_norm = SpecFormerRMSNorm(size, config.rms_norm_eps)
@@ -162,6 +165,8 @@ class SpecFormerModel(PreTrainedModel):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=self.config.initializer_range)
         elif isinstance(module, SpecFormerRMSNorm):
             nn.init.ones_(module.weight)
 
@@ -202,10 +207,14 @@ class SpecFormerModel(PreTrainedModel):
 
     def draft(self, context_states: torch.Tensor) -> torch.Tensor:
         """Draft all slots from each context state on its own (section 3, steps 3 and 4): (..., d) -> (..., D, d)."""
-        slots = self.positional_ffn(self.positional_norm(context_states))
+        if self.config.use_positional_ffn:
+            slots = self.positional_ffn(self.positional_norm(context_states))
+        else:
+            slots = context_states[..., None, :] + self.slot_embeddings.weight
         slots = slots.view(-1, self.config.num_draft_tokens, self.config.hidden_size)  # (B*T, D, d)
         slot_ids = torch.arange(slots.shape[1], device=slots.device)[None]
-        slots = self.final_norm(self.draft_mlp(self.draft_attention(slots, slot_ids)))
+        slots = self.draft_attention(slots, slot_ids, is_causal=self.config.causal_draft_attention)
+        slots = self.final_norm(self.draft_mlp(slots))
         return slots.view(*context_states.shape[:-1], *slots.shape[1:])
 
     def forward(
@@ -241,12 +250,14 @@ class SpecFormerModel(PreTrainedModel):
         head would read, passes through to every slot; what is added to it starts small.
         """
         self.final_norm.weight.copy_(final_norm_scale(target).to(self.final_norm.weight))
-        outputs = (self.context_attention.o_proj, self.draft_attention.o_proj, self.draft_mlp.down_proj)
-        for layer in (self.input_proj, self.positional_ffn, *outputs):
-            layer.weight /= 2
         identity = torch.eye(self.config.hidden_size, device=self.device)
+        for layer in (self.context_attention.o_proj, self.draft_attention.o_proj, self.draft_mlp.down_proj):
+            layer.weight /= 2
+        self.input_proj.weight /= 2
         self.input_proj.weight[:, -len(identity) :] += identity
-        self.positional_ffn.weight += identity.repeat(self.config.num_draft_tokens, 1)
+        if self.config.use_positional_ffn:
+            self.positional_ffn.weight /= 2
+            self.positional_ffn.weight += identity.repeat(self.config.num_draft_tokens, 1)
 
     @classmethod
     def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):

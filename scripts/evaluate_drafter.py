@@ -59,10 +59,14 @@ def keep_layers(target, count: int):
 def parameters_at_work(drafter, target) -> dict[str, int]:
     """Parameters of the target and of a SpecFormer drafter, for `paper_measures`: those that one round multiplies with,
     the LM head included. The drafter computes all of its slots whatever the number of tokens that are asked for."""
-    of = {name: sum(weight.numel() for weight in part.parameters()) for name, part in drafter.named_children()}
     slots, head = drafter.config.num_draft_tokens, drafter.config.draft_vocab_size or drafter.config.vocab_size
-    each = of["draft_attention"] + of["draft_mlp"] + of["final_norm"] + head * drafter.config.hidden_size
-    once = of["input_norm"] + of["input_proj"] + of["context_attention"] + of["positional_norm"] + of["positional_ffn"]
+    each = sum(
+        weight.numel()
+        for part in (drafter.draft_attention, drafter.draft_mlp, drafter.final_norm)
+        for weight in part.parameters()
+    )
+    once = drafter.num_parameters() - each
+    each += head * drafter.config.hidden_size
     unread = 0 if target.config.get_text_config(decoder=True).tie_word_embeddings else target.get_input_embeddings()
     of_target = target.num_parameters() - (unread and unread.weight.numel())
     return {"target_parameters": of_target, "shared_parameters": once + slots * each, "slot_parameters": 0}

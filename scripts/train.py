@@ -13,6 +13,7 @@ pass on held-out answers ends up in --output, ready for AutoModel.from_pretraine
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import shutil
 from contextlib import suppress
@@ -123,9 +124,19 @@ def make_config(arguments: argparse.Namespace) -> SpecFormerConfig:
     """The config of a new drafter; its errors come before anything is written."""
     overrides = {
         key: getattr(arguments, key)
-        for key in ("num_draft_tokens", "intermediate_size", "default_num_assistant_tokens", "draft_vocab_size")
+        for key in ("num_draft_tokens", "default_num_assistant_tokens", "draft_vocab_size")
         if getattr(arguments, key) is not None
     }
+    for setting in arguments.config:
+        field, _, value = setting.partition("=")
+        if field not in inspect.signature(SpecFormerConfig).parameters or field == "kwargs":
+            raise ValueError(f"--config {setting}: {field!r} is no field of SpecFormerConfig.")
+        try:
+            overrides[field] = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"--config {setting}: expected FIELD=VALUE with a JSON value, as in a=3 b=true."
+            ) from error
     overrides["target_name_or_path"] = arguments.target_id or arguments.target
     make = SpecFormerConfig.paper if arguments.paper else SpecFormerConfig.from_target_config
     return make(AutoConfig.from_pretrained(arguments.target), **overrides)
@@ -249,8 +260,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--paper", action="store_true", help="the paper's inputs: no anchor token")
     parser.add_argument("--num-draft-tokens", type=int)
     parser.add_argument("--default-num-assistant-tokens", type=int)
-    parser.add_argument("--intermediate-size", type=int)
     parser.add_argument("--draft-vocab-size", type=int, help="draft only so many tokens, the most frequent of --data")
+    parser.add_argument(
+        "--config", nargs="+", default=[], metavar="FIELD=VALUE", help="other fields of SpecFormerConfig, as JSON"
+    )
     parser.add_argument("--slot-decay", type=float, default=1.0, help="slot j weighs slot_decay**j in the loss")
     parser.add_argument("--epochs", type=float, default=3)
     parser.add_argument("--batch-size", type=int, default=8, help="texts per step and process")

@@ -4,24 +4,18 @@ finished text, and labels and loss are those of the slots."""
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 
 import pytest
 import torch
 from exactness import choose_eos
-from specformer import SpecFormerConfig, SpecFormerModel, generate
+from specformer import SpecFormerModel, generate
 from specformer.generation.specformer_drafter import SpecFormerDrafter
 from specformer.scripts.losses import IGNORED, HeadCrossEntropy, drafter_loss, slot_labels
-from tiny import VOCAB, llama, ragged_batch
+from tiny import PRESETS, VOCAB, llama, ragged_batch
 from torch.nn import functional
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 NEW_TOKENS = 16
-PRESETS = {
-    "anchor": SpecFormerConfig.from_target_config,
-    "paper": SpecFormerConfig.paper,
-    "some tokens": partial(SpecFormerConfig.from_target_config, draft_vocab_size=VOCAB // 2),
-}
 
 
 @dataclass

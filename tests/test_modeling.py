@@ -6,14 +6,14 @@ import threading
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from architectures import make_target
 from specformer import SpecFormerConfig, SpecFormerModel
-from specformer.modeling_specformer import SpecFormerRMSNorm, final_norm_scale, rotate
-from tiny import VOCAB, llama, llama_config, ragged_batch
+from specformer.modeling_specformer import SpecFormerRMSNorm, final_norm_scale, head_of_some, rotate
+from tiny import PRESETS, VOCAB, llama, llama_config, ragged_batch
 from torch.nn import functional
 
 B, T, D, SIZE = 2, 7, 5, 32
-PRESETS = {"anchor": SpecFormerConfig.from_target_config, "paper": SpecFormerConfig.paper}
 
 
 def make_config(preset: str = "anchor", **overrides) -> SpecFormerConfig:
@@ -58,7 +58,7 @@ def test_presets():
     assert make_config("paper", target_layer_ids=[1, 4]).num_input_slices == 2
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", ["anchor", "paper"])
 def test_parameter_count(preset: str):
     config = make_config(preset, intermediate_size=40, num_attention_heads=6, num_key_value_heads=3, head_dim=4)
     d, slots, query, key_value = SIZE, D, 6 * 4, 3 * 4
@@ -101,7 +101,9 @@ def test_later_positions_never_change_earlier_drafts(network):
             assert ((after - before)[:, position:].abs().amax(dim=(2, 3)) > 1e-6).all()
 
 
-def test_every_slot_sees_every_other(network):
+@pytest.mark.parametrize("preset", ["anchor", "paper"])
+def test_every_slot_sees_every_other(preset: str):
+    network = SpecFormerModel(make_config(preset)).to(torch.float64).eval()
     context = torch.randn(3, SIZE, dtype=torch.float64)
     before = network.draft(context)
     for slot in range(D):
@@ -110,6 +112,68 @@ def test_every_slot_sees_every_other(network):
         after = network.draft(context)
         assert ((after - before).abs().amax(dim=2) > 1e-6).all()
         before = after
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_slot_embeddings_and_causal_slots(causal: bool):
+    """A slot's embedding changes that slot, and the others that see it."""
+    config = make_config(use_positional_ffn=False, causal_draft_attention=causal)
+    network = SpecFormerModel(config).to(torch.float64).eval()
+    assert not any(name.startswith("positional") for name, _ in network.named_parameters())
+    context = torch.randn(3, SIZE, dtype=torch.float64)
+    for slot in range(D):
+        before = network.draft(context)
+        with torch.no_grad():
+            network.slot_embeddings.weight[slot] += torch.randn(SIZE, dtype=torch.float64)
+        moved = (network.draft(context) - before).abs().amax(dim=2) > 1e-9  # (3, D)
+        assert moved[:, slot:].all()
+        assert bool(moved[:, :slot].any()) is (slot > 0 and not causal)
+
+
+@torch.no_grad()
+def test_only_some_tokens_are_drafted():
+    """With the very scores that the whole head gives them."""
+    target, states = llama(), torch.randn(2, 3, SIZE, dtype=torch.float64)
+    every = SpecFormerModel(make_config()).borrow(target)
+    network = SpecFormerModel(make_config("some tokens"))
+    assert network.draft_token_ids.tolist() == list(range(24))
+    counts = torch.zeros(VOCAB)
+    counts[torch.arange(1, VOCAB, 2)] = 5.0
+    network.choose_draft_tokens(counts)
+    kept = network.draft_token_ids.tolist()
+    assert kept == list(range(1, 48, 2))
+    some = network.borrow(target)
+    logits = some.logits(states)
+    assert logits.shape == (2, 3, VOCAB)
+    torch.testing.assert_close(logits[..., kept], every.logits(states)[..., kept], rtol=0, atol=1e-12)
+    assert logits.isinf().sum() == 2 * 3 * (VOCAB - len(kept))
+    assert some.best_tokens(states).tolist() == logits.argmax(-1).tolist()
+    labels = some.draft_labels(torch.tensor([1, 2, 47, 49, -100, 0]))
+    assert labels.tolist() == [0, -100, 23, -100, -100, -100]
+    assert every.draft_labels(torch.tensor([1, -100])).tolist() == [1, -100]
+
+
+def test_drafted_tokens_are_saved(tmp_path):
+    network = SpecFormerModel(make_config("some tokens"))
+    network.choose_draft_tokens(torch.rand(VOCAB))
+    network.bfloat16().save_pretrained(tmp_path)
+    loaded = SpecFormerModel.from_pretrained(tmp_path, dtype=torch.float32)
+    assert loaded.draft_token_ids.tolist() == network.draft_token_ids.tolist()
+    assert loaded.draft_token_ids.dtype == torch.long
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["bias", "another class", "a hook of accelerate"])
+def test_a_head_that_is_no_plain_layer_is_called_as_it_is(kind: str):
+    class Doubling(torch.nn.Linear):
+        def forward(self, states):
+            return 2 * super().forward(states)
+
+    head = (Doubling if kind == "another class" else torch.nn.Linear)(SIZE, VOCAB, bias=kind == "bias")
+    if kind == "a hook of accelerate":
+        add_hook_to_module(head, ModelHook())
+    states, ids = torch.randn(4, SIZE), torch.tensor([3, 7, 60])
+    torch.testing.assert_close(head_of_some(head, ids)(states), head(states)[:, ids])
 
 
 def test_anchors_are_given_exactly_where_configured(network):

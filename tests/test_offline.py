@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-from functools import cache, partial
+from functools import cache
 
 import pytest
 import torch
 from exactness import choose_eos
 from hypothesis import given
 from hypothesis import strategies as st
-from specformer import SpecFormerConfig, SpecFormerModel, generate
+from specformer import SpecFormerModel, generate
 from specformer.scripts import offline
 from specformer.scripts.answers import Answers
 from specformer.scripts.losses import IGNORED, drafter_loss, slot_labels
 from specformer.scripts.offline import drafts_of_text, evaluate_offline, summarise, walk
-from tiny import VOCAB, llama, ragged_batch
+from tiny import PRESETS, VOCAB, llama, ragged_batch
 
 SLOTS, NEW_TOKENS = 4, 24
 LENGTHS = [1, 2, SLOTS]
-PRESETS = {
-    "anchor": SpecFormerConfig.from_target_config,
-    "paper": SpecFormerConfig.paper,
-    "some tokens": partial(SpecFormerConfig.from_target_config, draft_vocab_size=24),
-}
 
 
 @st.composite

@@ -12,7 +12,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from specformer import SpecFormerConfig, SpecFormerModel
-from specformer.scripts import benchmark, distill, evaluate_drafter, model_card, plots, reproduce, train
+from specformer.scripts import ablations, benchmark, distill, evaluate_drafter, model_card, plots, reproduce, train
 from test_callers import tiny_tokenizer
 from tiny import llama
 
@@ -171,6 +171,33 @@ def test_plots(tmp_path: Path):
     other.write_text("{}")
     with pytest.raises(ValueError, match=r"other\.json is neither"):
         plots.main([other])
+
+
+@pytest.mark.slow
+def test_ablations(folder: Path, monkeypatch):
+    """On the target's answers and on other text, evaluated on held-out answers and on others; nothing is run twice."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    prompts = ("--prompts", folder / "prompts.jsonl", "--target", folder / "target")
+    run(distill, monkeypatch, *prompts, "--max-new-tokens", 16, "--output", folder / "answers")
+    (folder / "other.jsonl").write_text('{"prompt_ids": [3, 4], "response_ids": [5, 6, 7, 8]}\n' * 4)
+    arguments = ["--data", folder / "answers", "--target", folder / "target", "--output", folder / "runs"]
+    arguments += ["--result", folder / "result.json", "--seeds", 0, "--other-data", folder / "other.jsonl"]
+    budget = ("--", "--epochs", 2, "--num-draft-tokens", 3, "--evaluations", 2)
+    run(ablations, monkeypatch, *arguments, *budget)
+    result = json.loads((folder / "result.json").read_text())
+    assert result["trial"] is True
+    assert len(result["variants"]) == 6
+    weights = {name: runs[0]["parameters"] for name, runs in result["variants"].items()}
+    assert (
+        weights["no positional FFN"] < weights["paper"] == weights["causal draft attention"] < weights["twice as wide"]
+    )
+    assert all(1 <= runs[0]["tokens_per_pass_k3"] <= 4 for runs in result["variants"].values())
+    with monkeypatch.context() as patch:
+        patch.setattr(subprocess, "run", None)
+        run(ablations, patch, *arguments, "--answers", folder / "answers", *budget)
+    on_answers = json.loads((folder / "result.json").read_text())
+    assert on_answers["evaluated_on"] == "answers"
+    assert all(runs[0]["answers"] == len(TEXTS) for runs in on_answers["variants"].values())
 
 
 @pytest.mark.slow

@@ -307,6 +307,31 @@ def test_other_settings_and_other_answers_are_refused(folders: Path, monkeypatch
     assert contents(folder) == before
 
 
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("num_heads=3", "'num_heads' is no field of SpecFormerConfig"),
+        ("kwargs=3", "'kwargs' is no field"),
+        ("hidden_act=relu", "expected FIELD=VALUE with a JSON value"),
+        ("use_anchor_token", "expected FIELD=VALUE"),
+        ("num_attention_heads=0", "num_attention_heads is 0; expected a positive integer"),
+        ("draft_vocab_size=65", "draft_vocab_size is 65, more than the 64 entries"),
+    ],
+)
+def test_bad_config_fields_are_refused_before_anything_is_written(setting, message, folders: Path, monkeypatch):
+    with pytest.raises(ValueError, match=message):
+        run(monkeypatch, folders, *SELDOM, "--config", setting)
+    assert not (folders / "drafter").exists()
+
+
+def test_config_fields_are_taken(folders: Path, monkeypatch):
+    fields = ("causal_draft_attention=true", "intermediate_size=48", 'hidden_act="relu"', "draft_vocab_size=40")
+    folder = run(monkeypatch, folders, *SELDOM, "--epochs", "1", "--config", *fields)
+    config = SpecFormerModel.from_pretrained(folder).config
+    assert (config.causal_draft_attention, config.intermediate_size, config.hidden_act) == (True, 48, "relu")
+    assert config.draft_vocab_size == 40
+
+
 @pytest.mark.parametrize("name", ["thesis.txt", "checkpoint-7/thesis.txt"])
 def test_a_foreign_folder_is_refused(name: str, folders: Path, monkeypatch):
     place = folders / "drafter" / name

@@ -3,11 +3,24 @@ flat that every model writes one token for ever, and no test of exactness could 
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
+from specformer import SpecFormerConfig
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 VOCAB = 64
 PAD, BOS, EOS = 0, 1, 5
+
+
+PRESETS = {
+    "anchor": SpecFormerConfig.from_target_config,
+    "paper": SpecFormerConfig.paper,
+    "causal slots": partial(SpecFormerConfig.from_target_config, causal_draft_attention=True),
+    "slot embeddings": partial(SpecFormerConfig.from_target_config, use_positional_ffn=False),
+    "some tokens": partial(SpecFormerConfig.from_target_config, draft_vocab_size=24),
+}
+"""Makers of drafter configs: the default, the paper's, and one for each field that changes the network."""
 
 
 def llama_config(**overrides) -> LlamaConfig:

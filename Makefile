@@ -6,7 +6,7 @@ OLDEST := .venv-oldest
 PYTEST := -m pytest -n 2 --dist worksteal
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-all test-oldest test-gpu lint clean
+.PHONY: demo test test-all test-oldest test-gpu kill lint clean
 
 demo: $(VENV)/ready
 	$(VENV)/bin/python -m specformer.scripts.demo
@@ -23,6 +23,10 @@ test-oldest: $(OLDEST)/ready
 
 test-gpu: $(VENV)/ready
 	$(VENV)/bin/python -m pytest -m gpu -rs
+
+# Kills distillation and training, ten times each, and compares with runs that are left alone.
+kill: $(VENV)/ready
+	$(VENV)/bin/python tests/kill.py --kills 10 --output benchmarks/results/kills.json
 
 lint: $(VENV)/ready
 	$(VENV)/bin/ruff check .

@@ -106,12 +106,7 @@ class Rejection(AcceptanceRule):
 
     def draft(self, scores, rows, steps):
         noise = torch.empty_like(scores).exponential_(1)
-        drafts = sample_with_noise(scores, noise)
-        # Where processors left none of the drafter's tokens, token 0 is drafted for certain.
-        certain = torch.zeros_like(scores)
-        certain[..., 0] = 1
-        proposals = torch.where((drafts >= 0)[..., None], scores.softmax(dim=-1), certain)
-        return drafts.clamp(min=0), proposals
+        return sample_with_noise(scores, noise).clamp(min=0), scores.softmax(dim=-1)
 
     def take(self, scores, drafts, proposals, rows, steps):
         if proposals is None:

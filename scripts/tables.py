@@ -1,6 +1,6 @@
-"""Write the README's results from the JSON files under benchmarks/results.
+"""Write the figures of the README and of docs/ from the JSON files under benchmarks/results.
 
-python -m specformer.scripts.tables          # rewrites README.md between its two markers
+python -m specformer.scripts.tables          # rewrites what is between the markers
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ import json
 import re
 from pathlib import Path
 
+from specformer.scripts.model_card import regime_text, task_table, training_text
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-MARKERS = "<!-- results -->\n", "<!-- /results -->"
-
 
 REAL_DECODING = [
     "mt_bench_first_turns_greedy",
@@ -24,6 +24,7 @@ REAL_DECODING = [
     "mt_bench_prompt_lookup_greedy",
     "mt_bench_prompt_lookup_sampling",
 ]
+BY_TASK = ["mt_bench_by_task", "spec_bench_by_task"]
 
 
 def results_section() -> str:
@@ -110,17 +111,34 @@ def profile_section() -> str:
     )
 
 
-PAGES = {"README.md": results_section, "docs/profile.md": profile_section}
+def drafter_section() -> str:
+    """What the default drafter is, how it was trained, and what it comes to by task."""
+    config = json.loads((ROOT / "config.json").read_text())
+    log = json.loads((RESULTS / "default_drafter_training.json").read_text())
+    lines = [f"For {config['target_name_or_path']}: {training_text(log, config)}", ""]
+    for name in BY_TASK:
+        result = json.loads((RESULTS / f"{name}.json").read_text())
+        lines += [*task_table(result), "", regime_text(result), ""]
+    return "\n".join(lines)
+
+
+SECTIONS = {
+    "README.md": {"results": results_section, "drafter": drafter_section},
+    "docs/profile.md": {"results": profile_section},
+}
+"""By page, what stands between the markers <!-- name --> and <!-- /name -->."""
 
 
 def render(page: str) -> str:
-    """The page as it should be: its text, and the section of today's result files between the markers."""
-    begin, end = MARKERS
-    section = PAGES[page]()
+    """The page as it should be: its text, and the sections of today's result files between the markers."""
     text = (ROOT / page).read_text()
-    return re.sub(f"(?<={re.escape(begin)}).*?(?={re.escape(end)})", lambda _: section, text, flags=re.S)
+    for name, section in SECTIONS[page].items():
+        begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
+        content = section()
+        text = re.sub(f"(?<={re.escape(begin)}).*?(?={re.escape(end)})", lambda _: content, text, flags=re.S)  # noqa: B023
+    return text
 
 
 if __name__ == "__main__":
-    for page in PAGES:
+    for page in SECTIONS:
         (ROOT / page).write_text(render(page))

@@ -15,7 +15,9 @@ from __future__ import annotations
 import argparse
 import inspect
 import json
+import resource
 import shutil
+import sys
 from contextlib import suppress
 from pathlib import Path
 
@@ -118,6 +120,13 @@ def last_whole_checkpoint(folder: Path) -> Path | None:
 def minutes_between(first: Path, last: Path) -> float:
     """From the writing of one file to that of another; of an interrupted run with the pauses."""
     return (last.stat().st_mtime - first.stat().st_mtime) / 60
+
+
+def peak_memory() -> int:
+    """Most bytes that this process held, on the GPU where it has one."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def make_config(arguments: argparse.Namespace) -> SpecFormerConfig:
@@ -237,6 +246,7 @@ def main(arguments: argparse.Namespace) -> None:
             "held_out_answers": held_out,
             "steps": state.global_step,
             "minutes": minutes_between(output / SETTINGS, last_whole_checkpoint(output) / WHOLE),
+            "peak_memory_gib": peak_memory() / 2**30,
             "best": {"step": state.best_global_step, "tokens_per_pass": state.best_metric},
             "history": [entry for entry in state.log_history if "train_runtime" not in entry],  # of one session only
         }

@@ -63,11 +63,25 @@ def draft_with_network(target) -> dict:
     return dict(assistant_model=SpecFormerModel(config).eval(), num_assistant_tokens=DRAFTED)
 
 
+def draft_some_tokens(target) -> dict:
+    """Never anything but tokens 1 and 3."""
+    torch.manual_seed(3)
+    sizes = dict(num_draft_tokens=DRAFTED, initializer_range=0.3, draft_vocab_size=2)
+    network = SpecFormerModel(SpecFormerConfig.from_target_config(target.config, **sizes)).eval()
+    network.choose_draft_tokens(torch.tensor([0.0, 1.0, 0.0, 1.0, 0.0]))
+    return dict(assistant_model=network, num_assistant_tokens=DRAFTED)
+
+
 def draft_by_lookup(target) -> dict:
     return dict(prompt_lookup_num_tokens=DRAFTED)
 
 
-DRAFTERS = {"assistant": draft_with_assistant, "network": draft_with_network, "lookup": draft_by_lookup}
+DRAFTERS = {
+    "assistant": draft_with_assistant,
+    "network": draft_with_network,
+    "some tokens": draft_some_tokens,
+    "lookup": draft_by_lookup,
+}
 
 
 def all_texts() -> torch.Tensor:
@@ -185,6 +199,7 @@ SETTINGS = {
     "all warpers": dict(temperature=1.4, top_k=4, top_p=0.9),
     "repetition penalty": dict(repetition_penalty=1.5, temperature=0.8),
     "no repeated n-gram": dict(no_repeat_ngram_size=2, top_k=4),
+    "two tokens less": dict(suppress_tokens=[1, 3]),
     "eos": dict(eos_token_id=LAST_TOKEN),
     "eos, scores wanted": dict(eos_token_id=LAST_TOKEN, output_scores=True),
     "eos, not at once": dict(eos_token_id=LAST_TOKEN, min_new_tokens=2, top_p=0.9),
@@ -196,6 +211,9 @@ IN_EVERY_RUN = [
     ("rejection", "assistant", "all warpers"),
     ("rejection", "assistant", "repetition penalty"),
     ("rejection", "network", "eos"),
+    ("rejection", "some tokens", "top-p"),
+    ("rejection", "some tokens", "two tokens less"),
+    ("coupled", "some tokens", "all warpers"),
     ("rejection", "lookup", "top-p"),
 ]
 CASES = [
@@ -242,7 +260,10 @@ def test_texts_are_distributed_as_the_target_writes_them(rule: str, drafter: str
     rate = sample.accepted / sample.drafted
     print(f"{rule}, {drafter}, {name}: p = {p:.3g}, {rate:.1%} of {sample.drafted} drafts accepted")
     assert p > 1e-3
-    assert 0.05 < rate < 0.9
+    if (drafter, name) == ("some tokens", "two tokens less"):  # all that it drafts is forbidden
+        assert rate == 0
+    else:
+        assert 0.05 < rate < 0.9
 
 
 # ---- faults that the test must find

@@ -129,6 +129,7 @@ def test_training_end_to_end(preset: tuple, folders: Path, monkeypatch):
     assert figures[-1]["eval_accuracy_slot_0"] > 0.3  # chance is 1 in 64
     assert log["best"]["tokens_per_pass"] == max(entry["eval_tokens_per_pass"] for entry in figures)
     assert 0 < log["minutes"] < 5
+    assert 0.1 < log["peak_memory_gib"] < 10
     assert drafter.config.use_anchor_token is not bool(preset)
     assert drafter.config.target_name_or_path == "some/target"
     assert drafter.config.default_num_assistant_tokens == 2

@@ -34,10 +34,10 @@ RECIPES = {
     "cpu": {
         "distill": ["--batch-size", "96", "--max-new-tokens", "160", "--limit", "4000", "--max-prompt-tokens", "128"],
         "train": [
-            *("--epochs", "6", "--batch-size", "8", "--learning-rate", "1.5e-3", "--max-length", "512"),
+            *("--epochs", "5", "--batch-size", "8", "--learning-rate", "1.5e-3", "--max-length", "512"),
             *("--num-draft-tokens", "4", "--default-num-assistant-tokens", "2"),
             *("--draft-vocab-size", "8192", "--slot-decay", "0.8", "--store-hidden-states"),
-            *("--held-out", "64", "--evaluations", "8"),
+            *("--held-out", "64", "--evaluations", "5"),
         ],
         "evaluate": ["--batch-size", "8", "--max-new-tokens", "64"],
     },

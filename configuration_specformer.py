@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from transformers import PreTrainedConfig
 
+FORMAT = 1
+"""Of config.json and the weights. It goes up when older code cannot use them any more."""
 SIZES = (
     "vocab_size",
     "hidden_size",
@@ -45,6 +47,9 @@ class SpecFormerConfig(PreTrainedConfig):
             paper's `[0, L/2, L-1, L]`, without the first where the anchor token takes its place.
         target_num_hidden_layers (`int`, defaults to 30): layers `L` of the target.
         target_name_or_path (`str`, *optional*): id of the target that the drafter was trained for, for messages.
+        target_embeddings (`list[float]`, *optional*): a few numbers of the target's input embeddings, by which it is
+            told from other models of its sizes. `None`: it is not.
+        format_version (`int`, *optional*): of a saved drafter; what newer code wrote is refused.
         hidden_act (`str`, defaults to `"silu"`): activation of the SwiGLU.
         rms_norm_eps (`float`, defaults to 1e-5): epsilon of all norms.
         rope_theta (`float`, defaults to 10000.0): base of the rotary embeddings over positions and over slots.
@@ -73,6 +78,8 @@ class SpecFormerConfig(PreTrainedConfig):
         target_layer_ids: list[int] | None = None,
         target_num_hidden_layers: int = 30,
         target_name_or_path: str | None = None,
+        target_embeddings: list[float] | None = None,
+        format_version: int = FORMAT,
         hidden_act: str = "silu",
         rms_norm_eps: float = 1e-5,
         rope_theta: float = 10000.0,
@@ -98,10 +105,13 @@ class SpecFormerConfig(PreTrainedConfig):
             target_layer_ids = sorted({*([] if use_anchor_token else [0]), layers // 2, layers - 1, layers})
         self.target_layer_ids = target_layer_ids
         self.target_name_or_path = target_name_or_path
+        self.target_embeddings = target_embeddings
+        self.format_version = format_version
         self.hidden_act = hidden_act
         self.rms_norm_eps = rms_norm_eps
         self.rope_theta = rope_theta
         self.initializer_range = initializer_range
+        self._check_format()
         self._check_sizes()
         kwargs.setdefault("tie_word_embeddings", False)
         super().__init__(**kwargs)
@@ -139,6 +149,21 @@ class SpecFormerConfig(PreTrainedConfig):
     def paper(cls, target_config: PreTrainedConfig, **overrides) -> SpecFormerConfig:
         """The drafter of arXiv 2511.20340, section 3: four hidden states of the target and no anchor token."""
         return cls.from_target_config(target_config, **{"use_anchor_token": False, **overrides})
+
+    def _check_format(self) -> None:
+        version = self.format_version
+        if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+            raise ValueError(f"SpecFormerConfig: format_version is {version!r}; expected a positive integer.")
+        if version > FORMAT:
+            raise ValueError(
+                f"This drafter was saved in format {version}, and this code reads formats up to {FORMAT}. Update "
+                "specformer (pip install -U specformer), or load the repository's own code with trust_remote_code=True."
+            )
+        numbers = self.target_embeddings
+        if numbers is not None and not (
+            isinstance(numbers, list) and len(numbers) == 64 and all(isinstance(n, int | float) for n in numbers)
+        ):
+            raise ValueError("SpecFormerConfig: target_embeddings is no list of 64 numbers, nor None.")
 
     def _check_sizes(self) -> None:
         for name in (*SIZES, *(("draft_vocab_size",) if self.draft_vocab_size is not None else ())):

@@ -17,8 +17,10 @@ Nothing of the decode loop is here: that is `generation/` (`custom_generate/` in
 from __future__ import annotations
 
 import threading
+import warnings
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -28,6 +30,7 @@ from transformers.activations import ACT2FN
 from transformers.utils import ModelOutput
 
 from .configuration_specformer import SpecFormerConfig
+from .publishing_specformer import complete_repository, push
 
 HOW_TO_GENERATE = (
     "A SpecFormer drafter does not generate by itself, and transformers' own assisted decoding cannot use it. "
@@ -50,6 +53,10 @@ class SpecFormerOutput(ModelOutput):
 
     draft_hidden_states: torch.FloatTensor | None = None
     context_states: torch.FloatTensor | None = None
+
+
+RELATED = 0.7
+"""Least cosine of two models' embeddings at which they are taken for relatives."""
 
 
 class SpecFormerRMSNorm(nn.Module):
@@ -250,6 +257,7 @@ class SpecFormerModel(PreTrainedModel):
         head would read, passes through to every slot; what is added to it starts small.
         """
         self.final_norm.weight.copy_(final_norm_scale(target).to(self.final_norm.weight))
+        self.config.target_embeddings = some_embeddings(target)
         identity = torch.eye(self.config.hidden_size, device=self.device)
         for layer in (self.context_attention.o_proj, self.draft_attention.o_proj, self.draft_mlp.down_proj):
             layer.weight /= 2
@@ -258,6 +266,17 @@ class SpecFormerModel(PreTrainedModel):
         if self.config.use_positional_ffn:
             self.positional_ffn.weight /= 2
             self.positional_ffn.weight += identity.repeat(self.config.num_draft_tokens, 1)
+
+    def save_pretrained(self, save_directory, is_main_process: bool = True, **kwargs) -> None:
+        """As in transformers, with what a repository needs besides: the generation strategy, and a model card where
+        there is none."""
+        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+        if is_main_process:
+            complete_repository(self, Path(save_directory))
+
+    def push_to_hub(self, repo_id: str, **kwargs):
+        """Send what `save_pretrained` writes to the Hub, in one commit. See `publishing_specformer.push`."""
+        return push(self, repo_id, **kwargs)
 
     @classmethod
     def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
@@ -293,7 +312,7 @@ class BorrowedTarget:
         draft_token_ids: the only tokens that are drafted, ascending; `None` means all.
 
     Raises:
-        ValueError: the target's sizes are not those that the drafter was made for.
+        ValueError: the target is another model than the drafter was made for.
     """
 
     def __init__(self, target: PreTrainedModel, config: SpecFormerConfig, draft_token_ids: torch.Tensor | None = None):
@@ -314,6 +333,7 @@ class BorrowedTarget:
                 f"{target.name_or_path or type(target).__name__}: {'; '.join(differences)}. Load the drafter of this "
                 "target, or train one for it."
             )
+        check_embeddings(target, config)
         self.target, self.text_config, self.layer_ids = target, text_config, list(config.target_layer_ids)
         self.head: nn.Module = target.get_output_embeddings()
         if self.head is None:
@@ -421,6 +441,40 @@ class BorrowedTarget:
         if (cap := getattr(self.text_config, "final_logit_softcapping", None)) is not None:  # Gemma
             logits = cap * torch.tanh(logits / cap)
         return logits
+
+
+def some_embeddings(target: PreTrainedModel, rows: int = 8, columns: int = 8) -> list[float]:
+    """A few of the target's input embeddings, spread over the vocabulary, to know it by."""
+    embeddings = target.get_input_embeddings()
+    vocab_size = target.config.get_text_config(decoder=True).vocab_size
+    ids = torch.linspace(0, vocab_size - 1, rows, device=device_of(embeddings)).long()
+    with torch.no_grad():
+        values = embeddings(ids[None])[0].float()
+    values = values[:, torch.linspace(0, values.shape[1] - 1, columns, device=values.device).long()]
+    return [float(f"{value:.4g}") for value in values.flatten().tolist()]
+
+
+def check_embeddings(target: PreTrainedModel, config: SpecFormerConfig) -> None:
+    """Tell another model of the same sizes (an error) and a relative (a warning) from the drafter's own target."""
+    if config.target_embeddings is None:
+        return
+    theirs, ours = torch.tensor(some_embeddings(target)), torch.tensor(config.target_embeddings)
+    if torch.allclose(theirs, ours, rtol=0.02, atol=1e-3 * float(ours.abs().max())):
+        return
+    name, own = target.name_or_path or type(target).__name__, config.target_name_or_path or "another target"
+    likeness = float(torch.nn.functional.cosine_similarity(theirs, ours, dim=0))
+    if not likeness > RELATED:
+        raise ValueError(
+            f"This drafter was made for {own}, and {name} is another model of the same sizes: of their embeddings, a "
+            f"few were compared, whose likeness is {likeness:.2f} (1 is equal). Load the drafter of this target, or "
+            "train one for it."
+        )
+    if name != own:
+        warnings.warn(
+            f"This drafter was made for {own}. {name} is related to it (likeness of embeddings {likeness:.4f}), as a "
+            "fine-tune or another quantisation is: the text stays the target's own, but fewer drafts may be accepted.",
+            stacklevel=2,
+        )
 
 
 def head_of_some(head: nn.Module, token_ids: torch.Tensor):

@@ -12,8 +12,8 @@ import argparse
 import json
 from pathlib import Path
 
-WRITTEN = "<!-- written by specformer.scripts.model_card -->"
-"""A card without this line was written by a person, and is left alone."""
+from specformer.configuration_specformer import SpecFormerConfig
+from specformer.publishing_specformer import WRITTEN, card_head
 
 USE = """```python
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
@@ -88,20 +88,17 @@ def regime_text(result: dict) -> str:
 
 def model_card(folder: Path, results: list[dict], license: str | None, sources: str | None) -> str:
     """The text of README.md for the drafter in `folder`."""
-    config = json.loads((folder / "config.json").read_text())
+    config = SpecFormerConfig.from_pretrained(folder)
+    head = card_head(config, license)
+    config = config.to_dict()
     log = json.loads((folder / "training.json").read_text())
     target = config["target_name_or_path"]
-    head = ["---", "library_name: transformers"]
-    head += [f"license: {license}"] if license else []
-    head += [f"base_model: {target}", "base_model_relation: adapter", "pipeline_tag: text-generation", "tags:"]
-    head += [f"  - {tag}" for tag in ("custom_generate", "speculative-decoding", "specformer")]
     figures = ["Not measured yet on prompts of its own; see `specformer.scripts.evaluate_drafter`."]
     if results:
         figures = [line for result in results for line in (*task_table(result), "", regime_text(result), "")]
     return "\n".join(
         [
-            *head,
-            "---",
+            head,
             WRITTEN,
             "",
             f"# SpecFormer drafter for {target}",

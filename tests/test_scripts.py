@@ -27,7 +27,8 @@ def folder(tmp_path: Path) -> Path:
     target = llama(torch.float32)
     target.save_pretrained(tmp_path / "target")
     tiny_tokenizer().save_pretrained(tmp_path / "target")
-    SpecFormerModel(SpecFormerConfig.from_target_config(target.config)).save_pretrained(tmp_path / "drafter")
+    config = SpecFormerConfig.from_target_config(target.config, target_name_or_path="some/target")
+    SpecFormerModel(config).save_pretrained(tmp_path / "drafter")
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in TEXTS))
     return tmp_path
 

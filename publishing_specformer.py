@@ -6,10 +6,13 @@ strategy (`custom_generate/`), and a repository without a model card is found by
 
 from __future__ import annotations
 
+import re
 import shutil
 import tempfile
 from pathlib import Path
 
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers.dynamic_module_utils import get_cached_module_file
 from transformers.utils import HF_MODULES_CACHE
 
@@ -18,30 +21,51 @@ from .configuration_specformer import SpecFormerConfig
 STRATEGY = "custom_generate"
 WRITTEN = "<!-- written by specformer -->"
 """A card without this line was written by a person, and is left alone."""
-PUBLISHED = [
+HERE = "<this repository>"
+"""What a card calls a repository that has no name yet. A push fills it in."""
+PUBLISHED = (
     "config.json",
-    "*.safetensors",
+    "model.safetensors",
+    "model-*-of-*.safetensors",
     "model.safetensors.index.json",
-    "*.py",
+    "*_specformer.py",
     f"{STRATEGY}/*.py",
     "training.json",
-]
+)
 """What a push sends, and the card. Nothing else that lies in a folder leaves the machine."""
+WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json")
+COMMIT = re.compile("[0-9a-f]{40}")
+ADVICE = {
+    401: "The Hub does not know this token, or there is none: run `hf auth login`, or set HF_TOKEN.",
+    403: "The token must not write there: give it write access, or name a repository of your own.",
+}
+
+
+def hub_id(name: str | None) -> str | None:
+    """`name` if it can be the id of a repository. A folder of this machine is nobody else's business, and the Hub
+    refuses a card that calls one its base model."""
+    if not name or Path(name).exists():
+        return None
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return None
+    return name
 
 
 def card_head(config: SpecFormerConfig, license: str | None = None) -> str:
     """The metadata that the Hub reads, between its dashes."""
     lines = ["---", "library_name: transformers"]
     lines += [f"license: {license}"] if license else []
-    if config.target_name_or_path:
-        lines += [f"base_model: {config.target_name_or_path}", "base_model_relation: adapter"]
+    if target := hub_id(config.target_name_or_path):
+        lines += [f"base_model: {target}", "base_model_relation: adapter"]
     tags = (STRATEGY, "speculative-decoding", "specformer")
     return "\n".join([*lines, "pipeline_tag: text-generation", "tags:", *(f"  - {tag}" for tag in tags), "---"])
 
 
 def short_card(config: SpecFormerConfig) -> str:
     """README.md of a drafter that nothing is known of but its config."""
-    target = config.target_name_or_path or "its target"
+    target = hub_id(config.target_name_or_path) or "its target"
     return f"""{card_head(config)}
 {WRITTEN}
 
@@ -51,7 +75,7 @@ Drafts tokens for `generate` of {target}, which verifies them: the text does not
 comes to has not been written down.
 
 ```python
-drafter = AutoModel.from_pretrained("<this repository>", trust_remote_code=True)
+drafter = AutoModel.from_pretrained("{HERE}", trust_remote_code=True)
 output = target.generate(
     **inputs, assistant_model=drafter, custom_generate=drafter.name_or_path, trust_remote_code=True
 )
@@ -61,14 +85,21 @@ output = target.generate(
 
 def strategy_files(drafter) -> list[Path]:
     """The files of the generation strategy that belong to this code: of the installed package, or of the repository
-    that `drafter` was loaded from as remote code."""
-    package = Path(__file__).parent / "generation"
-    if (package / "generate.py").exists():
-        return sorted(package.glob("*.py"))
-    repository, revision = drafter.name_or_path, getattr(drafter.config, "_commit_hash", None)
+    that `drafter` was loaded from as remote code.
+
+    Raises:
+        OSError: that repository cannot be read.
+    """
+    code = Path(__file__).parent
+    if (code / "generation" / "generate.py").exists():
+        return sorted((code / "generation").glob("*.py"))
+    # transformers keeps the code of a Hub repository in a folder named after its commit: the strategy must be of the
+    # same one, whatever the repository holds by now
+    commit = code.name if COMMIT.fullmatch(code.name) else None
+    repository = drafter.name_or_path
     try:
-        file = get_cached_module_file(repository, f"{STRATEGY}/generate.py", revision=revision)
-    except OSError as error:
+        file = get_cached_module_file(repository, f"{STRATEGY}/generate.py", revision=commit)
+    except (OSError, HFValidationError) as error:
         raise OSError(
             f"This drafter was loaded from {repository!r}, whose {STRATEGY}/ cannot be read ({error}). Without it the "
             "saved folder could not generate. Save where that repository can be read, or install specformer."
@@ -89,58 +120,76 @@ def complete_repository(drafter, folder: Path) -> None:
         card.write_text(short_card(drafter.config))
 
 
-def push(
-    drafter,
+def push(drafter, repo_id: str, *, max_shard_size: int | str = "50GB", **arguments):
+    """Send what `drafter.save_pretrained` writes. See `push_folder` for the other arguments."""
+    with tempfile.TemporaryDirectory() as folder:
+        drafter.save_pretrained(folder, max_shard_size=max_shard_size)
+        return push_folder(folder, repo_id, **arguments)
+
+
+def push_folder(
+    folder: str | Path,
     repo_id: str,
     *,
+    card: str | None = None,
     commit_message: str | None = None,
     commit_description: str | None = None,
     private: bool | None = None,
     token: bool | str | None = None,
     revision: str | None = None,
     create_pr: bool = False,
-    max_shard_size: int | str = "50GB",
-    card: str | None = None,
 ):
-    """Send a complete repository in one commit: all of it arrives, or nothing.
+    """Send the files of `folder` that make a repository (`PUBLISHED`) in one commit: all of it arrives, or nothing.
 
-    A README.md that is there stays, unless `card` is given. Pushing the same again makes no commit.
+    Pushing the same again makes no commit. Weights that are there and of which `folder` has none, such as shards of
+    another number, go in the same commit: transformers would prefer some of them to those that are sent.
 
     Args:
         repo_id: where to; made if it does not exist.
+        card: text of README.md; default: the one that is there stays, and where there is none, that of `folder`.
+        private: of a repository that is made.
         revision: branch; made if it does not exist.
-        card: text of README.md.
+        create_pr: open a pull request against the main branch.
 
     Returns:
         What huggingface_hub says of the commit.
 
     Raises:
-        RuntimeError: the Hub could not be reached to the end. The repository is as it was.
+        ValueError: no such id can be, or both a branch and a pull request were asked for.
+        RuntimeError: the Hub refused, or could not be reached to the end.
     """
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
-
+    validate_repo_id(repo_id)
+    if create_pr and revision is not None:
+        raise ValueError("A pull request is opened against the main branch: give `revision` or `create_pr`, not both.")
+    folder = Path(folder)
+    contents: dict[str, Path | bytes] = {
+        path.relative_to(folder).as_posix(): path for pattern in PUBLISHED for path in folder.glob(pattern)
+    }
     api = HfApi(token=token)
     try:
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        if revision is not None and not create_pr:
+        if revision is not None:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
-        has_card = api.file_exists(repo_id, "README.md", revision=revision)
-        with tempfile.TemporaryDirectory() as folder:
-            drafter.save_pretrained(folder, max_shard_size=max_shard_size)
-            if card is not None:
-                Path(folder, "README.md").write_text(card)
-            return api.upload_folder(
-                repo_id=repo_id,
-                folder_path=folder,
-                allow_patterns=PUBLISHED + (["README.md"] if card is not None or not has_card else []),
-                commit_message=commit_message or "Upload SpecFormer drafter",
-                commit_description=commit_description,
-                revision=revision,
-                create_pr=create_pr,
-            )
-    except (HfHubHTTPError, ConnectionError, OSError) as error:
+        there = api.list_repo_files(repo_id, revision=revision)
+        if card is None and "README.md" not in there and (folder / "README.md").exists():
+            card = (folder / "README.md").read_text()
+        if card is not None:
+            contents["README.md"] = card.replace(HERE, repo_id).encode()
+        stale = [path for path in there if WEIGHTS.fullmatch(path) and path not in contents]
+        # not upload_folder, which makes several commits of many files
+        return api.create_commit(
+            repo_id,
+            [CommitOperationAdd(path, content) for path, content in sorted(contents.items())]
+            + [CommitOperationDelete(path) for path in stale],
+            commit_message=commit_message or "Upload SpecFormer drafter",
+            commit_description=commit_description,
+            revision=revision,
+            create_pr=create_pr,
+        )
+    except Exception as error:  # of huggingface_hub, or of its HTTP library, which is not the same in every version
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        advice = ADVICE.get(status, "Push again when the reason is gone; what has arrived is not sent twice.")
         raise RuntimeError(
-            f"The drafter could not be pushed to {repo_id} ({type(error).__name__}: {error}). Nothing of it is there, "
-            "since a push is one commit. Check the token and the connection, and push again."
+            f"The drafter could not be pushed to {repo_id} ({type(error).__name__}: {' '.join(str(error).split())}). "
+            f"{advice} A push is one commit: either all of it is there, or nothing."
         ) from error

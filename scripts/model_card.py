@@ -13,14 +13,14 @@ import json
 from pathlib import Path
 
 from specformer.configuration_specformer import SpecFormerConfig
-from specformer.publishing_specformer import WRITTEN, card_head
+from specformer.publishing_specformer import HERE, WRITTEN, card_head, hub_id
 
 USE = """```python
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("{target}", padding_side="left")
 target = AutoModelForCausalLM.from_pretrained("{target}")
-drafter = AutoModel.from_pretrained("<this repository>", trust_remote_code=True)
+drafter = AutoModel.from_pretrained("{here}", trust_remote_code=True)
 inputs = tokenizer(["The capital of Portugal is"], return_tensors="pt")
 output = target.generate(
     **inputs, assistant_model=drafter, custom_generate=drafter.name_or_path, trust_remote_code=True
@@ -92,7 +92,7 @@ def model_card(folder: Path, results: list[dict], license: str | None, sources: 
     head = card_head(config, license)
     config = config.to_dict()
     log = json.loads((folder / "training.json").read_text())
-    target = config["target_name_or_path"]
+    target = hub_id(config["target_name_or_path"]) or "its target"
     figures = ["Not measured yet on prompts of its own; see `specformer.scripts.evaluate_drafter`."]
     if results:
         figures = [line for result in results for line in (*task_table(result), "", regime_text(result), "")]
@@ -106,7 +106,7 @@ def model_card(folder: Path, results: list[dict], license: str | None, sources: 
             f"Makes `generate` of {target} draft several tokens a pass, for one prompt or a batch of different ones, "
             "without changing what it says: the target verifies every token.",
             "",
-            USE.format(target=target),
+            USE.format(target=target, here=HERE),
             "",
             "## Figures",
             "",

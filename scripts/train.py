@@ -239,7 +239,7 @@ def main(arguments: argparse.Namespace) -> None:
         state = trainer.state
         log = {
             **provenance("specformer.scripts.train"),
-            "settings": json.loads((output / SETTINGS).read_text()),
+            "settings": {**settings, "target": config.target_name_or_path, "data": arguments.data.name},
             "parameters": sum(parameter.numel() for parameter in drafter.parameters()),
             "answers": len(answers) - held_out,
             "answer_tokens": answers.num_answer_tokens,

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -160,32 +158,3 @@ def test_command(saved_target: Path, tmp_path: Path):
     assert other.returncode != 0
     assert "begun with other settings (temperature: 0.0 there, 1.0 now)" in other.stderr
     assert rows_of(output) == rows
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", range(2))
-def test_killed_at_random_moments(seed: int, saved_target: Path, tmp_path: Path):
-    """SIGKILL, again and again: nothing is lost or doubled, and the answers are those of a run that was left alone."""
-    generator = torch.Generator().manual_seed(seed)
-    calm, killed = tmp_path / "calm", tmp_path / "killed"
-    assert run(saved_target, tmp_path, "--output", str(calm), "--temperature", "1.1").returncode == 0
-    arguments = command(saved_target, tmp_path, "--output", str(killed), "--temperature", "1.1", "--batch-size", "2")
-    kills = 0
-    for _ in range(12):
-        before = len(rows_of(killed)) if killed.exists() else 0
-        process = subprocess.Popen(
-            arguments, env=dict(os.environ, OMP_NUM_THREADS="1"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        wanted = before + int(torch.randint(1, 12, (), generator=generator))
-        while process.poll() is None:
-            lines = sum(path.read_bytes().count(b"\n") for path in killed.glob("answers-*.jsonl"))
-            if lines >= wanted:
-                time.sleep(float(torch.rand((), generator=generator)) * 0.02)
-                process.send_signal(signal.SIGKILL)
-                break
-            time.sleep(0.002)
-        if process.wait() == 0:
-            break
-        kills += 1
-    assert kills >= 2
-    assert rows_of(killed) == rows_of(calm)

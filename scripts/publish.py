@@ -1,0 +1,77 @@
+"""Push the folder of a trained drafter to the Hub.
+
+    python -m specformer.scripts.publish runs/drafter user/name --private
+    python -m specformer.scripts.publish runs/drafter user/name --replace-card --message "Figures on an H200"
+
+One commit of weights, config, code, training.json and the model card; nothing else that lies in the folder is sent,
+and nothing at all where all of it is there already. A README.md that is there stays unless another one is asked for.
+The token is that of `hf auth login`, or HF_TOKEN. Prints where to see the commit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from specformer.configuration_specformer import SpecFormerConfig
+from specformer.publishing_specformer import STRATEGY, WEIGHTS, push_folder
+
+
+def check_drafter(folder: Path) -> None:
+    """Raises:
+    FileNotFoundError: there is no such folder, or something is missing in it.
+    ValueError: it holds another model.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"There is no folder {folder}.")
+    needed = ["config.json", "modeling_specformer.py", f"{STRATEGY}/generate.py"]
+    missing = [name for name in needed if not (folder / name).is_file()]
+    if not any(WEIGHTS.fullmatch(path.name) for path in folder.iterdir()):
+        missing.append("model.safetensors")
+    if missing:
+        raise FileNotFoundError(
+            f"{folder} is no whole drafter: {', '.join(missing)} is missing. Name the folder that training wrote, or "
+            "one of drafter.save_pretrained(...)."
+        )
+    kind = json.loads((folder / "config.json").read_text()).get("model_type")
+    if kind != SpecFormerConfig.model_type:
+        raise ValueError(f"{folder} holds no drafter but a model of type {kind!r}.")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("drafter", type=Path, help="folder of specformer.scripts.train or of save_pretrained()")
+    parser.add_argument("repository", help="user/name; made if it does not exist")
+    parser.add_argument("--private", action="store_true", default=None, help="make a new repository private")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--revision", help="branch; made if it does not exist")
+    where.add_argument("--create-pr", action="store_true", help="open a pull request")
+    parser.add_argument("--message", help="of the commit")
+    cards = parser.add_mutually_exclusive_group()
+    cards.add_argument("--card", type=Path, help="Markdown file to send as README.md, in place of one that is there")
+    cards.add_argument("--replace-card", action="store_true", help="send the folder's README.md, as --card does")
+    return parser.parse_args()
+
+
+def main(arguments: argparse.Namespace) -> None:
+    try:
+        check_drafter(arguments.drafter)
+        card = arguments.drafter / "README.md" if arguments.replace_card else arguments.card
+        commit = push_folder(
+            arguments.drafter,
+            arguments.repository,
+            card=card and card.read_text(),
+            commit_message=arguments.message,
+            private=arguments.private,
+            revision=arguments.revision,
+            create_pr=arguments.create_pr,
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        sys.exit(f"Not published. {error}")
+    print(commit.pr_url or commit.commit_url)
+
+
+if __name__ == "__main__":
+    main(parse())

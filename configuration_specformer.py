@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import re
+from reprlib import repr as short  # a hostile value may be as long as a file
+
 from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
 
 FORMAT = 1
 """Of config.json and the weights. It goes up when older code cannot use them any more."""
@@ -16,6 +20,24 @@ SIZES = (
     "num_draft_tokens",
     "target_num_hidden_layers",
 )
+LARGEST = 2**24
+"""No size of a drafter comes near. Beyond it a config is damaged or hostile, and its memory must not be asked for."""
+MOST_PARAMETERS = 20_000_000_000
+LIMITS = {"rms_norm_eps": (0.0, 1.0), "rope_theta": (1e-6, 1e30), "initializer_range": (0.0, 1e3)}
+SWITCHES = ("use_anchor_token", "causal_draft_attention", "use_positional_ffn")
+DTYPES = ("float32", "float16", "bfloat16", "float64")
+REFUSED = (
+    "attribute_map",
+    "distributed_config",
+    "fusion_config",
+    "num_labels",
+    "per_layer_config",
+    "quantization_config",
+    "transformers_weights",
+)
+"""Fields by which a config.json makes transformers patch classes, take memory, or read other files or fields."""
+CODE = re.compile(r"(\w[\w.-]*(/\w[\w.-]*)?--)?\w+\.\w+")
+"""`module.Class`, behind `repository--` where transformers says whose module it is."""
 
 
 class SpecFormerConfig(PreTrainedConfig):
@@ -56,7 +78,7 @@ class SpecFormerConfig(PreTrainedConfig):
         initializer_range (`float`, defaults to 0.02): standard deviation of new weights.
 
     Raises:
-        ValueError: a size is not a positive integer, or sizes do not fit one another.
+        ValueError: a field is of the wrong type or beyond all reason, or fields do not fit one another.
     """
 
     model_type = "specformer"
@@ -90,8 +112,8 @@ class SpecFormerConfig(PreTrainedConfig):
         self.hidden_size = hidden_size
         self.intermediate_size = intermediate_size
         self.num_attention_heads = num_attention_heads
-        self.num_key_value_heads = num_key_value_heads if num_key_value_heads is not None else num_attention_heads
-        self.head_dim = head_dim if head_dim is not None else hidden_size // max(num_attention_heads, 1)
+        self.num_key_value_heads = num_attention_heads if num_key_value_heads is None else num_key_value_heads
+        self.head_dim = head_dim
         self.num_draft_tokens = num_draft_tokens
         self.default_num_assistant_tokens = default_num_assistant_tokens
         self.draft_vocab_size = draft_vocab_size
@@ -99,10 +121,6 @@ class SpecFormerConfig(PreTrainedConfig):
         self.causal_draft_attention = causal_draft_attention
         self.use_positional_ffn = use_positional_ffn
         self.target_num_hidden_layers = target_num_hidden_layers
-        if target_layer_ids is None:
-            layers = target_num_hidden_layers
-            # in shallow targets some of them coincide
-            target_layer_ids = sorted({*([] if use_anchor_token else [0]), layers // 2, layers - 1, layers})
         self.target_layer_ids = target_layer_ids
         self.target_name_or_path = target_name_or_path
         self.target_embeddings = target_embeddings
@@ -112,14 +130,33 @@ class SpecFormerConfig(PreTrainedConfig):
         self.rope_theta = rope_theta
         self.initializer_range = initializer_range
         self._check_format()
+        self._check_types()
+        if head_dim is None:
+            self.head_dim = hidden_size // num_attention_heads
+        if target_layer_ids is None:
+            layers = target_num_hidden_layers
+            # in shallow targets some of them coincide
+            self.target_layer_ids = sorted({*([] if use_anchor_token else [0]), layers // 2, layers - 1, layers})
         self._check_sizes()
+        self._check_others(kwargs)
         kwargs.setdefault("tie_word_embeddings", False)
-        super().__init__(**kwargs)
+        try:
+            super().__init__(**kwargs)
+        except Exception as error:
+            raise ValueError(f"SpecFormerConfig: transformers cannot use the value of a field ({error}).") from error
 
     @property
     def num_input_slices(self) -> int:
         """Vectors of width `hidden_size` that enter the drafter at each position."""
         return len(self.target_layer_ids) + int(self.use_anchor_token)
+
+    @property
+    def num_parameters(self) -> int:
+        """Of the drafter, by its sizes."""
+        size, slices, slots = self.hidden_size, self.num_input_slices, self.num_draft_tokens
+        attention = size + 2 * size * (self.num_attention_heads + self.num_key_value_heads) * self.head_dim
+        slot_layer = size + (size + 1) * slots * size if self.use_positional_ffn else slots * size
+        return slices * size * (size + 1) + 2 * attention + slot_layer + size + 3 * size * self.intermediate_size + size
 
     @classmethod
     def from_target_config(cls, target_config: PreTrainedConfig, **overrides) -> SpecFormerConfig:
@@ -153,32 +190,85 @@ class SpecFormerConfig(PreTrainedConfig):
     def _check_format(self) -> None:
         version = self.format_version
         if not isinstance(version, int) or isinstance(version, bool) or version < 1:
-            raise ValueError(f"SpecFormerConfig: format_version is {version!r}; expected a positive integer.")
+            raise ValueError(f"SpecFormerConfig: format_version is {short(version)}; expected a positive integer.")
         if version > FORMAT:
             raise ValueError(
-                f"This drafter was saved in format {version}, and this code reads formats up to {FORMAT}. Update "
-                "specformer (pip install -U specformer), or load the repository's own code with trust_remote_code=True."
+                f"This drafter was saved in format {short(version)}, and this code reads formats up to {FORMAT}. "
+                "Update specformer (pip install -U specformer), or load the repository's own code with "
+                "trust_remote_code=True."
             )
         numbers = self.target_embeddings
         if numbers is not None and not (
-            isinstance(numbers, list) and len(numbers) == 64 and all(isinstance(n, int | float) for n in numbers)
+            # NaN fails the comparison, and infinity and what overflows a float too
+            isinstance(numbers, list)
+            and len(numbers) == 64
+            and all(type(number) in (int, float) and abs(number) < 1e30 for number in numbers)
         ):
-            raise ValueError("SpecFormerConfig: target_embeddings is no list of 64 numbers, nor None.")
+            raise ValueError(
+                f"SpecFormerConfig: target_embeddings is {short(numbers)}; expected 64 finite numbers, or None. "
+                "Without them (None) the drafter works, but does not tell its target from others of its sizes."
+            )
+
+    def _check_types(self) -> None:
+        optional = ("draft_vocab_size", "head_dim")
+        for name in (*SIZES, "draft_vocab_size"):
+            value = getattr(self, name)
+            if (value is not None or name not in optional) and not is_whole(value, 1):
+                raise ValueError(
+                    f"SpecFormerConfig: {name} is {short(value)}; expected a positive integer up to {LARGEST}."
+                )
+        default = self.default_num_assistant_tokens
+        if not is_whole(default, 0):
+            raise ValueError(
+                f"SpecFormerConfig: default_num_assistant_tokens is {short(default)}; expected an integer from 0 to "
+                f"{LARGEST}."
+            )
+        for name in SWITCHES:
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"SpecFormerConfig: {name} is {short(getattr(self, name))}; expected true or false.")
+        for name, (lowest, highest) in LIMITS.items():
+            value = getattr(self, name)
+            if type(value) not in (int, float) or not lowest <= value <= highest:
+                raise ValueError(
+                    f"SpecFormerConfig: {name} is {short(value)}; expected a number from {lowest:g} to {highest:g}."
+                )
+        if not isinstance(self.hidden_act, str) or self.hidden_act not in ACT2FN:
+            raise ValueError(
+                f"SpecFormerConfig: hidden_act is {short(self.hidden_act)}; expected the name of an activation in "
+                "transformers, such as 'silu'."
+            )
+        name = self.target_name_or_path
+        if name is not None and not (isinstance(name, str) and name.isprintable() and len(name) <= 4096):
+            raise ValueError(
+                f"SpecFormerConfig: target_name_or_path is {short(name)}; expected the target's id, in one line."
+            )
+
+    def _check_others(self, fields: dict) -> None:
+        """The fields of every config that could do harm here."""
+        for name, value in fields.items():
+            method = name.startswith("__") or callable(getattr(type(self), name, None))
+            if method or (name in REFUSED and value is not None):
+                raise ValueError(f"SpecFormerConfig: a drafter has no field {short(name)}; remove it from config.json.")
+        for name in ("attn_implementation", "experts_implementation"):
+            if not re.fullmatch(r"\w+", str(fields.get(name))):  # others are downloaded and run
+                raise ValueError(
+                    f"SpecFormerConfig: {name} is {short(fields[name])}; expected the name of one in transformers, "
+                    "such as 'sdpa'."
+                )
+        for name in ("dtype", "torch_dtype"):
+            if str(fields.get(name)).removeprefix("torch.") not in (*DTYPES, "None"):
+                raise ValueError(
+                    f"SpecFormerConfig: {name} is {short(fields[name])}; expected one of {', '.join(DTYPES)}."
+                )
+        code = fields.get("auto_map") or {}
+        if not isinstance(code, dict) or not all(isinstance(at, str) and CODE.fullmatch(at) for at in code.values()):
+            raise ValueError(f"SpecFormerConfig: auto_map is {short(code)}; expected 'module.Class' for every entry.")
 
     def _check_sizes(self) -> None:
-        for name in (*SIZES, *(("draft_vocab_size",) if self.draft_vocab_size is not None else ())):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"SpecFormerConfig: {name} is {value!r}; expected a positive integer.")
         if self.draft_vocab_size is not None and self.draft_vocab_size > self.vocab_size:
             raise ValueError(
                 f"SpecFormerConfig: draft_vocab_size is {self.draft_vocab_size}, more than the {self.vocab_size} "
                 "entries of the target's vocabulary."
-            )
-        default = self.default_num_assistant_tokens
-        if not isinstance(default, int) or isinstance(default, bool) or default < 0:
-            raise ValueError(
-                f"SpecFormerConfig: default_num_assistant_tokens is {default!r}; expected an integer from 0."
             )
         if self.head_dim % 2:
             raise ValueError(f"SpecFormerConfig: head_dim is {self.head_dim}; rotary embeddings need an even number.")
@@ -188,10 +278,23 @@ class SpecFormerConfig(PreTrainedConfig):
                 f"num_key_value_heads ({self.num_key_value_heads})."
             )
         ids, layers = self.target_layer_ids, self.target_num_hidden_layers
-        if not isinstance(ids, list | tuple) or not all(isinstance(i, int) and 0 <= i <= layers for i in ids):
-            raise ValueError(f"SpecFormerConfig: target_layer_ids is {ids!r}; expected integers from 0 to {layers}.")
+        if not isinstance(ids, list | tuple) or not all(is_whole(i, 0) and i <= layers for i in ids):
+            raise ValueError(
+                f"SpecFormerConfig: target_layer_ids is {short(ids)}; expected integers from 0 to {layers}."
+            )
         if list(ids) != sorted(set(ids)) or not ids:
-            raise ValueError(f"SpecFormerConfig: target_layer_ids is {ids!r}; expected one or more, ascending.")
+            raise ValueError(f"SpecFormerConfig: target_layer_ids is {short(ids)}; expected one or more, ascending.")
+        if self.num_parameters > MOST_PARAMETERS:
+            raise ValueError(
+                f"SpecFormerConfig: these sizes make a drafter of {self.num_parameters:,} parameters, and drafters are "
+                f"small: more than {MOST_PARAMETERS:,} are refused. One of {', '.join(SIZES)} and target_layer_ids is "
+                "wrong."
+            )
+
+
+def is_whole(value, lowest: int) -> bool:
+    """Whether `value` is an integer that a size can be."""
+    return isinstance(value, int) and not isinstance(value, bool) and lowest <= value <= LARGEST
 
 
 SpecFormerConfig.register_for_auto_class()

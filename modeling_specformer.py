@@ -16,6 +16,7 @@ Nothing of the decode loop is here: that is `generation/` (`custom_generate/` in
 
 from __future__ import annotations
 
+import json
 import threading
 import warnings
 from contextlib import ExitStack, contextmanager
@@ -30,7 +31,7 @@ from transformers.activations import ACT2FN
 from transformers.utils import ModelOutput
 
 from .configuration_specformer import SpecFormerConfig
-from .publishing_specformer import complete_repository, push
+from .publishing_specformer import check_repository, complete_repository, push
 
 HOW_TO_GENERATE = (
     "A SpecFormer drafter does not generate by itself, and transformers' own assisted decoding cannot use it. "
@@ -267,9 +268,13 @@ class SpecFormerModel(PreTrainedModel):
             self.positional_ffn.weight /= 2
             self.positional_ffn.weight += identity.repeat(self.config.num_draft_tokens, 1)
 
-    def save_pretrained(self, save_directory, is_main_process: bool = True, **kwargs) -> None:
+    def save_pretrained(
+        self, save_directory, is_main_process: bool = True, push_to_hub: bool = False, **kwargs
+    ) -> None:
         """As in transformers, with what a repository needs besides: the generation strategy, and a model card where
         there is none."""
+        if push_to_hub:  # transformers would upload before the folder is complete
+            raise ValueError("save_pretrained(push_to_hub=True): call drafter.push_to_hub(repo_id) instead.")
         super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
         if is_main_process:
             complete_repository(self, Path(save_directory))
@@ -279,17 +284,53 @@ class SpecFormerModel(PreTrainedModel):
         return push(self, repo_id, **kwargs)
 
     @classmethod
-    def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
-        """As in transformers, but a checkpoint with missing or unexpected weights raises instead of warning."""
-        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
-        problems = {name: sorted(info[name]) for name in ("missing_keys", "unexpected_keys") if info.get(name)}
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
+        """As in transformers, but from safetensors alone, and a checkpoint that does not fit its config raises.
+
+        Raises:
+            ValueError: the files are damaged or not of one piece, or they are not what a drafter consists of.
+            OSError: there is no such folder or repository, or it holds no safetensors.
+        """
+        if kwargs.setdefault("use_safetensors", True) is not True:
+            raise ValueError("use_safetensors must be left at True: other weights are pickles, which can run any code.")
+        if pretrained_model_name_or_path is not None:
+            check_repository(pretrained_model_name_or_path, **kwargs)
+        try:
+            model, info = super().from_pretrained(
+                pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+            )
+        except Exception as error:
+            if isinstance(error, RuntimeError) and isinstance(error.__context__, ValueError):
+                raise error.__context__ from None  # `_refuse_misfits`, before transformers reports sizes
+            not_of_the_files = isinstance(error, OSError | ImportError | MemoryError | ValueError)
+            if not_of_the_files and not isinstance(error, json.JSONDecodeError | UnicodeDecodeError):
+                raise
+            raise ValueError(
+                f"The drafter {str(pretrained_model_name_or_path)!r} cannot be read ({type(error).__name__}: {error}). "
+                "If its files are damaged or not of one piece, download them again, or save them again with "
+                "drafter.save_pretrained(...)."
+            ) from error
+        model._refuse_misfits({name: info[name] for name in ("missing_keys", "unexpected_keys")})
+        ids = model.draft_token_ids
+        if ids is not None and not ids.is_meta:
+            numbers = ids.tolist()
+            if numbers != sorted(set(numbers)) or numbers[0] < 0 or numbers[-1] >= model.config.vocab_size:
+                model._refuse_misfits({"draft_token_ids": ["not ascending tokens of the vocabulary"]})
+        return (model, info) if output_loading_info else model
+
+    def _move_missing_keys_from_meta_to_device(self, missing_keys, *args, **kwargs) -> None:
+        # transformers takes memory here for what the checkpoint lacks: as much as a hostile config says
+        self._refuse_misfits({"missing_keys": missing_keys})
+        super()._move_missing_keys_from_meta_to_device(missing_keys, *args, **kwargs)
+
+    def _refuse_misfits(self, problems: dict) -> None:
+        problems = {name: sorted(keys) for name, keys in problems.items() if keys}
         if problems:
             raise ValueError(
-                f"The checkpoint {model.name_or_path!r} does not hold the weights of the SpecFormer drafter that its "
+                f"The checkpoint {self.name_or_path!r} does not hold the weights of the SpecFormer drafter that its "
                 f"config describes: {problems}. Its config.json and its weights are not of one piece; save both again "
                 "with drafter.save_pretrained(...)."
             )
-        return (model, info) if output_loading_info else model
 
     def __getattr__(self, name: str):
         # Plain assisted decoding and pipelines look these up on an assistant; they then end in a sentence that helps.
@@ -447,10 +488,12 @@ def some_embeddings(target: PreTrainedModel, rows: int = 8, columns: int = 8) ->
     """A few of the target's input embeddings, spread over the vocabulary, to know it by."""
     embeddings = target.get_input_embeddings()
     vocab_size = target.config.get_text_config(decoder=True).vocab_size
-    ids = torch.linspace(0, vocab_size - 1, rows, device=device_of(embeddings)).long()
+    # whole numbers: torch.linspace rounds as the device does, and would read other rows on a GPU
+    ids = torch.tensor([row * (vocab_size - 1) // (rows - 1) for row in range(rows)], device=device_of(embeddings))
     with torch.no_grad():
-        values = embeddings(ids[None])[0].float()
-    values = values[:, torch.linspace(0, values.shape[1] - 1, columns, device=values.device).long()]
+        values = embeddings(ids[None])[0].cpu().double()
+    values = values[:, [column * (values.shape[1] - 1) // (columns - 1) for column in range(columns)]]
+    values = values.nan_to_num(0.0, 0.0, 0.0)  # rows that are never used may hold anything
     return [float(f"{value:.4g}") for value in values.flatten().tolist()]
 
 
@@ -458,12 +501,14 @@ def check_embeddings(target: PreTrainedModel, config: SpecFormerConfig) -> None:
     """Tell another model of the same sizes (an error) and a relative (a warning) from the drafter's own target."""
     if config.target_embeddings is None:
         return
-    theirs, ours = torch.tensor(some_embeddings(target)), torch.tensor(config.target_embeddings)
+    theirs, ours = (
+        torch.tensor(numbers, dtype=torch.float64) for numbers in (some_embeddings(target), config.target_embeddings)
+    )
     if torch.allclose(theirs, ours, rtol=0.02, atol=1e-3 * float(ours.abs().max())):
         return
     name, own = target.name_or_path or type(target).__name__, config.target_name_or_path or "another target"
-    likeness = float(torch.nn.functional.cosine_similarity(theirs, ours, dim=0))
-    if not likeness > RELATED:
+    likeness = float(functional.cosine_similarity(theirs, ours, dim=0))
+    if likeness <= RELATED:
         raise ValueError(
             f"This drafter was made for {own}, and {name} is another model of the same sizes: of their embeddings, a "
             f"few were compared, whose likeness is {likeness:.2f} (1 is equal). Load the drafter of this target, or "

@@ -1,4 +1,5 @@
-"""A drafter's folder as a complete Hub repository: what `save_pretrained` adds to weights and config, and the push.
+"""A drafter's folder as a complete Hub repository: what `save_pretrained` adds to weights and config, what loading
+refuses, and the push.
 
 transformers copies the files that config.json's `auto_map` names. A drafter is of no use without its generation
 strategy (`custom_generate/`), and a repository without a model card is found by nobody.
@@ -6,6 +7,8 @@ strategy (`custom_generate/`), and a repository without a model card is found by
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import shutil
 import tempfile
@@ -14,7 +17,7 @@ from pathlib import Path
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers.dynamic_module_utils import get_cached_module_file
-from transformers.utils import HF_MODULES_CACHE
+from transformers.utils import HF_MODULES_CACHE, cached_file
 
 from .configuration_specformer import SpecFormerConfig
 
@@ -81,6 +84,43 @@ output = target.generate(
 )
 ```
 """
+
+
+def check_repository(name, subfolder: str = "", variant: str | None = None, **kwargs) -> None:
+    """Refuse what leads transformers away from a drafter's own safetensors: adapters, and shards of other names."""
+    names = ("cache_dir", "local_files_only", "proxies", "revision", "token")
+    hub = {key: kwargs[key] for key in names if key in kwargs}
+
+    def find(file: str) -> str | None:
+        return cached_file(
+            name,
+            file,
+            subfolder=subfolder,
+            _raise_exceptions_for_gated_repo=False,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+            **hub,
+        )
+
+    if os.path.isfile(os.path.join(subfolder, name)):
+        raise ValueError(f"{str(name)!r} is a file; give the folder of a drafter, or its Hub id.")
+    if kwargs.get("config") is None and cached_file(name, "config.json", subfolder=subfolder, **hub) is None:
+        # transformers would go on with a default config
+        raise OSError(f"{str(name)!r} holds no config.json; it is not the folder or repository of a drafter.")
+    if find("adapter_config.json") or (kwargs.get("adapter_kwargs") or {}).get("_adapter_model_path"):
+        raise ValueError(
+            f"{str(name)!r} holds an adapter_config.json, by which transformers would load other weights. A drafter "
+            "has no adapters; remove the file."
+        )
+    index = find(f"model.safetensors.index.{variant}.json" if variant else "model.safetensors.index.json")
+    if index is None:
+        return
+    try:
+        shards = set(json.loads(Path(index).read_text())["weight_map"].values())
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{index} names no shards ({error}). Download the drafter again, or save it again.") from error
+    if not all(isinstance(shard, str) and re.fullmatch(r"\w[\w.-]*\.safetensors", shard) for shard in shards):
+        raise ValueError(f"{index} names files that are not safetensors beside it. Do not use this drafter.")
 
 
 def strategy_files(drafter) -> list[Path]:

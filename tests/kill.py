@@ -91,7 +91,9 @@ class Distillation(Job):
         if not prompts.exists():
             llama(torch.float32).save_pretrained(target)
             tiny_tokenizer().save_pretrained(target)
-            texts = [" ".join(f"{number + step}" for step in range(1 + number % 9)) for number in range(200)]
+            texts = [
+                " ".join(chr(97 + (7 * number + step) % 26) for step in range(1 + number % 9)) for number in range(200)
+            ]
             prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
         places = ("--prompts", prompts, "--target", target, "--output", self.folder / output)
         return [*map(str, places), "--batch-size", "4", "--max-new-tokens", "24", "--temperature", "1.1", *self.options]
@@ -109,8 +111,8 @@ class Distillation(Job):
 
     def differences(self, output: str, calm: str) -> list[str]:
         ours, theirs = Counter(self.lines(output)), Counter(self.lines(calm))
-        found = [f"lost or changed: {line.decode(errors='replace')}" for line in theirs - ours]
-        found += [f"doubled or changed: {line.decode(errors='replace')}" for line in ours - theirs]
+        found = [f"lost or changed: {line[:80]}" for line in theirs - ours]
+        found += [f"doubled or changed: {line[:80]}" for line in ours - theirs]
         return super().differences(output, calm) + found
 
 

@@ -28,7 +28,6 @@ from transformers import (
 )
 from transformers.utils import logging as library_logging
 
-GENERATION = Path(__file__).resolve().parents[1] / "generation"
 NEW_TOKENS = 12
 PATIENCE = 20
 """Seconds after which a thread that waits for another one gives up, and its test fails."""
@@ -129,9 +128,6 @@ def repository(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("published") / "tiny-specformer"
     torch.manual_seed(0)
     SpecFormerModel(SpecFormerConfig.from_target_config(llama().config)).save_pretrained(folder)
-    (folder / "custom_generate").mkdir()
-    for file in GENERATION.glob("*.py"):
-        shutil.copy(file, folder / "custom_generate")
     return folder
 
 

@@ -22,7 +22,6 @@ from specformer.generation import generate as entry
 from specformer.generation.capabilities import UnsupportedTargetError
 from test_bad_input import NEW_TOKENS as REFUSED_TOKENS
 from test_bad_input import contains, drafter_for, hooks_of, refusal
-from test_entry_points import GENERATION
 from tiny import llama, ragged_batch
 from transformers import (
     AutoModelForCausalLM,
@@ -281,9 +280,6 @@ def repository(tmp_path: Path) -> Path:
     """The drafter of the tiny target, as published."""
     folder = tmp_path / "drafter"
     drafter_for(llama()).save_pretrained(folder)
-    (folder / "custom_generate").mkdir()
-    for file in GENERATION.glob("*.py"):
-        shutil.copy(file, folder / "custom_generate")
     return folder
 
 

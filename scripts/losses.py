@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from specformer.modeling_specformer import BorrowedTarget
+from specformer.target_specformer import BorrowedTarget
 from torch.nn import functional
 
 IGNORED = -100

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import torch
 from specformer.configuration_specformer import SpecFormerConfig
-from specformer.modeling_specformer import BorrowedTarget
 from specformer.scripts.answers import Answers
 from specformer.scripts.losses import IGNORED, drafter_loss, slot_labels
+from specformer.target_specformer import BorrowedTarget
 from torch import nn
 from torch.nn import functional
 

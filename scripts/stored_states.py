@@ -11,10 +11,10 @@ from itertools import accumulate
 from pathlib import Path
 
 import torch
-from specformer.modeling_specformer import BorrowedTarget
 from specformer.scripts.answers import Answers
 from specformer.scripts.offline import target_states
 from specformer.scripts.runs import writing
+from specformer.target_specformer import BorrowedTarget
 from tqdm import tqdm
 
 STORED = torch.bfloat16

@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from specformer.configuration_specformer import SpecFormerConfig
-from specformer.modeling_specformer import BorrowedTarget, SpecFormerModel
+from specformer.modeling_specformer import SpecFormerModel
 from specformer.scripts.answers import Answers
 from specformer.scripts.losses import drafter_loss
 from specformer.scripts.model_card import write_model_card
@@ -32,6 +32,7 @@ from specformer.scripts.offline import drafts_of_text, evaluate_offline, summari
 from specformer.scripts.provenance import provenance
 from specformer.scripts.runs import SETTINGS, begin_or_go_on, writing
 from specformer.scripts.stored_states import StoredStates
+from specformer.target_specformer import BorrowedTarget
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,

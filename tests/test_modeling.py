@@ -9,7 +9,8 @@ import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 from architectures import make_target
 from specformer import SpecFormerConfig, SpecFormerModel
-from specformer.modeling_specformer import SpecFormerRMSNorm, final_norm_scale, head_of_some, rotate
+from specformer.modeling_specformer import SpecFormerRMSNorm, rotate
+from specformer.target_specformer import final_norm_scale, head_of_some
 from tiny import PRESETS, VOCAB, llama, llama_config, ragged_batch
 from torch.nn import functional
 

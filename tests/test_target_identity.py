@@ -10,7 +10,7 @@ import torch
 from accelerate import cpu_offload
 from specformer import SpecFormerConfig, SpecFormerModel, generate
 from specformer.configuration_specformer import FORMAT
-from specformer.modeling_specformer import check_embeddings, some_embeddings
+from specformer.target_specformer import check_embeddings, some_embeddings
 from tiny import llama, ragged_batch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -207,7 +207,7 @@ def test_a_drafter_that_remembers_nothing_does_not_check():
 
 def test_this_file_can_fail(monkeypatch):
     """Without the check, nothing is raised."""
-    monkeypatch.setattr("specformer.modeling_specformer.check_embeddings", lambda *_: None)
+    monkeypatch.setattr("specformer.target_specformer.check_embeddings", lambda *_: None)
     with pytest.raises(pytest.fail.Exception):
         test_another_model_of_the_same_sizes("someone/other", torch.float32)
     with pytest.raises(AssertionError):

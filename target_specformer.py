@@ -1,0 +1,279 @@
+"""The target as a drafter sees it: its hidden states, embeddings and LM head, and whether it is the right one."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from .configuration_specformer import SpecFormerConfig
+
+RELATED = 0.7
+"""Least cosine of two models' embeddings at which they are taken for relatives."""
+
+
+class BorrowedTarget:
+    """The target as a drafter sees it: hidden states of its forward passes, token embeddings, and its LM head.
+
+    As a context manager it hooks the target, and forward passes that the same thread runs leave their hidden states
+    for `take_hidden_states`. The hooks are gone afterwards, also after an exception. Passes that other threads run on
+    the same target are not seen.
+
+    Args:
+        draft_token_ids: the only tokens that are drafted, ascending; `None` means all.
+
+    Raises:
+        ValueError: the target is another model than the drafter was made for.
+    """
+
+    def __init__(self, target: PreTrainedModel, config: SpecFormerConfig, draft_token_ids: torch.Tensor | None = None):
+        text_config = target.config.get_text_config(decoder=True)
+        sizes = {
+            "hidden_size": "hidden_size",
+            "vocab_size": "vocab_size",
+            "num_hidden_layers": "target_num_hidden_layers",
+        }
+        differences = [
+            f"{theirs} is {getattr(text_config, theirs)} there and {getattr(config, ours)} here"
+            for theirs, ours in sizes.items()
+            if getattr(text_config, theirs) != getattr(config, ours)
+        ]
+        if differences:
+            raise ValueError(
+                f"This drafter was made for {config.target_name_or_path or 'another target'} and does not fit "
+                f"{target.name_or_path or type(target).__name__}: {'; '.join(differences)}. Load the drafter of this "
+                "target, or train one for it."
+            )
+        check_embeddings(target, config)
+        self.target, self.text_config, self.layer_ids = target, text_config, list(config.target_layer_ids)
+        self.head: nn.Module = target.get_output_embeddings()
+        if self.head is None:
+            raise ValueError(f"{type(target).__name__} has no LM head (get_output_embeddings() is None).")
+        self.draft_token_ids, self._draft_head = None, self.head
+        if draft_token_ids is not None:
+            self.draft_token_ids = draft_token_ids.to(self.device)
+            self._draft_head = head_of_some(self.head, self.draft_token_ids)
+        self._seen: dict[int, list[torch.Tensor]] = {}
+        self._exit = ExitStack()
+
+    def __enter__(self) -> BorrowedTarget:
+        owner = threading.get_ident()
+
+        def keep(layer_id: int, states: torch.Tensor) -> None:
+            self._seen.setdefault(layer_id, []).append(states)
+
+        # Where this thread removes its hooks during a pass of another one, that pass may call them without kwargs.
+        def before_layer(layer_id: int):
+            def hook(module, args, kwargs=None):
+                if threading.get_ident() == owner:
+                    keep(layer_id, args[0] if args else kwargs["hidden_states"])
+
+            return hook
+
+        def after_decoder(module, args, *kwargs_and_output):
+            if threading.get_ident() == owner:
+                keep(len(layers), kwargs_and_output[-1][0])
+
+        decoder, layers = find_decoder(self.target)
+        with ExitStack() as stack:
+            for layer_id in self.layer_ids:
+                if layer_id < len(layers):
+                    hook = layers[layer_id].register_forward_pre_hook(before_layer(layer_id), with_kwargs=True)
+                else:
+                    hook = decoder.register_forward_hook(after_decoder, with_kwargs=True)
+                stack.callback(hook.remove)
+            if is_compiled(self.target):
+                stack.enter_context(uncompiled())
+            self._exit = stack.pop_all()
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._exit.close()
+        self._seen.clear()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the drafter computes: beside the LM head that it shares."""
+        return device_of(self.head)
+
+    def take_hidden_states(self, num_tokens: int | None = None) -> torch.Tensor:
+        """The hooked states of this thread's passes since the last call, one behind the other along T:
+        (B, T, len(target_layer_ids), d).
+
+        Args:
+            num_tokens: T, where only the first passes are wanted: a caller's processor or streamer may have run the
+                target after them.
+        """
+        missing = [layer_id for layer_id in self.layer_ids if layer_id not in self._seen]
+        if missing:
+            raise RuntimeError(f"No forward pass of the target left its hidden states {missing}.")
+        states, width = [], 0
+        for one_pass in zip(*(self._seen[layer_id] for layer_id in self.layer_ids), strict=True):
+            states.append(torch.stack([slice_.to(self.device) for slice_ in one_pass], dim=2))
+            width += states[-1].shape[1]
+            if width == num_tokens:
+                break
+        self._seen.clear()
+        return states[0] if len(states) == 1 else torch.cat(states, dim=1)
+
+    def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """The target's input embeddings of `token_ids` (B, T), (B, T, d)."""
+        embeddings = self.target.get_input_embeddings()
+        return embeddings(token_ids.to(device_of(embeddings))).to(self.device)
+
+    def logits(self, draft_hidden_states: torch.Tensor) -> torch.Tensor:
+        """Next-token logits (..., vocab_size) of drafter states (..., d); -inf where a token is never drafted."""
+        logits = self.draft_logits(draft_hidden_states)
+        if self.draft_token_ids is None:
+            return logits
+        everywhere = logits.new_full((*logits.shape[:-1], self.text_config.vocab_size), -torch.inf)
+        everywhere[..., self.draft_token_ids] = logits
+        return everywhere
+
+    def best_tokens(self, draft_hidden_states: torch.Tensor) -> torch.Tensor:
+        """The most likely token of each state: (..., d) -> (...)."""
+        best = self.draft_logits(draft_hidden_states).argmax(dim=-1)
+        return best if self.draft_token_ids is None else self.draft_token_ids[best]
+
+    def draft_labels(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """Where `draft_logits` has the tokens `token_ids`: -100, which losses ignore, if they are never drafted."""
+        if self.draft_token_ids is None:
+            return token_ids
+        places = torch.searchsorted(self.draft_token_ids, token_ids).clamp(max=len(self.draft_token_ids) - 1)
+        return torch.where(self.draft_token_ids[places] == token_ids, places, -100)
+
+    def draft_logits(self, draft_hidden_states: torch.Tensor) -> torch.Tensor:
+        """Logits of the tokens that are drafted, with the family's scale and soft cap."""
+        logits = self._draft_head(draft_hidden_states)
+        if (scale := getattr(self.text_config, "logit_scale", None)) is not None:  # Cohere
+            logits = logits * scale
+        if (divisor := getattr(self.text_config, "logits_scaling", None)) is not None:  # Granite
+            logits = logits / divisor
+        if (cap := getattr(self.text_config, "final_logit_softcapping", None)) is not None:  # Gemma
+            logits = cap * torch.tanh(logits / cap)
+        return logits
+
+
+def some_embeddings(target: PreTrainedModel, rows: int = 8, columns: int = 8) -> list[float]:
+    """A few of the target's input embeddings, spread over the vocabulary, to know it by."""
+    embeddings = target.get_input_embeddings()
+    vocab_size = target.config.get_text_config(decoder=True).vocab_size
+    # whole numbers: torch.linspace rounds as the device does, and would read other rows on a GPU
+    ids = torch.tensor([row * (vocab_size - 1) // (rows - 1) for row in range(rows)], device=device_of(embeddings))
+    with torch.no_grad():
+        values = embeddings(ids[None])[0].cpu().double()
+    values = values[:, [column * (values.shape[1] - 1) // (columns - 1) for column in range(columns)]]
+    values = values.nan_to_num(0.0, 0.0, 0.0)  # rows that are never used may hold anything
+    return [float(f"{value:.4g}") for value in values.flatten().tolist()]
+
+
+def check_embeddings(target: PreTrainedModel, config: SpecFormerConfig) -> None:
+    """Tell another model of the same sizes (an error) and a relative (a warning) from the drafter's own target."""
+    if config.target_embeddings is None:
+        return
+    theirs, ours = (
+        torch.tensor(numbers, dtype=torch.float64) for numbers in (some_embeddings(target), config.target_embeddings)
+    )
+    if torch.allclose(theirs, ours, rtol=0.02, atol=1e-3 * float(ours.abs().max())):
+        return
+    name, own = target.name_or_path or type(target).__name__, config.target_name_or_path or "another target"
+    likeness = float(functional.cosine_similarity(theirs, ours, dim=0))
+    if likeness <= RELATED:
+        raise ValueError(
+            f"This drafter was made for {own}, and {name} is another model of the same sizes: of their embeddings, a "
+            f"few were compared, whose likeness is {likeness:.2f} (1 is equal). Load the drafter of this target, or "
+            "train one for it."
+        )
+    if name != own:
+        warnings.warn(
+            f"This drafter was made for {own}. {name} is related to it (likeness of embeddings {likeness:.4f}), as a "
+            "fine-tune or another quantisation is: the text stays the target's own, but fewer drafts may be accepted.",
+            stacklevel=2,
+        )
+
+
+def head_of_some(head: nn.Module, token_ids: torch.Tensor):
+    """The LM head for `token_ids` alone, as a function of states.
+
+    Only a plain linear layer is cut. Any other one (quantised, sharded, offloaded, with adapters) is called as it is.
+    """
+    if type(head) is not nn.Linear or type(head.weight.data) is not torch.Tensor or hasattr(head, "_hf_hook"):
+        return lambda states: head(states)[..., token_ids]
+    with torch.no_grad():
+        weight, bias = head.weight[token_ids], None if head.bias is None else head.bias[token_ids]
+    return lambda states: functional.linear(states, weight, bias)
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where `module` computes. Weights that accelerate offloads are on the meta device between its passes."""
+    device = next(module.parameters()).device
+    return device if device.type != "meta" else torch.device(module._hf_hook.execution_device)
+
+
+def is_compiled(target: nn.Module) -> bool:
+    """Whether torch.compile was applied to `target` or to a part of it."""
+    return any(
+        module._compiled_call_impl is not None or hasattr(module.forward, "_torchdynamo_orig_callable")
+        for module in target.modules()
+    )
+
+
+_stances: list = []  # one entry per call inside `uncompiled`; the first knows the stance to go back to
+_stances_lock = threading.Lock()
+
+
+@contextmanager
+def uncompiled():
+    """Run compiled modules as they are written while any thread is inside.
+
+    Code that torch.compile made before a hook was registered does not call it, and is not made again for it.
+    """
+    with _stances_lock:
+        _stances.append(None if _stances else torch.compiler.set_stance("force_eager"))
+    try:
+        yield
+    finally:
+        with _stances_lock:
+            if (stance := _stances.pop()) is not None:
+                stance.__exit__(None, None, None)
+
+
+def find_decoder(target: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList]:
+    """The target's module that runs the decoder layers and the final norm, and its list of layers."""
+    count = target.config.get_text_config(decoder=True).num_hidden_layers
+    for module in target.get_decoder().modules():
+        for child in module.children():
+            if isinstance(child, nn.ModuleList) and len(child) == count:
+                return module, child
+    raise ValueError(
+        f"{type(target).__name__} has no nn.ModuleList of {count} decoder layers to read hidden states from."
+    )
+
+
+def final_norm_scale(target: PreTrainedModel) -> torch.Tensor:
+    """Per-channel scale (d,) that the target's final norm applies; ones where it has none.
+
+    Measured rather than read, since some families store weight - 1: a vector of alternating signs has unit RMS and
+    zero mean, so the odd part of the norm's answer to it is the scale, for RMSNorm and LayerNorm alike.
+    """
+    size = target.config.get_text_config(decoder=True).hidden_size
+    decoder, layers = find_decoder(target)
+    inside_layers = set(layers.modules())
+    norms = [
+        module
+        for module in decoder.modules()
+        if module not in inside_layers
+        and "norm" in type(module).__name__.lower()
+        and sum(parameter.numel() for parameter in module.parameters()) in (size, 2 * size)
+    ]
+    if not norms:
+        return torch.ones(size)
+    dtype = next(norms[-1].parameters()).dtype
+    signs = 1.0 - 2.0 * (torch.arange(size, device=device_of(norms[-1])) % 2).to(dtype)
+    with torch.no_grad():
+        return signs * (norms[-1](signs) - norms[-1](-signs)) / 2

@@ -28,7 +28,8 @@ from transformers.activations import ACT2FN
 from transformers.utils import ModelOutput
 
 from .configuration_specformer import SpecFormerConfig
-from .publishing_specformer import check_repository, complete_repository, push
+from .loading_specformer import check_checkpoint, check_values
+from .publishing_specformer import complete_repository, push
 from .target_specformer import BorrowedTarget, final_norm_scale, some_embeddings
 
 HOW_TO_GENERATE = (
@@ -271,7 +272,7 @@ class SpecFormerModel(PreTrainedModel):
             raise ValueError("save_pretrained(push_to_hub=True): call drafter.push_to_hub(repo_id) instead.")
         super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
         if is_main_process:
-            complete_repository(self, Path(save_directory))
+            complete_repository(self, Path(save_directory), kwargs.get("token"))
 
     def push_to_hub(self, repo_id: str, **kwargs):
         """Send what `save_pretrained` writes to the Hub, in one commit. See `publishing_specformer.push`."""
@@ -281,50 +282,30 @@ class SpecFormerModel(PreTrainedModel):
     def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
         """As in transformers, but from safetensors alone, and a checkpoint that does not fit its config raises.
 
+        Fields of the config may be given as well, as far as they fit the weights.
+
         Raises:
             ValueError: the files are damaged or not of one piece, or they are not what a drafter consists of.
-            OSError: there is no such folder or repository, or it holds no safetensors.
+            OSError: there is no such folder or repository, it holds no safetensors, or it cannot be downloaded.
         """
         if kwargs.setdefault("use_safetensors", True) is not True:
             raise ValueError("use_safetensors must be left at True: other weights are pickles, which can run any code.")
-        if pretrained_model_name_or_path is not None:
-            check_repository(pretrained_model_name_or_path, **kwargs)
         try:
+            check_checkpoint(cls, pretrained_model_name_or_path, **kwargs)
             model, info = super().from_pretrained(
                 pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
             )
+            check_values(model)
         except Exception as error:
-            if isinstance(error, RuntimeError) and isinstance(error.__context__, ValueError):
-                raise error.__context__ from None  # `_refuse_misfits`, before transformers reports sizes
             not_of_the_files = isinstance(error, OSError | ImportError | MemoryError | ValueError)
             if not_of_the_files and not isinstance(error, json.JSONDecodeError | UnicodeDecodeError):
                 raise
             raise ValueError(
                 f"The drafter {str(pretrained_model_name_or_path)!r} cannot be read ({type(error).__name__}: {error}). "
-                "If its files are damaged or not of one piece, download them again, or save them again with "
-                "drafter.save_pretrained(...)."
+                "If the connection broke, try again. If its files are damaged or not of one piece, download them "
+                "again, or save them again with drafter.save_pretrained(...)."
             ) from error
-        model._refuse_misfits({name: info[name] for name in ("missing_keys", "unexpected_keys")})
-        ids = model.draft_token_ids
-        if ids is not None and not ids.is_meta:
-            numbers = ids.tolist()
-            if numbers != sorted(set(numbers)) or numbers[0] < 0 or numbers[-1] >= model.config.vocab_size:
-                model._refuse_misfits({"draft_token_ids": ["not ascending tokens of the vocabulary"]})
         return (model, info) if output_loading_info else model
-
-    def _move_missing_keys_from_meta_to_device(self, missing_keys, *args, **kwargs) -> None:
-        # transformers takes memory here for what the checkpoint lacks: as much as a hostile config says
-        self._refuse_misfits({"missing_keys": missing_keys})
-        super()._move_missing_keys_from_meta_to_device(missing_keys, *args, **kwargs)
-
-    def _refuse_misfits(self, problems: dict) -> None:
-        problems = {name: sorted(keys) for name, keys in problems.items() if keys}
-        if problems:
-            raise ValueError(
-                f"The checkpoint {self.name_or_path!r} does not hold the weights of the SpecFormer drafter that its "
-                f"config describes: {problems}. Its config.json and its weights are not of one piece; save both again "
-                "with drafter.save_pretrained(...)."
-            )
 
     def __getattr__(self, name: str):
         # Plain assisted decoding and pipelines look these up on an assistant; they then end in a sentence that helps.

@@ -1,5 +1,4 @@
-"""A drafter's folder as a complete Hub repository: what `save_pretrained` adds to weights and config, what loading
-refuses, and the push.
+"""A drafter's folder as a complete Hub repository: what `save_pretrained` adds to weights and config, and the push.
 
 transformers copies the files that config.json's `auto_map` names. A drafter is of no use without its generation
 strategy (`custom_generate/`), and a repository without a model card is found by nobody.
@@ -7,8 +6,6 @@ strategy (`custom_generate/`), and a repository without a model card is found by
 
 from __future__ import annotations
 
-import json
-import os
 import re
 import shutil
 import tempfile
@@ -17,7 +14,7 @@ from pathlib import Path
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers.dynamic_module_utils import get_cached_module_file
-from transformers.utils import HF_MODULES_CACHE, cached_file
+from transformers.utils import HF_MODULES_CACHE
 
 from .configuration_specformer import SpecFormerConfig
 
@@ -86,46 +83,9 @@ output = target.generate(
 """
 
 
-def check_repository(name, subfolder: str = "", variant: str | None = None, **kwargs) -> None:
-    """Refuse what leads transformers away from a drafter's own safetensors: adapters, and shards of other names."""
-    names = ("cache_dir", "local_files_only", "proxies", "revision", "token")
-    hub = {key: kwargs[key] for key in names if key in kwargs}
-
-    def find(file: str) -> str | None:
-        return cached_file(
-            name,
-            file,
-            subfolder=subfolder,
-            _raise_exceptions_for_gated_repo=False,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-            **hub,
-        )
-
-    if os.path.isfile(os.path.join(subfolder, name)):
-        raise ValueError(f"{str(name)!r} is a file; give the folder of a drafter, or its Hub id.")
-    if kwargs.get("config") is None and cached_file(name, "config.json", subfolder=subfolder, **hub) is None:
-        # transformers would go on with a default config
-        raise OSError(f"{str(name)!r} holds no config.json; it is not the folder or repository of a drafter.")
-    if find("adapter_config.json") or (kwargs.get("adapter_kwargs") or {}).get("_adapter_model_path"):
-        raise ValueError(
-            f"{str(name)!r} holds an adapter_config.json, by which transformers would load other weights. A drafter "
-            "has no adapters; remove the file."
-        )
-    index = find(f"model.safetensors.index.{variant}.json" if variant else "model.safetensors.index.json")
-    if index is None:
-        return
-    try:
-        shards = set(json.loads(Path(index).read_text())["weight_map"].values())
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{index} names no shards ({error}). Download the drafter again, or save it again.") from error
-    if not all(isinstance(shard, str) and re.fullmatch(r"\w[\w.-]*\.safetensors", shard) for shard in shards):
-        raise ValueError(f"{index} names files that are not safetensors beside it. Do not use this drafter.")
-
-
-def strategy_files(drafter) -> list[Path]:
+def strategy_files(drafter, token: bool | str | None = None) -> list[Path]:
     """The files of the generation strategy that belong to this code: of the installed package, or of the repository
-    that `drafter` was loaded from as remote code.
+    that `drafter` was loaded from as remote code, which is read with `token`.
 
     Raises:
         OSError: that repository cannot be read.
@@ -138,7 +98,7 @@ def strategy_files(drafter) -> list[Path]:
     commit = code.name if COMMIT.fullmatch(code.name) else None
     repository = drafter.name_or_path
     try:
-        file = get_cached_module_file(repository, f"{STRATEGY}/generate.py", revision=commit)
+        file = get_cached_module_file(repository, f"{STRATEGY}/generate.py", revision=commit, token=token)
     except (OSError, HFValidationError) as error:
         raise OSError(
             f"This drafter was loaded from {repository!r}, whose {STRATEGY}/ cannot be read ({error}). Without it the "
@@ -147,10 +107,10 @@ def strategy_files(drafter) -> list[Path]:
     return sorted(path for path in (Path(HF_MODULES_CACHE) / file).parent.glob("*.py") if path.name != "__init__.py")
 
 
-def complete_repository(drafter, folder: Path) -> None:
+def complete_repository(drafter, folder: Path, token: bool | str | None = None) -> None:
     """Add the strategy, and a card where there is none."""
     strategy = folder / STRATEGY
-    sources = strategy_files(drafter)
+    sources = strategy_files(drafter, token)
     if strategy.resolve() != sources[0].parent.resolve():
         strategy.mkdir(exist_ok=True)
         for source in sources:
@@ -160,11 +120,11 @@ def complete_repository(drafter, folder: Path) -> None:
         card.write_text(short_card(drafter.config))
 
 
-def push(drafter, repo_id: str, *, max_shard_size: int | str = "50GB", **arguments):
+def push(drafter, repo_id: str, *, max_shard_size: int | str = "50GB", token: bool | str | None = None, **arguments):
     """Send what `drafter.save_pretrained` writes. See `push_folder` for the other arguments."""
     with tempfile.TemporaryDirectory() as folder:
-        drafter.save_pretrained(folder, max_shard_size=max_shard_size)
-        return push_folder(folder, repo_id, **arguments)
+        drafter.save_pretrained(folder, max_shard_size=max_shard_size, token=token)
+        return push_folder(folder, repo_id, token=token, **arguments)
 
 
 def push_folder(

@@ -26,7 +26,7 @@ from tiny import llama, ragged_batch
 
 ROOT = Path(__file__).resolve().parents[1]
 ID = "user/tiny-drafter"
-CODE = {f"{part}_specformer.py" for part in ("configuration", "modeling", "publishing", "target")}
+CODE = {f"{part}_specformer.py" for part in ("configuration", "loading", "modeling", "publishing", "target")}
 CODE |= {f"custom_generate/{file.name}" for file in (ROOT / "generation").glob("*.py")}
 REPOSITORY = {"config.json", "model.safetensors", "README.md", *CODE}
 SECRETS = ["secrets.txt", ".env", "optimizer.pt", "training_args.bin", "setup.py", "model.safetensors.bak"]

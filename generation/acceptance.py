@@ -28,6 +28,8 @@ class AcceptanceRule:
     A rule is a context manager around the call that uses it.
     """
 
+    text_depends_on_drafts = False
+
     def __enter__(self):
         return self
 
@@ -103,6 +105,8 @@ class Match(AcceptanceRule):
 
 class Rejection(AcceptanceRule):
     """Rejection sampling, with torch's generator. Where the drafter gave no distribution, its token is certain."""
+
+    text_depends_on_drafts = True
 
     def draft(self, scores, rows, steps):
         noise = torch.empty_like(scores).exponential_(1)

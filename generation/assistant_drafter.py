@@ -11,8 +11,6 @@ from .capabilities import check_target, input_device
 from .probe import probe_target
 from .target import prefill, prompt_arguments, verify
 
-DEFAULT_NUM_ASSISTANT_TOKENS = 4
-
 
 class AssistantDrafter:
     """A causal LM with the target's tokenizer (Leviathan et al. 2023; what transformers calls an assistant).
@@ -28,6 +26,7 @@ class AssistantDrafter:
     """
 
     max_draft_tokens = 64
+    default_num_assistant_tokens = 4
 
     def __init__(self, assistant, target, chunk_size: int | None = None):
         check_target(assistant)
@@ -41,8 +40,6 @@ class AssistantDrafter:
             )
         self.assistant, self.chunk_size = assistant, chunk_size
         self.device = input_device(assistant)
-        requested = getattr(assistant.generation_config, "num_assistant_tokens", None)
-        self.default_num_assistant_tokens = DEFAULT_NUM_ASSISTANT_TOKENS if requested is None else requested
 
     def __enter__(self):
         with ExitStack() as stack:
@@ -85,6 +82,12 @@ class AssistantDrafter:
         # From the second round on, each begins by reading the newest two tokens of every row. Where all drafts of the
         # last round were right both are new; elsewhere one is read again, which changes nothing and keeps rows in step.
         counts, known = counts.to(self.device), self.newest.shape[1]
+        if tokens.shape[1] == 1:  # nothing was drafted: read it with the next drafts
+            # Rows that were given no token read one again, so that all have as many to read.
+            self.cache.advance((counts - 1).clamp(min=-self.cache.lengths), self.cache.longest)
+            newest = torch.where(counts[:, None] > 0, self._known(tokens), self.newest[:, -1:])
+            self.newest = torch.cat([self.newest, newest], dim=1)
+            return
         self.cache.advance(counts + known - 2, longest - 1)
         tokens = torch.cat([self.newest, self._known(tokens)], dim=1)
         last_two = counts[:, None] + torch.arange(known - 2, known, device=self.device)

@@ -1,26 +1,31 @@
-"""Which drafter a call to generate() means by what was passed to it."""
+"""Which drafter a call to generate() means by what was passed to it, and how much it is to draft."""
 
 from __future__ import annotations
 
 from transformers import GenerationMixin
 
+from .acceptance import AcceptanceRule
 from .assistant_drafter import AssistantDrafter
+from .auto_draft_length import AutoDraftLength, times_of
 from .capabilities import unwrapped
-from .draft_length import check_draft_length
+from .draft_length import AUTO, DraftLength, check_draft_length
 from .drafter import Drafter, NoDrafter
 from .prompt_lookup_drafter import PromptLookupDrafter
 from .specformer_drafter import SpecFormerDrafter
+
+MOST_WITHOUT_NUMBER = 16
+"""A drafter without an end of its own, such as a causal LM, drafts no more than this where nobody names a number."""
 
 
 def choose_drafter(
     model,
     assistant_model,
-    num_assistant_tokens: int | None,
+    num_assistant_tokens: int | str | None,
     prompt_lookup_num_tokens: int | None = None,
     max_matching_ngram_size: int | None = None,
     prefill_chunk_size: int | None = None,
-) -> tuple[Drafter, int]:
-    """The drafter that a call means, and how many tokens it drafts each round.
+) -> tuple[Drafter, int | str | None]:
+    """The drafter that a call means, and how many tokens are asked of it: a number, "auto", or `None`.
 
     `assistant_model` is a SpecFormer network, a causal LM, or an object that is a `Drafter` already.
 
@@ -47,6 +52,8 @@ def choose_drafter(
         drafter = SpecFormerDrafter(assistant_model, model)
     elif isinstance(assistant_model, GenerationMixin):
         drafter = AssistantDrafter(assistant_model, model, prefill_chunk_size)
+        if num_assistant_tokens is None:
+            num_assistant_tokens = getattr(assistant_model.generation_config, "num_assistant_tokens", None)
     elif assistant_model is None:
         raise ValueError(
             "Nothing was passed that drafts: give assistant_model=AutoModel.from_pretrained(<drafter>, "
@@ -58,8 +65,19 @@ def choose_drafter(
             f"assistant_model is a {type(assistant_model).__name__}; expected a SpecFormer drafter, loaded with "
             "AutoModel.from_pretrained(<drafter>, trust_remote_code=True), or a causal LM."
         )
-    if num_assistant_tokens is None:
-        num_assistant_tokens = drafter.default_num_assistant_tokens
-    if num_assistant_tokens == 0:
-        return NoDrafter(), 0
-    return drafter, min(num_assistant_tokens, drafter.max_draft_tokens)
+    if num_assistant_tokens is None and not drafter.default_num_assistant_tokens:
+        num_assistant_tokens = 0
+    return (NoDrafter() if num_assistant_tokens == 0 else drafter), num_assistant_tokens
+
+
+def choose_draft_length(
+    requested: int | str | None, drafter: Drafter, model, assistant_model, rule: AcceptanceRule
+) -> DraftLength:
+    """How much each round drafts; `drafter` and `requested` are what `choose_drafter` returned."""
+    if requested is None and rule.text_depends_on_drafts:  # and would depend on the clock
+        requested = drafter.default_num_assistant_tokens
+    if requested in (None, AUTO):
+        most = min(drafter.max_draft_tokens, MOST_WITHOUT_NUMBER)
+        start = drafter.default_num_assistant_tokens or most
+        return AutoDraftLength(most, start, times_of(model, assistant_model), (model.device, model.dtype))
+    return DraftLength(min(requested, drafter.max_draft_tokens))

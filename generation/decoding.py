@@ -6,9 +6,11 @@ writes: a token enters it only if the target takes it at that position (see `tok
 
 from __future__ import annotations
 
+from time import perf_counter
+
 import torch
 
-from .draft_length import round_draft_length
+from .draft_length import DraftLength, round_draft_length
 from .drafter import Drafter
 from .prompt import PromptLayout
 from .statistics import GenerationStatistics
@@ -25,7 +27,7 @@ def decode(
     choice: TokenChoice,
     layout: PromptLayout,
     model_kwargs: dict,
-    num_assistant_tokens: int,
+    draft_length: DraftLength,
     prefill_chunk_size: int | None = None,
 ) -> GenerationStatistics:
     """Write `text`, which holds the prompts (B, P), until every row has stopped.
@@ -36,14 +38,14 @@ def decode(
     statistics = GenerationStatistics(text.batch_size)
 
     with drafter, choice.rule:
-        block_size = num_assistant_tokens + 1
+        block_size = draft_length.most + 1
         logits, cache = prefill(model, input_ids, layout, max_length, block_size, model_kwargs, prefill_chunk_size)
         drafts = input_ids.new_empty(text.batch_size, 0)  # (B, 0): the prompt pass verifies nothing
         tokens, accepted = choice.of_target(logits, drafts)  # (B, 1), (B,)
         _, outcome = text.append(tokens, accepted)
         statistics.count(text.rows, 0, outcome, is_prompt=True)
         statistics.lap("prefill")
-        if not text.done and num_assistant_tokens:
+        if not text.done and draft_length.most:
             drafter.begin(input_ids, layout, tokens, max_length)
 
         while not text.done:
@@ -51,7 +53,8 @@ def decode(
                 longest = longest_read(text, layout)
                 cache.select_rows(kept, longest)
                 drafter.select_rows(kept, longest)
-            k = round_draft_length(num_assistant_tokens, min(text.running_lengths()), text.limit)
+            started = perf_counter()
+            k = round_draft_length(draft_length.next(len(text.rows)), min(text.running_lengths()), text.limit)
             if k:
                 drafts = drafter.propose(k, choice.of_drafter).to(input_ids.device)  # (R, k) or fewer
             else:
@@ -65,12 +68,13 @@ def decode(
             tokens, accepted = choice.of_target(logits, drafts)  # (R, k + 1), (R,)
             counts, outcome = text.append(tokens, accepted)
             statistics.count(text.rows, drafts.shape[1], outcome, is_prompt=False)
+            draft_length.record(len(text.rows), drafts.shape[1], outcome, perf_counter() - started)
             statistics.lap("accept")
 
             if not text.done:
                 longest = longest_read(text, layout)
                 cache.advance(counts, longest)
-                if num_assistant_tokens:
+                if draft_length.most:
                     drafter.update(tokens, counts, longest)
                 choice.rule.forget_before(min(text.running_lengths()))
                 statistics.lap("draft")

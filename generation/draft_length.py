@@ -1,6 +1,26 @@
-"""How many tokens to draft."""
+"""How many tokens to draft each round. The text does not depend on it, but under "rejection"."""
 
 from __future__ import annotations
+
+AUTO = "auto"
+
+
+class DraftLength:
+    """The same number every round.
+
+    Attributes:
+        most: tokens that a round drafts at most.
+    """
+
+    def __init__(self, most: int):
+        self.most = most
+
+    def next(self, num_rows: int) -> int:
+        """Tokens to draft in the next round, whose pass carries `num_rows` rows."""
+        return self.most
+
+    def record(self, num_rows: int, drafted: int, outcome: list[tuple[int, int]], seconds: float) -> None:
+        """What became of a round: per row (drafts accepted, tokens added), and how long it took."""
 
 
 def check_draft_length(value, name: str = "num_assistant_tokens") -> None:
@@ -8,10 +28,13 @@ def check_draft_length(value, name: str = "num_assistant_tokens") -> None:
     Raises:
         ValueError: a negative number, or none at all. `None` is well: nobody asked.
     """
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
+    or_auto = f", or {AUTO!r}" if name == "num_assistant_tokens" else ""
+    if value is None or (or_auto and value == AUTO):
+        return
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
         raise ValueError(
             f"{name} is {value!r}; expected an integer: 0 for plain decoding, otherwise how many tokens to draft each "
-            "round."
+            f"round{or_auto}."
         )
 
 

@@ -19,7 +19,7 @@ class Drafter(Protocol):
 
     max_draft_tokens: int
     default_num_assistant_tokens: int
-    """Where the caller names no number."""
+    """How many to begin with where the caller names no number. 0: nothing is drafted then."""
 
     def __enter__(self): ...
 
@@ -38,8 +38,8 @@ class Drafter(Protocol):
     def update(self, tokens: torch.Tensor, counts: torch.Tensor, longest: int) -> None:
         """The target has read the last token and the drafts, and row r's text goes on with tokens[r, : counts[r]].
 
-        `tokens` is (R, q); `longest` is the number of tokens of the longest row that the target has read. Rows with
-        count 0 have finished, or wait for others.
+        `tokens` is (R, q), with q = 1 where nothing was proposed; `longest` is the number of tokens of the longest row
+        that the target has read. Rows with count 0 have finished, or wait for others.
         """
 
     def select_rows(self, index: torch.Tensor, longest: int) -> None:

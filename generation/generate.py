@@ -11,7 +11,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from .acceptance import acceptance_rule, check_acceptance
 from .attention import usable_attention
 from .capabilities import check_arguments, check_call, check_target, unwrapped
-from .choose_drafter import choose_drafter
+from .choose_drafter import choose_draft_length, choose_drafter
 from .decoding import decode
 from .probe import probe_target
 from .processors import PrefixFunctionForWantedRows, Processors
@@ -57,7 +57,7 @@ def generate(
     streamer=None,
     tokenizer=None,
     assistant_tokenizer=None,
-    num_assistant_tokens: int | None = None,
+    num_assistant_tokens: int | str | None = None,
     acceptance: str = "match",
     seed: int | list[int] | None = None,
     custom_generate=None,
@@ -70,8 +70,9 @@ def generate(
         assistant_model: what drafts: the SpecFormer drafter of that target, which is moved to the target's
             device and computes in its dtype, or a smaller causal LM with the same tokenizer. With
             `prompt_lookup_num_tokens` instead, drafts are copied from each row's own text.
-        num_assistant_tokens: tokens to draft each round. `None` takes the generation config's, else the drafter's
-            default; more than the drafter has slots is cut to them; 0 decodes plainly.
+        num_assistant_tokens: tokens to draft each round. "auto" drafts what pays, measured while it runs: see
+            `auto_draft_length`. `None` takes the generation config's number, else is "auto", but with "rejection" the
+            drafter's default. More than the drafter has slots is cut to them; 0 decodes plainly.
         acceptance: when sampling, "match" gives the same tokens as plain generate() with the same torch seed;
             "coupled" gives each row a text that depends on its own seed alone; "rejection" accepts most drafts, and
             gives a text with the same distribution. See `acceptance`.
@@ -146,7 +147,8 @@ def generate(
         choice = TokenChoice(rule, processors, text, prefix_function, logits, scores)
         probe_target(model)
         chunk_size = generation_config.prefill_chunk_size
-        statistics = decode(model, drafter, text, choice, layout, model_kwargs, num_assistant_tokens, chunk_size)
+        draft_length = choose_draft_length(num_assistant_tokens, drafter, model, assistant_model, rule)
+        statistics = decode(model, drafter, text, choice, layout, model_kwargs, draft_length, chunk_size)
         if wants is None:
             return text.result()
         return SpeculativeOutput(

@@ -9,6 +9,9 @@ import torch
 from .ragged_cache import RaggedCache
 from .target import FIRST_CAPACITY
 
+MOST_UNREAD = 32
+"""Rounds without a proposal after which the target's hidden states are read anyway, since they take memory."""
+
 
 class SpecFormerDrafter:
     """A SpecFormer network on one target: context states of all read tokens, drafts from each row's last one only.
@@ -55,30 +58,54 @@ class SpecFormerDrafter:
         )
         self.cache.advance(lengths, layout.longest)
         self.context = states[self.rows, lengths - 1]  # (B, d)
+        self.unread: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []  # per round, as `_take_unread`
 
     @torch.no_grad()
     def propose(self, num_tokens, choose) -> torch.Tensor:
+        self._read()
         states = self.network.draft(self.context)[:, :num_tokens]  # (R, k, d)
         return choose(self.borrowed.logits(states))
 
     def update(self, tokens, counts, longest) -> None:
-        counts = counts.to(self.context.device)
-        positions = self.cache.prepare(tokens.shape[1])
-        states = self.network.encode_context(
-            self.borrowed.take_hidden_states(tokens.shape[1]),
-            self._anchors(tokens.to(counts.device)),
-            positions,
-            self.cache.mask(positions),
-            self.cache,
-        )
-        self.cache.advance(counts, longest)
-        newest = states[self.rows, (counts - 1).clamp(min=0)]  # (R, d)
-        self.context = torch.where(counts[:, None] > 0, newest, self.context)
+        # Read when there is a proposal to make: rounds without one cost nothing, and are caught up with in one pass.
+        hidden_states = self.borrowed.take_hidden_states(tokens.shape[1])
+        counts = counts.to(hidden_states.device)
+        self.unread.append((hidden_states, tokens.to(counts.device), counts))
+        self.longest = longest
+        if len(self.unread) == MOST_UNREAD:
+            self._read()
 
     def select_rows(self, index, longest) -> None:
         index = index.to(self.context.device)
+        self.unread = [tuple(part[index] for part in block) for block in self.unread]
         self.cache.select_rows(index, longest)
+        self.longest = longest
         self.context, self.rows = self.context[index], self.rows[: len(index)]
+
+    def _read(self) -> None:
+        """Context states of the tokens that the target has read since the last proposal."""
+        if not self.unread:
+            return
+        hidden_states, tokens, counts = self._take_unread()
+        positions = self.cache.prepare(tokens.shape[1])
+        states = self.network.encode_context(
+            hidden_states, self._anchors(tokens), positions, self.cache.mask(positions), self.cache
+        )
+        self.cache.advance(counts, self.longest)
+        newest = states[self.rows, (counts - 1).clamp(min=0)]  # (R, d)
+        self.context = torch.where(counts[:, None] > 0, newest, self.context)
+
+    def _take_unread(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Hidden states (R, q, S, d), the tokens behind them (R, q), and how many of each row count (R,): the first."""
+        blocks, self.unread = self.unread, []
+        if len(blocks) == 1:
+            return blocks[0]
+        hidden_states, tokens = (torch.cat(parts, dim=1) for parts in list(zip(*blocks, strict=True))[:2])
+        counted = [torch.arange(block.shape[1], device=count.device) < count[:, None] for _, block, count in blocks]
+        counted = torch.cat(counted, dim=1)
+        order = (~counted).long().argsort(dim=1, stable=True)
+        hidden_states = hidden_states.gather(1, order[:, :, None, None].expand_as(hidden_states))
+        return hidden_states, tokens.gather(1, order), counted.sum(dim=1)
 
     def _anchors(self, next_tokens: torch.Tensor) -> torch.Tensor | None:
         if not self.network.config.use_anchor_token:

@@ -15,6 +15,7 @@ class GenerationStatistics:
         tokens_per_row: tokens generated per row, the one from the prompt pass included.
         drafted_per_slot: how often slot j was drafted for a running row.
         accepted_per_slot: how often it was accepted, the slots before it included.
+        rounds_per_length: how many rounds drafted so many tokens.
         seconds: wall-clock of the host in "prefill", "draft", "verify" and "accept". On a GPU the host runs ahead, so
             only the sum means something there.
     """
@@ -25,6 +26,7 @@ class GenerationStatistics:
     tokens_per_row: list[int] = field(default_factory=list)
     drafted_per_slot: list[int] = field(default_factory=list)
     accepted_per_slot: list[int] = field(default_factory=list)
+    rounds_per_length: dict[int, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self):
@@ -40,7 +42,9 @@ class GenerationStatistics:
 
     def count(self, rows: list[int], drafted: int, outcome: list[tuple[int, int]], is_prompt: bool) -> None:
         """Book one pass: `outcome` holds (accepted drafts, tokens added) of each of `rows`."""
-        self.rounds += not is_prompt
+        if not is_prompt:
+            self.rounds += 1
+            self.rounds_per_length[drafted] = self.rounds_per_length.get(drafted, 0) + 1
         slots = max(drafted, len(self.drafted_per_slot))
         for counts in (self.drafted_per_slot, self.accepted_per_slot):
             counts.extend([0] * (slots - len(counts)))

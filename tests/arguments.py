@@ -169,7 +169,7 @@ def trials() -> dict[str, Trial]:
     ids, mask = batch()["input_ids"], batch()["attention_mask"]
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     beams = dict(num_beams=2)
-    about_drafting = functools.partial(Trial, drafting=True)
+    about_drafting = functools.partial(Trial, drafting=True, along=dict(num_assistant_tokens=2))
     return {
         # parameters of generate()
         "inputs": Trial(
@@ -219,7 +219,9 @@ def trials() -> dict[str, Trial]:
         "logits_to_keep": Trial([3]),
         "tokenizer": Trial([Labelled("a tokenizer", tokenizer)]),
         "assistant_tokenizer": Trial(
-            [Labelled("a tokenizer", tokenizer)], along=dict(tokenizer=tokenizer()), drafting=True
+            [Labelled("a tokenizer", tokenizer)],
+            along=dict(tokenizer=tokenizer(), num_assistant_tokens=2),
+            drafting=True,
         ),
         # length
         "max_length": Trial([14], unset=("max_new_tokens",)),

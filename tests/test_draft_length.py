@@ -1,0 +1,296 @@
+"""The "auto" draft length: what it chooses in worlds whose costs are known, and that the text does not depend on it."""
+
+from __future__ import annotations
+
+import gc
+import random
+import time
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+
+import pytest
+import torch
+from exactness import choose_eos, plain
+from specformer import SpecFormerConfig, SpecFormerModel, generate
+from specformer.generation import auto_draft_length
+from specformer.generation import generate as entry
+from specformer.generation.auto_draft_length import AutoDraftLength, RoundTimes
+from specformer.generation.draft_length import DraftLength
+from test_alignment import assert_teacher_forced_agrees, make_network, record_drafts, target
+from tiny import llama, ragged_batch
+
+__all__ = ["target"]  # a fixture
+
+
+# ---- in worlds whose costs are known
+
+
+@dataclass
+class World:
+    """Rounds of `rows` rows: a pass over 1 + k tokens takes 1 + slope * k, drafting takes `draft`; each slot is right
+    with a probability of its own."""
+
+    rates: list[float]
+    slope: float
+    draft: float
+    rows: int = 8
+    noise: float = 0.0
+
+    def seconds(self, k: int) -> float:
+        return 1 + self.slope * k + self.draft * (k > 0)
+
+    def tokens(self, k: int) -> float:
+        """Expected tokens of a row and round."""
+        return float(torch.tensor([1.0, *self.rates[:k]]).cumprod(0).sum())
+
+    def best(self) -> float:
+        """Tokens per second and row at the best length."""
+        return max(self.tokens(k) / self.seconds(k) for k in range(len(self.rates) + 1))
+
+    def round(self, k: int, chance: random.Random) -> tuple[list[tuple[int, int]], float]:
+        outcome = []
+        for _ in range(self.rows):
+            accepted = 0
+            while accepted < k and chance.random() < self.rates[accepted]:
+                accepted += 1
+            outcome.append((accepted, accepted + 1))
+        return outcome, self.seconds(k) * (1 + self.noise * chance.random())
+
+
+def live(length: AutoDraftLength, world: World, rounds: int, seed: int = 0) -> tuple[float, Counter]:
+    """Expected tokens per second and row, and how often each length was chosen."""
+    chance, tokens, seconds, chosen = random.Random(seed), 0, 0.0, Counter()
+    for _ in range(rounds):
+        k = length.next(world.rows)
+        outcome, spent = world.round(k, chance)
+        length.record(world.rows, k, outcome, spent)
+        tokens, seconds = tokens + world.tokens(k), seconds + world.seconds(k)
+        chosen[k] += 1
+    return tokens / seconds, chosen
+
+
+def auto(most: int = 4, start: int = 2) -> AutoDraftLength:
+    return AutoDraftLength(most, start, defaultdict(RoundTimes))
+
+
+WORLDS = {
+    "perfect and free": World([1.0] * 4, 0.0, 0.0),
+    "perfect on a GPU": World([1.0] * 4, 0.02, 0.15),
+    "good on a GPU": World([0.8, 0.7, 0.6, 0.5], 0.02, 0.15),
+    "useless": World([0.0] * 4, 0.2, 0.15),
+    "useless, almost free": World([0.0] * 4, 0.01, 0.02),
+    "right once, on a CPU": World([0.45, 0.1, 0.05, 0.0], 0.15, 0.1),
+    "does not pay on a CPU": World([0.4, 0.3, 0.2, 0.1], 0.4, 0.1),
+    "one row": World([0.5, 0.4, 0.3, 0.3], 0.1, 0.1, rows=1),
+    "one row, useless": World([0.0] * 4, 0.1, 0.1, rows=1),
+    "many rows": World([0.5, 0.4, 0.3, 0.3], 0.1, 0.1, rows=128),
+    "noisy clock": World([0.7, 0.6, 0.5, 0.4], 0.05, 0.1, noise=0.3),
+}
+
+
+@pytest.mark.parametrize("name", WORLDS)
+@pytest.mark.parametrize("start", [1, 2, 4])
+def test_close_to_the_best_length(name: str, start: int):
+    """From the second hundred rounds on, within 4 % of the best fixed length."""
+    world, length = WORLDS[name], auto(start=start)
+    live(length, world, 100)
+    speed, chosen = live(length, world, 600, seed=1)
+    assert speed > 0.96 * world.best(), (speed, world.best(), chosen)
+
+
+@pytest.mark.parametrize("name", [name for name, world in WORLDS.items() if not any(world.rates)])
+def test_a_useless_drafter_is_soon_left_alone(name: str):
+    length = auto()
+    _, chosen = live(length, WORLDS[name], 100)
+    assert chosen[0] >= 75
+    _, chosen = live(length, WORLDS[name], 400)
+    assert 380 <= chosen[0] < 400  # and asked again, now and then
+
+
+def test_a_fixed_length_would_fail_these_worlds():
+    """The worlds differ: no fixed length comes within 4 % of the best in all of them."""
+    for fixed in range(5):
+        assert min(world.tokens(fixed) / world.seconds(fixed) / world.best() for world in WORLDS.values()) < 0.9
+
+
+def test_follows_a_change():
+    """A drafter that becomes useless, and good again: drafting stops, and resumes."""
+    good, useless = World([0.8] * 4, 0.02, 0.1), World([0.0] * 4, 0.02, 0.1)
+    length = auto()
+    _, chosen = live(length, good, 200)
+    assert chosen.most_common(1)[0][0] == 4
+    _, chosen = live(length, useless, 200)
+    assert chosen[0] > 100
+    _, chosen = live(length, good, 600)
+    assert chosen[4] > 200
+
+
+def test_another_number_of_rows_is_timed_anew():
+    length = auto()
+    few, many = World([0.6] * 4, 0.01, 0.05, rows=2), World([0.6] * 4, 0.6, 0.05, rows=64)
+    for world, kept in ((few, True), (many, False)) * 2:
+        _, chosen = live(length, world, 100)
+        assert (chosen[0] < 30) is kept, chosen
+
+
+def test_the_round_that_catches_up_is_not_timed():
+    times = defaultdict(RoundTimes)
+    length = AutoDraftLength(4, 2, times)
+    for k, seconds in ((2, 1.5), (2, 1.5), (0, 1.0), (0, 1.0), (2, 99.0), (2, 1.5)):
+        length.record(8, k, [(0, 1)] * 8, seconds)
+    assert times[(), 8].estimate(4) == [1.0, 1.25, 1.5, 1.75, 2.0]
+
+
+# ---- in generate()
+
+
+class Scripted(DraftLength):
+    """Any lengths, many zeros among them, in long and short runs."""
+
+    def __init__(self, most: int, seed: int):
+        super().__init__(most)
+        chance = random.Random(seed)
+        runs = [[chance.choice([0, 0, *range(most + 1)])] * chance.choice([1, 1, 2, 5]) for _ in range(200)]
+        self.lengths = iter([most, 0, 0, 1, 0] + [length for run in runs for length in run])
+
+    def next(self, num_rows: int) -> int:
+        return next(self.lengths)
+
+
+@pytest.fixture
+def scripted(monkeypatch):
+    def use(most: int, seed: int):
+        monkeypatch.setattr(entry, "choose_draft_length", lambda *_: Scripted(most, seed))
+
+    return use
+
+
+def drafters(target) -> dict:
+    return {
+        "SpecFormer": make_network("anchor", target),
+        "causal LM": llama(seed=1, num_hidden_layers=2),
+        "the target itself": target,
+    }
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("name", ["SpecFormer", "causal LM", "the target itself"])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        dict(do_sample=True, temperature=1.5),
+        dict(repetition_penalty=1.3),
+        dict(repetition_penalty=1.3, eos_token_id=None),  # rows wait for one another
+        dict(output_logits=True),  # stopped rows are carried on
+    ],
+    ids=["greedy", "sampling", "reads the text", "no end", "logits"],
+)
+def test_any_lengths_give_the_same_text(name: str, seed: int, arguments: dict, scripted):
+    target = llama()
+    batch = ragged_batch()
+    free = target.generate(**batch, eos_token_id=None, max_new_tokens=40)
+    arguments = dict(max_new_tokens=40, eos_token_id=choose_eos(free, batch["input_ids"].shape[1])) | arguments
+    reference = plain(target, batch, **{key: value for key, value in arguments.items() if key != "output_logits"})
+    scripted(4, seed)
+    drafter = drafters(target)[name]
+    torch.manual_seed(3)  # as `plain`
+    output = generate(target, drafter, **batch, **arguments, return_dict_in_generate=True)
+    assert output.sequences.tolist() == reference.sequences.tolist()
+    lengths = output.statistics.rounds_per_length
+    assert lengths[0] > 2 and len(lengths) > 2, lengths
+    assert sum(lengths.values()) == output.statistics.rounds
+
+
+@pytest.mark.parametrize("unread", [1, 3, 100])
+@pytest.mark.parametrize("seed", range(3))
+def test_drafts_behind_plain_rounds_equal_teacher_forced(seed: int, unread: int, scripted, monkeypatch, target):
+    """What was not read while nothing was drafted is read later: the drafts are those of the whole text."""
+    batch, network = ragged_batch(), make_network("anchor", target)
+    free = target.generate(**batch, eos_token_id=None, max_new_tokens=40)
+    width = batch["input_ids"].shape[1]
+    monkeypatch.setattr("specformer.generation.specformer_drafter.MOST_UNREAD", unread)
+    drafts = record_drafts(monkeypatch, free[:, width:])
+    scripted(4, seed)
+    arguments = dict(max_new_tokens=40, eos_token_id=choose_eos(free, width))
+    output = generate(target, network, **batch, **arguments, return_dict_in_generate=True)
+    assert output.statistics.rounds_per_length[0] > 2
+    for draft in drafts:
+        draft.tokens = draft.logits.argmax(-1).tolist()
+    assert_teacher_forced_agrees(target, network, batch, output.sequences, drafts)
+
+
+def test_the_target_itself_is_always_right_behind_plain_rounds(scripted):
+    """A causal LM reads what plain rounds added before it drafts: the target's own drafts are all accepted."""
+    target = llama()
+    scripted(4, 1)
+    output = generate(
+        target, target, **ragged_batch(), max_new_tokens=40, eos_token_id=None, return_dict_in_generate=True
+    )
+    assert output.statistics.accepted_per_slot == output.statistics.drafted_per_slot
+    assert output.statistics.rounds_per_length[0] > 2
+
+
+class Slow(torch.nn.Module):
+    """Takes longer."""
+
+    def __init__(self, part, seconds: float):
+        super().__init__()
+        self.part, self.seconds = part, seconds
+
+    def forward(self, *args, **kwargs):
+        time.sleep(self.seconds)
+        return self.part(*args, **kwargs)
+
+
+@pytest.mark.parametrize(("slow", "drafts"), [("drafter", False), ("target", True)])
+def test_drafts_where_it_pays(slow: str, drafts: bool):
+    """The target drafts for itself and is always right: worth it exactly if it is faster than itself."""
+    target, assistant = llama(), llama()  # the same weights
+    model = target if slow == "target" else assistant
+    model.lm_head = Slow(model.lm_head, 0.02)
+    settings = dict(max_new_tokens=60, eos_token_id=None, return_dict_in_generate=True)
+    output = generate(target, assistant, **ragged_batch(), **settings)
+    lengths = output.statistics.rounds_per_length
+    assert (lengths.get(0, 0) > 0.6 * output.statistics.rounds) is not drafts, lengths
+    if drafts:
+        assert output.statistics.tokens_per_pass > 2.5
+
+
+def test_times_are_kept_with_the_models_and_go_with_them():
+    target, network = llama(), None
+    torch.manual_seed(0)
+    network = SpecFormerModel(SpecFormerConfig.from_target_config(target.config)).to(torch.float64)
+    before = len(auto_draft_length._times)
+    generate(target, network, **ragged_batch(), max_new_tokens=20)
+    known = auto_draft_length.times_of(target, network)
+    assert known and len(auto_draft_length._times) == before + 1
+    del target, network, known
+    gc.collect()
+    assert len(auto_draft_length._times) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ({}, AutoDraftLength),
+        (dict(num_assistant_tokens="auto"), AutoDraftLength),
+        (dict(num_assistant_tokens="auto", acceptance="rejection", do_sample=True), AutoDraftLength),
+        (dict(acceptance="rejection"), AutoDraftLength),  # greedy has one text
+        (dict(acceptance="rejection", do_sample=True), 3),  # its text depends on the length
+        (dict(acceptance="coupled", do_sample=True), AutoDraftLength),
+        (dict(num_assistant_tokens=2), 2),
+        (dict(num_assistant_tokens=100), 4),
+    ],
+)
+def test_who_decides(arguments: dict, expected, monkeypatch):
+    target, seen = llama(), []
+    config = SpecFormerConfig.from_target_config(target.config, num_draft_tokens=4, default_num_assistant_tokens=3)
+    decode = entry.decode
+    monkeypatch.setattr(entry, "decode", lambda *args: seen.append(args[6]) or decode(*args))
+    generate(target, SpecFormerModel(config).to(torch.float64), **ragged_batch(), max_new_tokens=6, **arguments)
+    (length,) = seen
+    if isinstance(expected, int):
+        assert type(length) is DraftLength and length.most == expected
+    else:
+        assert type(length) is expected and length.most == 4 and length.start == 3

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict, deque
+from itertools import accumulate
+from operator import mul
 from statistics import median_low
 from weakref import WeakKeyDictionary
 
@@ -18,7 +20,7 @@ class RoundTimes:
         self.samples: dict[int, deque] = defaultdict(lambda: deque(maxlen=self.KEPT))
 
     def count(self, drafted: int) -> int:
-        return len(self.samples[drafted])
+        return len(self.samples.get(drafted, ()))
 
     def add(self, drafted: int, seconds: float) -> None:
         self.samples[drafted].append(seconds)
@@ -26,7 +28,10 @@ class RoundTimes:
     def estimate(self, most: int) -> list[float]:
         """Seconds of a round that drafts 0, 1, ..., `most`: medians where there are some, straight lines between them
         and on behind the last. Two lengths must have been timed."""
-        known = sorted((drafted, median_low(samples)) for drafted, samples in self.samples.items() if samples)
+        # not by iterating over the dict: another thread may add to it
+        known = [
+            (drafted, median_low(list(self.samples[drafted]))) for drafted in range(most + 1) if self.count(drafted)
+        ]
         times = []
         for drafted in range(most + 1):
             end = next((place for place in range(1, len(known)) if known[place][0] >= drafted), len(known) - 1)
@@ -35,45 +40,63 @@ class RoundTimes:
         return times
 
 
+class Experience:
+    """What is known of one model that drafts for another, from call to call.
+
+    Attributes:
+        times: `RoundTimes` by what a round's time depends on: the regime, such as the device, and rows of the pass.
+        rates: how likely slot j was accepted in the last call once the slots before it were; none at first.
+    """
+
+    def __init__(self):
+        self.times: dict = defaultdict(RoundTimes)
+        self.rates: list[float] = []
+
+
 class AutoDraftLength(DraftLength):
     """Each round, the length of the most expected tokens per second, 0 included: plain decoding where nothing pays.
 
-    A round's time is that of the last rounds of as many rows; it is kept from call to call. How likely slot j is
-    accepted once the slots before it are, is counted, and old rounds fade. Now and then another length has a turn: a
-    time may have changed, and what is not drafted is not seen to be right again.
+    A round's time is that of the last rounds of as many rows. Acceptance of each slot is counted, and fades. Now and
+    then another length has a turn: a time may have changed, and what is not drafted is not seen to be right again.
 
     Args:
         most: tokens that a round drafts at most.
         start: tokens to draft while nothing is known, from 1 on.
-        times: `RoundTimes` by what a round's time depends on: `regime`, and rows of the pass.
+        experience: of earlier calls; this one adds to it.
+        regime: what the time of a round depends on besides its rows.
     """
 
     TRIALS = 2  # rounds of a length before its time counts
     FIRST_PATIENCE, LAST_PATIENCE = 8, 128  # rounds between two turns of other lengths
     FADING = 0.995  # weight of what was seen before, one row's drafts later
-    FIRST_RATE, FIRST_WEIGHT = 0.6, 4.0  # acceptance to begin with, and how many drafts that is worth
+    FIRST_RATE, FIRST_WEIGHT = 0.6, 4.0  # acceptance to begin with, and how many drafts experience is worth
 
-    def __init__(self, most: int, start: int, times: dict, regime=()):
+    def __init__(self, most: int, start: int, experience: Experience, regime=()):
         super().__init__(most)
-        self.start, self.times, self.regime = min(start, most), times, regime
+        self.start, self.experience, self.regime = min(start, most), experience, regime
+        self.first_rates = list(experience.rates)
         self.drafted, self.accepted = [0.0] * most, [0.0] * most  # per slot, where the slots before it were accepted
         self.best = self.start
         self.waited, self.patience, self.turns = 0, self.FIRST_PATIENCE, 0
         self.planned: list[int] = []
         self.is_behind = False  # whether the drafter has yet to read what plain rounds added
 
+    def rates(self) -> list[float]:
+        """How likely each slot is accepted once the slots before it are."""
+        rates, rate = [], self.FIRST_RATE
+        for slot, (drafted, accepted) in enumerate(zip(self.drafted, self.accepted, strict=True)):
+            # a slot that nothing is known of is taken to be like the one before it
+            first = self.first_rates[slot] if slot < len(self.first_rates) else rate
+            rate = (accepted + self.FIRST_WEIGHT * first) / (drafted + self.FIRST_WEIGHT)
+            rates.append(rate)
+        return rates
+
     def expected_tokens(self) -> list[float]:
         """Tokens that a round of 0, 1, ..., `most` drafts adds to a row."""
-        tokens, chance, rate = [1.0], 1.0, self.FIRST_RATE
-        for drafted, accepted in zip(self.drafted, self.accepted, strict=True):
-            # a slot that has rarely been seen is taken to be like the one before it
-            rate = (accepted + self.FIRST_WEIGHT * rate) / (drafted + self.FIRST_WEIGHT)
-            chance *= rate
-            tokens.append(tokens[-1] + chance)
-        return tokens
+        return list(accumulate(accumulate([1.0, *self.rates()], mul)))
 
     def next(self, num_rows: int) -> int:
-        times = self.times[self.regime, num_rows]
+        times = self.experience.times[self.regime, num_rows]
         for length in (self.start, 0):
             if times.count(length) < self.TRIALS:
                 return length
@@ -96,7 +119,7 @@ class AutoDraftLength(DraftLength):
 
     def record(self, num_rows: int, drafted: int, outcome: list[tuple[int, int]], seconds: float) -> None:
         if not (drafted and self.is_behind):
-            self.times[self.regime, num_rows].add(drafted, seconds)
+            self.experience.times[self.regime, num_rows].add(drafted, seconds)
         self.is_behind = drafted == 0
         if drafted == 0:
             return
@@ -107,11 +130,12 @@ class AutoDraftLength(DraftLength):
             for slot in range(min(accepted + 1, drafted)):
                 self.drafted[slot] += 1
                 self.accepted[slot] += slot < accepted
+        self.experience.rates = self.rates()
 
 
-_times: WeakKeyDictionary = WeakKeyDictionary()  # target -> what drafts for it -> RoundTimes
+_experience: WeakKeyDictionary = WeakKeyDictionary()  # target -> what drafts for it -> Experience
 
 
-def times_of(target, drafting) -> dict:
-    """What earlier calls in this process know of rounds in which `drafting`, a model, drafts for `target`."""
-    return _times.setdefault(target, WeakKeyDictionary()).setdefault(drafting, defaultdict(RoundTimes))
+def experience_of(target, drafting) -> Experience:
+    """What earlier calls in this process know of `drafting`, a model, as the drafter of `target`."""
+    return _experience.setdefault(target, WeakKeyDictionary()).setdefault(drafting, Experience())

@@ -6,7 +6,7 @@ from transformers import GenerationMixin
 
 from .acceptance import AcceptanceRule
 from .assistant_drafter import AssistantDrafter
-from .auto_draft_length import AutoDraftLength, times_of
+from .auto_draft_length import AutoDraftLength, experience_of
 from .capabilities import unwrapped
 from .draft_length import AUTO, DraftLength, check_draft_length
 from .drafter import Drafter, NoDrafter
@@ -79,5 +79,5 @@ def choose_draft_length(
     if requested in (None, AUTO):
         most = min(drafter.max_draft_tokens, MOST_WITHOUT_NUMBER)
         start = drafter.default_num_assistant_tokens or most
-        return AutoDraftLength(most, start, times_of(model, assistant_model), (model.device, model.dtype))
+        return AutoDraftLength(most, start, experience_of(model, assistant_model), (model.device, model.dtype))
     return DraftLength(min(requested, drafter.max_draft_tokens))

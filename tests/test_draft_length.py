@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import random
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from dataclasses import dataclass
 
 import pytest
@@ -14,7 +14,7 @@ from exactness import choose_eos, plain
 from specformer import SpecFormerConfig, SpecFormerModel, generate
 from specformer.generation import auto_draft_length
 from specformer.generation import generate as entry
-from specformer.generation.auto_draft_length import AutoDraftLength, RoundTimes
+from specformer.generation.auto_draft_length import AutoDraftLength, Experience
 from specformer.generation.draft_length import DraftLength
 from test_alignment import assert_teacher_forced_agrees, make_network, record_drafts, target
 from tiny import llama, ragged_batch
@@ -70,7 +70,7 @@ def live(length: AutoDraftLength, world: World, rounds: int, seed: int = 0) -> t
 
 
 def auto(most: int = 4, start: int = 2) -> AutoDraftLength:
-    return AutoDraftLength(most, start, defaultdict(RoundTimes))
+    return AutoDraftLength(most, start, Experience())
 
 
 WORLDS = {
@@ -134,11 +134,11 @@ def test_another_number_of_rows_is_timed_anew():
 
 
 def test_the_round_that_catches_up_is_not_timed():
-    times = defaultdict(RoundTimes)
-    length = AutoDraftLength(4, 2, times)
+    experience = Experience()
+    length = AutoDraftLength(4, 2, experience)
     for k, seconds in ((2, 1.5), (2, 1.5), (0, 1.0), (0, 1.0), (2, 99.0), (2, 1.5)):
         length.record(8, k, [(0, 1)] * 8, seconds)
-    assert times[(), 8].estimate(4) == [1.0, 1.25, 1.5, 1.75, 2.0]
+    assert experience.times[(), 8].estimate(4) == [1.0, 1.25, 1.5, 1.75, 2.0]
 
 
 # ---- in generate()
@@ -257,17 +257,24 @@ def test_drafts_where_it_pays(slow: str, drafts: bool):
         assert output.statistics.tokens_per_pass > 2.5
 
 
-def test_times_are_kept_with_the_models_and_go_with_them():
-    target, network = llama(), None
+def test_a_second_call_begins_with_what_the_first_one_found():
+    world, experience = WORLDS["useless"], Experience()
+    plain_rounds = [live(AutoDraftLength(4, 2, experience), world, 40)[1][0] for _ in range(2)]
+    assert plain_rounds[0] < plain_rounds[1] >= 36, plain_rounds
+    assert max(experience.rates) < 0.2
+
+
+def test_experience_is_kept_with_the_models_and_goes_with_them():
+    target = llama()
     torch.manual_seed(0)
     network = SpecFormerModel(SpecFormerConfig.from_target_config(target.config)).to(torch.float64)
-    before = len(auto_draft_length._times)
+    before = len(auto_draft_length._experience)
     generate(target, network, **ragged_batch(), max_new_tokens=20)
-    known = auto_draft_length.times_of(target, network)
-    assert known and len(auto_draft_length._times) == before + 1
+    known = auto_draft_length.experience_of(target, network)
+    assert known.times and known.rates and len(auto_draft_length._experience) == before + 1
     del target, network, known
     gc.collect()
-    assert len(auto_draft_length._times) == before
+    assert len(auto_draft_length._experience) == before
 
 
 @pytest.mark.parametrize(

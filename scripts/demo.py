@@ -113,7 +113,7 @@ def main(result_file: Path | None) -> int:
                 "decoding": "greedy",
                 "batch_size": len(PROMPTS),
                 "max_new_tokens": NEW_TOKENS,
-                "num_assistant_tokens": drafter.config.default_num_assistant_tokens,
+                "num_assistant_tokens": "auto",
                 "repeats": REPEATS,
             },
             "identical": sum(identical),

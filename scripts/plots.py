@@ -2,6 +2,7 @@
 
 python -m specformer.scripts.plots runs/drafter/training.json          # training.png beside it
 python -m specformer.scripts.plots benchmarks/results/mt_bench_*.json  # acceptance.png beside the first one
+python -m specformer.scripts.plots benchmarks/results/benchmark_cpu.json  # benchmark_cpu.png
 """
 
 from __future__ import annotations
@@ -50,6 +51,37 @@ def acceptance(results: list[dict], path: Path) -> None:
     pyplot.close(figure)
 
 
+def speeds(result: dict, path: Path) -> None:
+    """Speed of every contender beside plain generate(), by batch size: medians, and bars from the lowest to the highest
+    turn."""
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(9, 5), layout="constrained")
+    contests = result["contests"]
+    for name in dict.fromkeys(name for contest in contests for name in contest["contenders"]):
+        points = [
+            (c["batch_size"], c["contenders"][name]["ratio_to_plain"]) for c in contests if name in c["contenders"]
+        ]
+        sizes, ratios = zip(*points, strict=True)
+        medians = [ratio["median"] for ratio in ratios]
+        spread = [
+            [ratio["median"] - ratio["min"] for ratio in ratios],
+            [ratio["max"] - ratio["median"] for ratio in ratios],
+        ]
+        axes.errorbar(sizes, medians, yerr=spread, marker="o", capsize=3, label=name)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(sorted({contest["batch_size"] for contest in contests}))
+    axes.xaxis.set_major_formatter("{x:.0f}")
+    axes.set(xlabel="rows of the batch", ylabel="times the tokens/s of plain generate()", ylim=(0, None))
+    machine, regime = result["machine"], result["regime"]
+    axes.set_title(
+        f"{regime['target']}, {regime['dtype']}, {contests[0]['decoding']}, {machine['device']}", fontsize=10
+    )
+    axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
 def main(paths: list[Path]) -> None:
     import matplotlib
 
@@ -60,10 +92,15 @@ def main(paths: list[Path]) -> None:
         if "history" in content:
             training_curves(content, path.with_name("training.png"))
             print(path.with_name("training.png"))
+        elif "contests" in content:
+            speeds(content, path.with_suffix(".png"))
+            print(path.with_suffix(".png"))
         elif "acceptance_per_slot" in content:
             decoded.append(content)
         else:
-            raise ValueError(f"{path} is neither a training log nor a result of evaluate_drafter.")
+            raise ValueError(
+                f"{path} is no training log, and no result of evaluate_drafter's decoding or of benchmark."
+            )
     if decoded:
         acceptance(decoded, paths[0].with_name("acceptance.png"))
         print(paths[0].with_name("acceptance.png"))

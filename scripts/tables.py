@@ -9,6 +9,7 @@ import json
 import re
 from pathlib import Path
 
+from specformer.scripts.contenders import PLAIN
 from specformer.scripts.model_card import regime_text, task_table, training_text
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -56,8 +57,8 @@ def results_section() -> str:
     speed = (
         f"`make demo` on that machine: {demo['tokens_per_second']:.0f} tokens/s where plain `generate` makes "
         f"{demo['plain_tokens_per_second']:.0f} ({ratio:.2f} times), at {demo['tokens_per_pass']:.2f} tokens per "
-        f"target pass; batch of {demo['regime']['batch_size']}, {demo['regime']['num_assistant_tokens']} drafted a "
-        f"round, medians of {demo['regime']['repeats']} in turn."
+        f"target pass; batch of {demo['regime']['batch_size']}, draft length "
+        f'"{demo["regime"]["num_assistant_tokens"]}", medians of {demo["regime"]["repeats"]} in turn.'
     )
     header = (
         "| what drafts | decoding | texts identical to plain `generate` | tokens per target pass (95 %) | "
@@ -69,25 +70,38 @@ def results_section() -> str:
 def speed_table() -> list[str]:
     """Speed beside plain generate(), with drafters at both ends of what can be."""
     result = json.loads((RESULTS / "benchmark_cpu.json").read_text())
-    regime, names = result["regime"], list(result["batches"][0]["drafters"])
-    lines = ["| batch | plain tokens/s | " + " | ".join(f"drafter: {name}" for name in names) + " |"]
-    lines.append("|---" * (2 + len(names)) + "|")
-    for row in result["batches"]:
-        cells = [
-            f"{figures['ratio_to_plain']['median']:.2f} times, {figures['tokens_per_pass']:.2f} tokens per pass"
-            for figures in row["drafters"].values()
-        ]
-        lines.append(f"| {row['batch_size']} | {row['plain_tokens_per_second']:.0f} | " + " | ".join(cells) + " |")
-    ways = [
-        (figures["identical"], row["batch_size"]) for row in result["batches"] for figures in row["drafters"].values()
+    regime, contests = result["regime"], result["contests"]
+    names = [name for name in contests[-1]["contenders"] if name != PLAIN]
+    names += [name for name in contests[0]["contenders"] if name not in (PLAIN, *names)]  # of a batch of one
+    lines = [
+        "| contender | " + " | ".join(f"batch {contest['batch_size']}" for contest in contests) + " |",
+        "|---" * (1 + len(contests)) + "|",
+        f"| {PLAIN} | "
+        + " | ".join(f"{contest['contenders'][PLAIN]['tokens_per_second']:.0f} tokens/s" for contest in contests)
+        + " |",
     ]
-    identical, texts = (sum(numbers) for numbers in zip(*ways, strict=True))
+    for name in names:
+        cells = []
+        for contest in contests:
+            figures = contest["contenders"].get(name)
+            cells.append("" if figures is None else f"{figures['ratio_to_plain']['median']:.2f}")
+            if figures and "tokens_per_pass" in figures:
+                cells[-1] += f" ({figures['tokens_per_pass']:.2f})"
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    identical, texts = (
+        sum(numbers)
+        for numbers in zip(
+            *((f["identical"], c["batch_size"]) for c in contests for f in c["contenders"].values()), strict=True
+        )
+    )
     lines += [
         "",
-        f"Greedy, {regime['max_new_tokens']} new tokens, {regime['num_assistant_tokens']} drafted a round, "
-        f"{regime['dtype']}, medians of {regime['repeats']} turns, {result['machine']['torch_threads']} threads; "
-        f"{identical} of {texts} texts identical to plain `generate`. The drafters that are always right or "
-        "always wrong know the text and cost nothing; a real one takes time of its own as well.",
+        f"Times the speed of plain `generate`, and in brackets tokens per target pass. Greedy, "
+        f"{regime['max_new_tokens']} new tokens, {regime['dtype']}, different MT-Bench prompts, medians of "
+        f"{contests[0]['turns']} turns in one process, {result['machine']['torch_threads']} threads of "
+        f"{result['machine']['device']} ({result['machine']['cpu']}); {identical} of {texts} texts identical to plain "
+        '`generate`. "auto" is the default: it drafts as much as pays, on this machine next to nothing. The drafters '
+        "that are always right or always wrong know the text and cost nothing; a real one takes time of its own.",
     ]
     return lines
 

@@ -12,9 +12,19 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from specformer import SpecFormerConfig, SpecFormerModel
-from specformer.scripts import ablations, benchmark, distill, evaluate_drafter, model_card, plots, reproduce, train
+from specformer.scripts import (
+    ablations,
+    benchmark,
+    contenders,
+    distill,
+    evaluate_drafter,
+    model_card,
+    plots,
+    reproduce,
+    train,
+)
 from test_callers import tiny_tokenizer
-from tiny import llama
+from tiny import llama, ragged_batch
 
 TEXTS = ["the other note", "and in the end", "is it?", "one, two", "a hen on the hill", "so it is", "in there", "there"]
 
@@ -38,22 +48,92 @@ def run(module, monkeypatch, *arguments) -> int | None:
     return module.main(module.parse())
 
 
+BENCHMARK = ["--batch-sizes", 1, 5, "--max-new-tokens", 16, "--num-assistant-tokens", 4, "auto", "--repeats", 2]
+
+
 def test_benchmark(folder: Path, monkeypatch):
     output = folder / "results" / "benchmark.json"
     arguments = ["--prompts", folder / "prompts.jsonl", "--target", folder / "target", "--drafter", folder / "drafter"]
-    options = ["--batch-sizes", 1, 5, "--max-new-tokens", 16, "--num-assistant-tokens", 4, "--repeats", 2]
+    options = [*BENCHMARK, "--decoding", "greedy", "sampling", "--dtype", "float64"]
     run(benchmark, monkeypatch, *arguments, *options, "--output", output)
     result = json.loads(output.read_text())
-    assert [row["batch_size"] for row in result["batches"]] == [1, 5]
-    for row in result["batches"]:
-        drafters = row["drafters"]
-        assert list(drafters) == ["default", "always right", "always wrong"]
-        assert {figures["identical"] for figures in drafters.values()} == {row["batch_size"]}
-        assert drafters["always wrong"]["tokens_per_pass"] == 1
-        assert drafters["always right"]["tokens_per_pass"] == 5  # 15 tokens behind the prompt's, k + 1 a pass
-        assert 1 <= drafters["default"]["tokens_per_pass"] < 5
-        ratio = drafters["default"]["ratio_to_plain"]
-        assert 0 < ratio["min"] <= ratio["median"] <= ratio["max"]
+    assert result["finished"]
+    contests = result["contests"]
+    plots.main([output])
+    assert output.with_suffix(".png").stat().st_size > 10_000
+    assert [(contest["decoding"], contest["batch_size"]) for contest in contests] == [
+        ("greedy", 1),
+        ("greedy", 5),
+        ("sampling", 1),
+        ("sampling", 5),
+    ]
+    for contest in contests:
+        table = contest["contenders"]
+        assert contest["turns"] == 2 and contest["best_plain"] == "plain generate"
+        assert table["plain generate"]["ratio_to_plain"]["median"] == 1
+        sampled_elsewhere = {"transformers' prompt lookup"} if contest["decoding"] == "sampling" else set()
+        for name in set(table) - sampled_elsewhere:
+            assert table[name]["identical"] == contest["batch_size"], name
+        assert ("transformers' prompt lookup" in table) == (contest["batch_size"] == 1)
+        assert table["always wrong, k = 4"]["tokens_per_pass"] == 1
+        assert table["always right, k = 4"]["tokens_per_pass"] == 5  # 15 tokens behind the prompt's, k + 1 a pass
+        assert table["always right, k = 4"]["rounds_per_length"] == {"4": 3}
+        assert 1 <= table["default, auto"]["tokens_per_pass"] < 5
+        for figures in table.values():
+            ratio = figures["ratio_to_plain"]
+            assert 0 < ratio["min"] <= ratio["median"] <= ratio["max"]
+            assert figures["first_call_seconds"] > 0
+            assert sum(figures.get("share_of_time", {"other": 1}).values()) == pytest.approx(1)
+
+
+def test_a_stopped_benchmark_keeps_what_it_measured_and_goes_on(folder: Path, monkeypatch, capsys):
+    output = folder / "benchmark.json"
+    arguments = ["--prompts", folder / "prompts.jsonl", "--target", folder / "target", "--drafter", folder / "drafter"]
+    arguments += [*BENCHMARK, "--contenders", "always", "--output", output]
+    calls, timed = [], benchmark.timed
+
+    def stopping(*of):
+        calls.append(of)
+        if len(calls) == 28:  # in the third turn of the second batch; 5 contenders
+            raise KeyboardInterrupt
+        return timed(*of)
+
+    monkeypatch.setattr(benchmark, "timed", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        run(benchmark, monkeypatch, *arguments)
+    stopped = json.loads(output.read_text())
+    assert not stopped["finished"] and [contest["turns"] for contest in stopped["contests"]] == [2, 1]
+    run(benchmark, monkeypatch, *arguments)
+    result = json.loads(output.read_text())
+    assert result["finished"] and [contest["turns"] for contest in result["contests"]] == [2, 2]
+    assert result["contests"][0] == stopped["contests"][0]
+    assert "Going on with" in capsys.readouterr().out
+    run(benchmark, monkeypatch, *arguments)  # what is finished is measured again
+    assert json.loads(output.read_text())["contests"][0] != stopped["contests"][0]
+
+
+def test_cut_prompts_and_too_large_batches(folder: Path, monkeypatch):
+    tokenizer = tiny_tokenizer()
+    batch = benchmark.make_batch(tokenizer, TEXTS, 3, 37, "cpu")
+    assert batch["input_ids"].shape == (3, 37) and batch["attention_mask"].all()
+    assert len({tuple(row) for row in batch["input_ids"].tolist()}) == 3
+    with pytest.raises(ValueError, match="a batch of 9 was asked for, and there are 8 prompts"):
+        benchmark.make_batch(tokenizer, TEXTS, 9, None, "cpu")
+
+
+@pytest.mark.parametrize("name", ["static", "continuous"])
+def test_plain_ways_of_a_gpu_write_the_same_text(name: str):
+    """Batching without end tokens, so that all rows are as long."""
+    target, batch = llama(torch.float32), ragged_batch()
+    settings = dict(do_sample=False, max_new_tokens=12, eos_token_id=None)
+    expected = target.generate(**batch, **settings)
+    way = (
+        contenders.continuous_way(target)
+        if name == "continuous"
+        else contenders.plain_way(target, cache_implementation="static")
+    )
+    sequences, _ = way.call(**batch, **settings)
+    assert sequences.tolist() == expected.tolist()
 
 
 def test_figures_from_answers_are_those_of_decoding(folder: Path, monkeypatch):

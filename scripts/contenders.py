@@ -1,0 +1,107 @@
+"""The ways to generate that the benchmark times: transformers' own, and this package's with different drafters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from specformer.generation.drafter import NoDrafter
+from specformer.generation.generate import generate
+from specformer.generation.statistics import GenerationStatistics
+
+PLAIN = "plain generate"
+STATIC = "plain generate, static cache"
+CONTINUOUS = "transformers' continuous batching"
+THEIR_LOOKUP = "transformers' prompt lookup"
+THEIR_ASSISTANT = "transformers' assisted decoding"
+LOOKUP = "prompt lookup"
+
+
+class KnownText(NoDrafter):
+    """Drafts from a text that is known in advance: right everywhere, or wrong everywhere.
+
+    Args:
+        answer: that text, new tokens of each row, (B, T).
+        is_right: whether to draft it or another one.
+        most: tokens to draft at most.
+    """
+
+    default_num_assistant_tokens = 2
+
+    def __init__(self, answer: torch.Tensor, is_right: bool, most: int):
+        self.answer, self.shift, self.max_draft_tokens = answer, 0 if is_right else 1, most
+
+    def begin(self, input_ids, layout, first_tokens, max_length) -> None:
+        self.rows = torch.arange(len(input_ids), device=input_ids.device)
+        self.written = torch.ones_like(self.rows)
+
+    def propose(self, num_tokens, choose) -> torch.Tensor:
+        steps = self.written[:, None] + torch.arange(num_tokens, device=self.rows.device)
+        return self.answer[self.rows[:, None], steps.clamp(max=self.answer.shape[1] - 1)] ^ self.shift
+
+    def update(self, tokens, counts, longest) -> None:
+        self.written = self.written + counts
+
+    def select_rows(self, index, longest) -> None:
+        self.rows, self.written = self.rows[index], self.written[index]
+
+
+@dataclass
+class Way:
+    """One way to generate.
+
+    Attributes:
+        call: from generate()'s arguments to token ids (B, P + T), and statistics where there are some.
+        is_plain: whether it drafts nothing, so that others are compared with it.
+    """
+
+    call: Callable[..., tuple[torch.Tensor, GenerationStatistics | None]]
+    is_plain: bool = False
+
+
+def plain_way(target, **settings) -> Way:
+    return Way(lambda **batch: (target.generate(**batch, **settings), None), is_plain=True)
+
+
+def continuous_way(target) -> Way:
+    def call(input_ids, attention_mask, **settings):
+        from transformers import GenerationConfig
+
+        prompts = [ids[mask.bool()].tolist() for ids, mask in zip(input_ids, attention_mask, strict=True)]
+        config = GenerationConfig(**{"pad_token_id": 0, "eos_token_id": -1, **settings})
+        answers = target.generate_batch(inputs=prompts, generation_config=config, progress_bar=False)
+        # in the order in which they were asked: ids are req_0, req_1, ...
+        answers = [answers[name] for name in sorted(answers, key=lambda name: int(name.rsplit("_", 1)[1]))]
+        new = torch.tensor([answer.generated_tokens for answer in answers], device=input_ids.device)
+        return torch.cat([input_ids, new], dim=1), None
+
+    return Way(call, is_plain=True)
+
+
+def our_way(target, assistant, k: int | str | None, **more) -> Way:
+    def call(**batch):
+        output = generate(target, assistant, **batch, **more, num_assistant_tokens=k, return_dict_in_generate=True)
+        return output.sequences, output.statistics
+
+    return Way(call)
+
+
+def ways(target, drafter, answer: torch.Tensor, lengths: list[int | str], assistant=None) -> dict[str, Way]:
+    """Every way that can run this batch, by name; `answer` (B, T) is what plain generate() answers."""
+    batch_size, on_gpu = len(answer), target.device.type == "cuda"
+    found = {PLAIN: plain_way(target)}
+    if on_gpu:
+        found[STATIC] = plain_way(target, cache_implementation="static")
+        found[CONTINUOUS] = continuous_way(target)
+    if batch_size == 1:  # all that they can do
+        found[THEIR_LOOKUP] = Way(lambda **batch: (target.generate(**batch, prompt_lookup_num_tokens=4), None))
+        if assistant is not None:
+            found[THEIR_ASSISTANT] = Way(lambda **batch: (target.generate(**batch, assistant_model=assistant), None))
+    found[LOOKUP] = our_way(target, None, None, prompt_lookup_num_tokens=4)
+    most = drafter.config.num_draft_tokens
+    known = {"always right": KnownText(answer, True, most), "always wrong": KnownText(answer, False, most)}
+    for name, one in {"default": drafter, **known}.items():
+        for length in lengths:
+            found[f"{name}, {'' if length == 'auto' else 'k = '}{length}"] = our_way(target, one, length)
+    return found

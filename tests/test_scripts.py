@@ -250,7 +250,7 @@ def test_plots(tmp_path: Path):
     plots.main([training, decoded])
     assert is_picture(tmp_path / "training.png") and is_picture(tmp_path / "acceptance.png")
     other.write_text("{}")
-    with pytest.raises(ValueError, match=r"other\.json is neither"):
+    with pytest.raises(ValueError, match=r"other\.json is no training log"):
         plots.main([other])
 
 

@@ -13,7 +13,10 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import os
 import re
+import socket
+import struct
 import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -112,6 +115,7 @@ class Hub:
         cut_from: from this request on (counted from 0) connections break; None: never.
         cut_after: where a connection that breaks does so: after so many bytes of the request's body, or of the answer's
             if the request has none; "all" of the request, which is then carried out without an answer.
+        reset: break a connection by a reset, rather than by ending it.
     """
 
     def __init__(self):
@@ -122,6 +126,7 @@ class Hub:
         self.tokens: list[str | None] = []
         self.cut_from: int | None = None
         self.cut_after: int | str = 0
+        self.reset = False
 
     def __enter__(self) -> Hub:
         handler = type("Handler", (Handler,), dict(hub=self))
@@ -324,6 +329,9 @@ class Handler(BaseHTTPRequestHandler):
     def hang_up(self) -> None:
         self.wfile.flush()
         self.close_connection = True
+        if self.hub.reset:
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            os.close(self.connection.detach())
 
     def read_chunks(self) -> bytes:
         chunks = []

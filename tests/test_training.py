@@ -564,3 +564,31 @@ def test_two_processes(folders: Path):
     assert not (folders / "killed" / "training.json").exists()
     completed(**command(folders, "killed", *options, launcher=launcher))
     assert_same_run(folders / "killed", calm)
+
+
+LOSS_MEMORY = """
+import resource, sys, torch
+from torch.nn import functional
+from specformer.scripts.losses import HeadCrossEntropy
+
+count, vocab, size = 16384, 8192, 64
+head, states = torch.randn(size, vocab), torch.randn(count, size, requires_grad=True)
+labels, weights = torch.randint(0, vocab, (count,)), torch.ones(count)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+if sys.argv[1] == "naive":
+    loss = functional.cross_entropy(states @ head, labels, reduction="sum")
+else:
+    loss = HeadCrossEntropy.apply(states, labels, weights, lambda chunk: chunk @ head, 1024)
+loss.backward()
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**10)
+"""
+
+
+def test_the_loss_never_holds_all_logits():
+    """Their 16,384 x 8,192 numbers are 512 MiB, and the usual loss holds them more than once."""
+    mib = {}
+    for kind in ("naive", "ours"):
+        command = [sys.executable, "-c", LOSS_MEMORY, kind]
+        mib[kind] = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    assert mib["naive"] > 900, mib
+    assert mib["ours"] < 250, mib

@@ -7,6 +7,7 @@ import inspect
 import torch
 from transformers import DynamicCache
 
+from .grouped_heads import folded_heads
 from .prompt import PromptLayout
 from .ragged_cache import RaggedCache, attention_masks
 
@@ -85,11 +86,12 @@ def prefill(
 def verify(model, cache: RaggedCache, tokens: torch.Tensor) -> torch.Tensor:
     """One pass over `tokens` (B, q), which follow what the cache holds of each row: logits (B, q, V)."""
     position_ids = cache.prepare(tokens.shape[1])
-    return model(
-        input_ids=tokens,
-        position_ids=position_ids,
-        attention_mask=attention_masks(model.config, cache, position_ids, model.dtype),
-        past_key_values=cache,
-        use_cache=True,
-        return_dict=True,
-    ).logits
+    with folded_heads():
+        return model(
+            input_ids=tokens,
+            position_ids=position_ids,
+            attention_mask=attention_masks(model.config, cache, position_ids, model.dtype),
+            past_key_values=cache,
+            use_cache=True,
+            return_dict=True,
+        ).logits

@@ -1,0 +1,85 @@
+"""Attention of the verify passes: query heads that share keys and values are folded into one.
+
+transformers copies keys and values for every query head where there are a mask and several queries, in every layer
+and pass. With a long text that costs more than all else. Here the heads of a group become further queries of one head,
+so that nothing is copied: the same sums, in another shape.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from contextlib import contextmanager
+
+import torch
+from torch.nn import functional
+from transformers import AttentionInterface
+
+NAME = "sdpa"
+UNDERSTOOD = {"module", "query", "key", "value", "attention_mask", "scaling", "is_causal", "kwargs"}
+
+_here = threading.local()  # whether this thread is inside
+_lock = threading.Lock()
+_inside = 0  # calls of all threads
+_original = None  # what transformers has under NAME,
+_not_understood: set[str] = set()  # and those of its arguments that only it can honour
+
+
+@contextmanager
+def folded_heads():
+    """Fold heads in what this thread runs inside. Other threads' passes, and all passes afterwards, are untouched."""
+    global _inside, _original, _not_understood
+    with _lock:
+        _inside += 1
+        if _inside == 1:
+            _original = AttentionInterface()[NAME]
+            _not_understood = set(inspect.signature(_original).parameters) - UNDERSTOOD | {"softcap"}
+            AttentionInterface.register(NAME, folded_attention)
+    outer, _here.folds = getattr(_here, "folds", False), True
+    try:
+        yield
+    finally:
+        _here.folds = outer
+        with _lock:
+            _inside -= 1
+            if _inside == 0:
+                AttentionInterface.register(NAME, _original)
+
+
+def folded_attention(module, query, key, value, attention_mask, **kwargs):
+    """What transformers' sdpa attention computes.
+
+    Args:
+        query: (B, heads, q, head_dim).
+        key, value: (B, kv heads, keys, head_dim).
+        attention_mask: (B, 1, q, keys), bool or additive.
+
+    Returns:
+        (B, q, heads, head_dim), and no weights.
+    """
+    if not can_fold(query, key, attention_mask, kwargs):
+        return _original(module, query, key, value, attention_mask, **kwargs)
+    batch_size, heads, width, _ = query.shape
+    group = heads // key.shape[1]
+    attended = functional.scaled_dot_product_attention(
+        query.reshape(batch_size, key.shape[1], group * width, -1),
+        key,
+        value,
+        attn_mask=attention_mask.expand(-1, group, -1, -1).reshape(len(attention_mask), 1, group * width, -1),
+        scale=kwargs.get("scaling"),
+    )
+    return attended.view(batch_size, heads, width, -1).transpose(1, 2).contiguous(), None
+
+
+def can_fold(query, key, attention_mask, kwargs: dict) -> bool:
+    """Whether this thread wants it, several heads share keys, all of them one mask, and nothing else is asked for."""
+    if torch.compiler.is_compiling() or not getattr(_here, "folds", False):
+        return False
+    special = [kwargs[name] for name in _not_understood if kwargs.get(name) is not None]
+    return (
+        query.shape[1] > key.shape[1]
+        and attention_mask is not None
+        and attention_mask.shape[1] == 1
+        and attention_mask.shape[-1] == key.shape[2]
+        and all(isinstance(value, float) and value == 0 for value in special)  # no dropout
+    )

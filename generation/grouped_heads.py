@@ -18,7 +18,7 @@ from transformers import AttentionInterface
 NAME = "sdpa"
 UNDERSTOOD = {"module", "query", "key", "value", "attention_mask", "scaling", "is_causal", "kwargs"}
 
-_here = threading.local()  # whether this thread is inside
+_here = threading.local()  # `masks` while this thread is inside: folded masks by the id of the given one, and group
 _lock = threading.Lock()
 _inside = 0  # calls of all threads
 _original = None  # what transformers has under NAME,
@@ -35,11 +35,11 @@ def folded_heads():
             _original = AttentionInterface()[NAME]
             _not_understood = set(inspect.signature(_original).parameters) - UNDERSTOOD | {"softcap"}
             AttentionInterface.register(NAME, folded_attention)
-    outer, _here.folds = getattr(_here, "folds", False), True
+    outer, _here.masks = getattr(_here, "masks", None), {}
     try:
         yield
     finally:
-        _here.folds = outer
+        _here.masks = outer
         with _lock:
             _inside -= 1
             if _inside == 0:
@@ -65,15 +65,28 @@ def folded_attention(module, query, key, value, attention_mask, **kwargs):
         query.reshape(batch_size, key.shape[1], group * width, -1),
         key,
         value,
-        attn_mask=attention_mask.expand(-1, group, -1, -1).reshape(len(attention_mask), 1, group * width, -1),
+        attn_mask=fold_mask(attention_mask, group, query.dtype),
         scale=kwargs.get("scaling"),
     )
     return attended.view(batch_size, heads, width, -1).transpose(1, 2).contiguous(), None
 
 
+def fold_mask(mask: torch.Tensor, group: int, dtype: torch.dtype) -> torch.Tensor:
+    """The mask (B, 1, q, keys) for `group` heads as one, additive: (B, 1, group * q, keys). All layers that share it
+    share the result."""
+    name = id(mask), group
+    if name not in _here.masks:
+        folded = mask
+        if mask.dtype == torch.bool:
+            folded = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
+        # with the given mask, so that it lives and no other one gets its id
+        _here.masks[name] = mask, folded.expand(-1, group, -1, -1).flatten(1, 2)[:, None]
+    return _here.masks[name][1]
+
+
 def can_fold(query, key, attention_mask, kwargs: dict) -> bool:
     """Whether this thread wants it, several heads share keys, all of them one mask, and nothing else is asked for."""
-    if torch.compiler.is_compiling() or not getattr(_here, "folds", False):
+    if torch.compiler.is_compiling() or getattr(_here, "masks", None) is None:
         return False
     special = [kwargs[name] for name in _not_understood if kwargs.get(name) is not None]
     return (

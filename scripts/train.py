@@ -137,6 +137,9 @@ def make_config(arguments: argparse.Namespace) -> SpecFormerConfig:
         for key in ("num_draft_tokens", "default_num_assistant_tokens", "draft_vocab_size")
         if getattr(arguments, key) is not None
     }
+    target_config = AutoConfig.from_pretrained(arguments.target)
+    if (arguments.draft_vocab_size or 0) >= target_config.get_text_config(decoder=True).vocab_size:
+        del overrides["draft_vocab_size"]  # all of them are drafted: a recipe suits small vocabularies too
     for setting in arguments.config:
         field, _, value = setting.partition("=")
         if field not in inspect.signature(SpecFormerConfig).parameters or field == "kwargs":
@@ -149,7 +152,7 @@ def make_config(arguments: argparse.Namespace) -> SpecFormerConfig:
             ) from error
     overrides["target_name_or_path"] = arguments.target_id or arguments.target
     make = SpecFormerConfig.paper if arguments.paper else SpecFormerConfig.from_target_config
-    return make(AutoConfig.from_pretrained(arguments.target), **overrides)
+    return make(target_config, **overrides)
 
 
 def make_drafter(config: SpecFormerConfig, target, answers: Answers) -> SpecFormerModel:
@@ -271,7 +274,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--paper", action="store_true", help="the paper's inputs: no anchor token")
     parser.add_argument("--num-draft-tokens", type=int)
     parser.add_argument("--default-num-assistant-tokens", type=int)
-    parser.add_argument("--draft-vocab-size", type=int, help="draft only so many tokens, the most frequent of --data")
+    parser.add_argument(
+        "--draft-vocab-size", type=int, help="draft only so many tokens at most, the most frequent of --data"
+    )
     parser.add_argument(
         "--config", nargs="+", default=[], metavar="FIELD=VALUE", help="other fields of SpecFormerConfig, as JSON"
     )

@@ -333,6 +333,14 @@ def test_config_fields_are_taken(folders: Path, monkeypatch):
     assert config.draft_vocab_size == 40
 
 
+def test_all_tokens_are_drafted_where_there_are_fewer_than_asked_for(folders: Path, monkeypatch):
+    """A recipe's --draft-vocab-size suits a target of a small vocabulary too."""
+    for size, expected in ((64, None), (8192, None), (63, 63)):
+        arguments = ("--data", "unread", "--output", "unwritten", "--target", folders / "target")
+        monkeypatch.setattr(sys, "argv", ["train", *map(str, arguments), "--draft-vocab-size", str(size)])
+        assert train.make_config(train.parse()).draft_vocab_size == expected
+
+
 @pytest.mark.parametrize("name", ["thesis.txt", "checkpoint-7/thesis.txt"])
 def test_a_foreign_folder_is_refused(name: str, folders: Path, monkeypatch):
     place = folders / "drafter" / name

@@ -16,6 +16,7 @@ from specformer.scripts import (
     ablations,
     benchmark,
     contenders,
+    cost_model,
     distill,
     evaluate_drafter,
     model_card,
@@ -25,6 +26,7 @@ from specformer.scripts import (
 )
 from test_callers import tiny_tokenizer
 from tiny import llama, ragged_batch
+from transformers import AutoModelForCausalLM
 
 TEXTS = ["the other note", "and in the end", "is it?", "one, two", "a hen on the hill", "so it is", "in there", "there"]
 
@@ -134,6 +136,31 @@ def test_plain_ways_of_a_gpu_write_the_same_text(name: str):
     )
     sequences, _ = way.call(**batch, **settings)
     assert sequences.tolist() == expected.tolist()
+
+
+def test_cost_model(folder: Path, monkeypatch):
+    output = folder / "results" / "cost.json"
+    options = ["--batch-sizes", 1, 3, "--num-assistant-tokens", 1, 4, "--context", 40, "--repeats", 2]
+    run(cost_model, monkeypatch, "--shape", folder / "target", "--dtype", "float32", *options, "--output", output)
+    result = json.loads(output.read_text())
+    assert [(row["batch_size"], row["num_assistant_tokens"]) for row in result["rounds"]] == [
+        (1, 1),
+        (1, 4),
+        (3, 1),
+        (3, 4),
+    ]
+    for row in result["rounds"]:
+        seconds = [row[name] for name in ("plain_seconds", "verify_seconds", "draft_seconds")]
+        assert min(seconds) > 0
+        cost = (seconds[1] + seconds[2]) / seconds[0]
+        assert row["break_even_tokens_per_pass"] == pytest.approx(cost)
+        k = row["num_assistant_tokens"]
+        assert row["speed_up"]["0.5"] == pytest.approx((2 - 0.5**k) / cost)
+    assert set(cost_model.SHAPES) == {"Qwen3-8B", "Llama-3.1-8B"}
+    for shape in cost_model.SHAPES.values():
+        with torch.device("meta"):
+            target = AutoModelForCausalLM.from_config(shape())
+        assert 8.0e9 < target.num_parameters() < 8.2e9
 
 
 def test_figures_from_answers_are_those_of_decoding(folder: Path, monkeypatch):

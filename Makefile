@@ -6,7 +6,7 @@ OLDEST := .venv-oldest
 PYTEST := -m pytest -n 2 --dist worksteal
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-all test-oldest test-gpu kill lint clean
+.PHONY: demo test test-all test-oldest test-gpu bench-gpu kill lint clean
 
 demo: $(VENV)/ready
 	$(VENV)/bin/python -m specformer.scripts.demo
@@ -27,6 +27,19 @@ test-gpu: $(VENV)/ready
 # Kills distillation and training, ten times each, and compares with runs that are left alone.
 kill: $(VENV)/ready
 	$(VENV)/bin/python tests/kill.py --kills 10 --output benchmarks/results/kills.json
+
+# All GPU tables, with the Python and the CUDA build of torch that are installed: make bench-gpu PROMPTS=prompts.jsonl.
+# May be stopped: benchmarks go on where they were.
+BENCH := $(PYTHON) -m specformer.scripts.benchmark --prompts $(PROMPTS) --dtype bfloat16
+COST := $(PYTHON) -m specformer.scripts.cost_model --batch-sizes 1 8 32 128
+RESULTS := benchmarks/results
+bench-gpu:
+	$(BENCH) --batch-sizes 1 2 4 8 16 32 64 128 --num-assistant-tokens auto 4 7 --max-new-tokens 256 \
+		--output $(RESULTS)/benchmark_gpu.json
+	$(BENCH) --batch-sizes 1 32 --decoding sampling --max-new-tokens 256 --output $(RESULTS)/benchmark_gpu_sampling.json
+	$(BENCH) --batch-sizes 1 32 --prompt-tokens 2048 8192 --output $(RESULTS)/benchmark_gpu_long.json
+	$(COST) --shape Qwen3-8B --output $(RESULTS)/cost_qwen3_8b.json
+	$(COST) --shape Llama-3.1-8B --output $(RESULTS)/cost_llama3_8b.json
 
 lint: $(VENV)/ready
 	$(VENV)/bin/ruff check .

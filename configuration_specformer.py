@@ -18,6 +18,7 @@ SIZES = (
     "num_key_value_heads",
     "head_dim",
     "num_draft_tokens",
+    "num_candidates",
     "target_num_hidden_layers",
 )
 LARGEST = 2**24
@@ -64,6 +65,10 @@ class SpecFormerConfig(PreTrainedConfig):
             paper's see one another.
         use_positional_ffn (`bool`, defaults to `True`): whether every slot has a linear layer of its own, as in the
             paper, or only an embedding that is added to what all slots share.
+        previous_token_rank (`int`, *optional*): width of the network that corrects each slot by the token in front,
+            chosen just before; `None` means there is none, as in the paper.
+        num_candidates (`int`, defaults to 16): with `previous_token_rank`, how many of the best tokens of each slot are
+            scored again after the correction.
         target_layer_ids (`list[int]`, *optional*): which of the target's hidden states are inputs: `i` is the state
             that enters layer `i`, and `target_num_hidden_layers` the last one, after the final norm. `None` means the
             paper's `[0, L/2, L-1, L]`, without the first where the anchor token takes its place.
@@ -97,6 +102,8 @@ class SpecFormerConfig(PreTrainedConfig):
         use_anchor_token: bool = True,
         causal_draft_attention: bool = False,
         use_positional_ffn: bool = True,
+        previous_token_rank: int | None = None,
+        num_candidates: int = 16,
         target_layer_ids: list[int] | None = None,
         target_num_hidden_layers: int = 30,
         target_name_or_path: str | None = None,
@@ -120,6 +127,8 @@ class SpecFormerConfig(PreTrainedConfig):
         self.use_anchor_token = use_anchor_token
         self.causal_draft_attention = causal_draft_attention
         self.use_positional_ffn = use_positional_ffn
+        self.previous_token_rank = previous_token_rank
+        self.num_candidates = num_candidates
         self.target_num_hidden_layers = target_num_hidden_layers
         self.target_layer_ids = target_layer_ids
         self.target_name_or_path = target_name_or_path
@@ -156,7 +165,10 @@ class SpecFormerConfig(PreTrainedConfig):
         size, slices, slots = self.hidden_size, self.num_input_slices, self.num_draft_tokens
         attention = size + 2 * size * (self.num_attention_heads + self.num_key_value_heads) * self.head_dim
         slot_layer = size + (size + 1) * slots * size if self.use_positional_ffn else slots * size
-        return slices * size * (size + 1) + 2 * attention + slot_layer + size + 3 * size * self.intermediate_size + size
+        rank = self.previous_token_rank
+        correction = 0 if rank is None else size + 3 * size * rank
+        feed_forward = size + 3 * size * self.intermediate_size
+        return slices * size * (size + 1) + 2 * attention + slot_layer + feed_forward + size + correction
 
     @classmethod
     def from_target_config(cls, target_config: PreTrainedConfig, **overrides) -> SpecFormerConfig:
@@ -210,8 +222,8 @@ class SpecFormerConfig(PreTrainedConfig):
             )
 
     def _check_types(self) -> None:
-        optional = ("draft_vocab_size", "head_dim")
-        for name in (*SIZES, "draft_vocab_size"):
+        optional = ("draft_vocab_size", "head_dim", "previous_token_rank")
+        for name in (*SIZES, "draft_vocab_size", "previous_token_rank"):
             value = getattr(self, name)
             if (value is not None or name not in optional) and not is_whole(value, 1):
                 raise ValueError(

@@ -9,7 +9,8 @@
 
 Slot j (0-based) at position n predicts token n + 2 + j; the target's own logits at n give token n + 1. With
 `use_anchor_token` the embedding of token n + 1 is one of the S inputs at position n. With `draft_vocab_size` the head
-scores only the tokens of `draft_token_ids`.
+scores only the tokens of `draft_token_ids`. With `previous_token_rank` a slot's state is corrected by the token in
+front of it, once that is chosen.
 
 Nothing of the decode loop is here: that is `generation/` (`custom_generate/` in a published repository).
 """
@@ -22,12 +23,11 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.nn import functional
 from transformers import Cache, PreTrainedModel
-from transformers.activations import ACT2FN
 from transformers.utils import ModelOutput
 
 from .configuration_specformer import SpecFormerConfig
+from .layers_specformer import PreviousTokenCorrection, SpecFormerAttention, SpecFormerMLP, SpecFormerRMSNorm
 from .loading_specformer import check_checkpoint, check_values
 from .publishing_specformer import complete_repository, push
 from .target_specformer import BorrowedTarget, final_norm_scale, some_embeddings
@@ -47,92 +47,15 @@ class SpecFormerOutput(ModelOutput):
         draft_hidden_states (`torch.FloatTensor`): normed states of every slot, ready for the target's LM head,
             `(batch_size, sequence_length, num_draft_tokens, hidden_size)`, or `(positions, num_draft_tokens,
             hidden_size)` where only some positions were asked for.
+        corrected_hidden_states (`torch.FloatTensor`, *optional*): the same, corrected by the tokens in front of the
+            slots, where they were given.
         context_states (`torch.FloatTensor`): output of the context layer, from which the slots are drafted,
             `(batch_size, sequence_length, hidden_size)`.
     """
 
     draft_hidden_states: torch.FloatTensor | None = None
+    corrected_hidden_states: torch.FloatTensor | None = None
     context_states: torch.FloatTensor | None = None
-
-
-class SpecFormerRMSNorm(nn.Module):
-    """RMSNorm over the last axis. With `groups`, the second last axis has one scale vector per entry."""
-
-    def __init__(self, hidden_size: int, eps: float, groups: int | None = None):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones((hidden_size,) if groups is None else (groups, hidden_size)))
-        self.eps = eps
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return functional.rms_norm(hidden_states, hidden_states.shape[-1:], eps=self.eps) * self.weight
-
-
-def rotate(states: torch.Tensor, position_ids: torch.Tensor, theta: float) -> torch.Tensor:
-    """Rotary position embedding of `states` (B, heads, T, head_dim) at `position_ids` (B or 1, T)."""
-    half = states.shape[-1] // 2
-    exponents = torch.arange(half, device=states.device, dtype=torch.float32) / half
-    angles = position_ids[:, None, :, None].float() * theta**-exponents  # (B, 1, T, head_dim / 2)
-    cos, sin = angles.cos().to(states.dtype), angles.sin().to(states.dtype)
-    first, second = states[..., :half], states[..., half:]
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
-
-
-class SpecFormerAttention(nn.Module):
-    """Pre-normed grouped-query attention with rotary embeddings and a residual connection."""
-
-    def __init__(self, config: SpecFormerConfig):
-        super().__init__()
-        self.head_dim, self.rope_theta = config.head_dim, config.rope_theta
-        query_size = config.num_attention_heads * config.head_dim
-        key_value_size = config.num_key_value_heads * config.head_dim
-        self.norm = SpecFormerRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, key_value_size, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, key_value_size, bias=False)
-        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=False)
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,  # (B, T, d)
-        position_ids: torch.Tensor,  # (B or 1, T)
-        attention_mask: torch.Tensor | None = None,  # bool, broadcasts to (B, heads, T, keys); True is visible
-        is_causal: bool = False,
-        past_key_values: Cache | None = None,
-    ) -> torch.Tensor:
-        normed = self.norm(hidden_states)
-        batch_and_time = hidden_states.shape[:2]
-        query, key, value = (
-            projection(normed).view(*batch_and_time, -1, self.head_dim).transpose(1, 2)  # (B, heads, T, head_dim)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        query, key = (rotate(states, position_ids, self.rope_theta) for states in (query, key))
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, 0)
-        attended = functional.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=attention_mask,
-            is_causal=is_causal,
-            enable_gqa=query.shape[1] != key.shape[1],
-        )
-        return hidden_states + self.o_proj(attended.transpose(1, 2).flatten(2))
-
-
-class SpecFormerMLP(nn.Module):
-    """Pre-normed SwiGLU with a residual connection."""
-
-    def __init__(self, config: SpecFormerConfig):
-        super().__init__()
-        self.norm = SpecFormerRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-        self.activation = ACT2FN[config.hidden_act]
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        normed = self.norm(hidden_states)
-        return hidden_states + self.down_proj(self.activation(self.gate_proj(normed)) * self.up_proj(normed))
 
 
 class SpecFormerModel(PreTrainedModel):
@@ -158,6 +81,8 @@ class SpecFormerModel(PreTrainedModel):
         self.draft_attention = SpecFormerAttention(config)
         self.draft_mlp = SpecFormerMLP(config)
         self.final_norm = SpecFormerRMSNorm(size, config.rms_norm_eps)
+        if config.previous_token_rank is not None:
+            self.previous_token_correction = PreviousTokenCorrection(config)
         # ascending; training chooses them (`choose_draft_tokens`)
         ids = None if config.draft_vocab_size is None else torch.arange(config.draft_vocab_size)
         self.register_buffer("draft_token_ids", ids)
@@ -228,12 +153,15 @@ class SpecFormerModel(PreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         draft_positions: torch.BoolTensor | None = None,
+        previous_embeds: torch.Tensor | None = None,
     ) -> SpecFormerOutput:
-        """Draft from every position, or from those where `draft_positions` (B, T) is True: the teacher-forced pass that
-        training uses. See `encode_context` for the other arguments."""
+        """Draft from every position, or from the N where `draft_positions` (B, T) is True: the teacher-forced pass that
+        training uses. `previous_embeds` (B, T, D, d), or (N, D, d), are embeddings of the tokens in front of each
+        slot's, to correct by. See `encode_context` for the other arguments."""
         context = self.encode_context(hidden_states, anchor_embeds, position_ids, attention_mask, past_key_values)
         drafted = self.draft(context if draft_positions is None else context[draft_positions])
-        return SpecFormerOutput(draft_hidden_states=drafted, context_states=context)
+        corrected = None if previous_embeds is None else self.previous_token_correction(drafted, previous_embeds)
+        return SpecFormerOutput(draft_hidden_states=drafted, corrected_hidden_states=corrected, context_states=context)
 
     def borrow(self, target: PreTrainedModel) -> BorrowedTarget:
         """What this drafter uses of `target`, checked for a fit. See [`BorrowedTarget`]."""
@@ -262,6 +190,8 @@ class SpecFormerModel(PreTrainedModel):
         if self.config.use_positional_ffn:
             self.positional_ffn.weight /= 2
             self.positional_ffn.weight += identity.repeat(self.config.num_draft_tokens, 1)
+        if self.config.previous_token_rank is not None:
+            self.previous_token_correction.up_proj.weight.zero_()
 
     def save_pretrained(
         self, save_directory, is_main_process: bool = True, push_to_hub: bool = False, **kwargs

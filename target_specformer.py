@@ -54,10 +54,8 @@ class BorrowedTarget:
         self.head: nn.Module = target.get_output_embeddings()
         if self.head is None:
             raise ValueError(f"{type(target).__name__} has no LM head (get_output_embeddings() is None).")
-        self.draft_token_ids, self._draft_head = None, self.head
-        if draft_token_ids is not None:
-            self.draft_token_ids = draft_token_ids.to(self.device)
-            self._draft_head = head_of_some(self.head, self.draft_token_ids)
+        self.draft_token_ids = None if draft_token_ids is None else draft_token_ids.to(self.device)
+        self._rows = SomeRows(self.head, self.draft_token_ids) if is_plain_linear(self.head) else None
         self._seen: dict[int, list[torch.Tensor]] = {}
         self._exit = ExitStack()
 
@@ -126,19 +124,13 @@ class BorrowedTarget:
         embeddings = self.target.get_input_embeddings()
         return embeddings(token_ids.to(device_of(embeddings))).to(self.device)
 
-    def logits(self, draft_hidden_states: torch.Tensor) -> torch.Tensor:
-        """Next-token logits (..., vocab_size) of drafter states (..., d); -inf where a token is never drafted."""
-        logits = self.draft_logits(draft_hidden_states)
-        if self.draft_token_ids is None:
-            return logits
-        everywhere = logits.new_full((*logits.shape[:-1], self.text_config.vocab_size), -torch.inf)
-        everywhere[..., self.draft_token_ids] = logits
-        return everywhere
-
     def best_tokens(self, draft_hidden_states: torch.Tensor) -> torch.Tensor:
         """The most likely token of each state: (..., d) -> (...)."""
-        best = self.draft_logits(draft_hidden_states).argmax(dim=-1)
-        return best if self.draft_token_ids is None else self.draft_token_ids[best]
+        return self.tokens_at(self.draft_logits(draft_hidden_states).argmax(dim=-1))
+
+    def tokens_at(self, places: torch.Tensor) -> torch.Tensor:
+        """The tokens that `draft_logits` has at `places`, of any shape."""
+        return places if self.draft_token_ids is None else self.draft_token_ids[places]
 
     def draft_labels(self, token_ids: torch.Tensor) -> torch.Tensor:
         """Where `draft_logits` has the tokens `token_ids`: -100, which losses ignore, if they are never drafted."""
@@ -148,8 +140,20 @@ class BorrowedTarget:
         return torch.where(self.draft_token_ids[places] == token_ids, places, -100)
 
     def draft_logits(self, draft_hidden_states: torch.Tensor) -> torch.Tensor:
-        """Logits of the tokens that are drafted, with the family's scale and soft cap."""
-        logits = self._draft_head(draft_hidden_states)
+        """Logits of the tokens that are drafted, with the family's scale and soft cap: (..., d) -> (..., V')."""
+        if self.draft_token_ids is None:
+            return self._scaled(self.head(draft_hidden_states))
+        if self._rows is None:
+            return self._scaled(self.head(draft_hidden_states)[..., self.draft_token_ids])
+        return self._scaled(self._rows(draft_hidden_states))
+
+    def candidate_logits(self, draft_hidden_states: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        """What `draft_logits` has at `places` (..., C), without the others where the head allows: (..., C)."""
+        if self._rows is None:
+            return self.draft_logits(draft_hidden_states).gather(-1, places)
+        return self._scaled(self._rows.at(draft_hidden_states, places))
+
+    def _scaled(self, logits: torch.Tensor) -> torch.Tensor:
         if (scale := getattr(self.text_config, "logit_scale", None)) is not None:  # Cohere
             logits = logits * scale
         if (divisor := getattr(self.text_config, "logits_scaling", None)) is not None:  # Granite
@@ -197,16 +201,27 @@ def check_embeddings(target: PreTrainedModel, config: SpecFormerConfig) -> None:
         )
 
 
-def head_of_some(head: nn.Module, token_ids: torch.Tensor):
-    """The LM head for `token_ids` alone, as a function of states.
+def is_plain_linear(head: nn.Module) -> bool:
+    """Whether its rows can be taken out; not so if it is quantised, sharded, offloaded, or has adapters."""
+    return type(head) is nn.Linear and type(head.weight.data) is torch.Tensor and not hasattr(head, "_hf_hook")
 
-    Only a plain linear layer is cut. Any other one (quantised, sharded, offloaded, with adapters) is called as it is.
-    """
-    if type(head) is not nn.Linear or type(head.weight.data) is not torch.Tensor or hasattr(head, "_hf_hook"):
-        return lambda states: head(states)[..., token_ids]
-    with torch.no_grad():
-        weight, bias = head.weight[token_ids], None if head.bias is None else head.bias[token_ids]
-    return lambda states: functional.linear(states, weight, bias)
+
+class SomeRows:
+    """Some rows of a plain linear layer (C, d), all of them for `None`, as a function of states."""
+
+    def __init__(self, head: nn.Linear, rows: torch.Tensor | None = None):
+        self.weight, self.bias = head.weight, head.bias
+        if rows is not None:
+            with torch.no_grad():
+                self.weight, self.bias = head.weight[rows], None if head.bias is None else head.bias[rows]
+
+    def __call__(self, states: torch.Tensor) -> torch.Tensor:
+        return functional.linear(states, self.weight, self.bias)
+
+    def at(self, states: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        """The outputs at `places` alone: (..., d) and (..., C) -> (..., C)."""
+        outputs = (self.weight[places] @ states[..., None])[..., 0]
+        return outputs if self.bias is None else outputs + self.bias[places]
 
 
 def device_of(module: nn.Module) -> torch.device:

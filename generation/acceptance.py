@@ -29,6 +29,8 @@ class AcceptanceRule:
     """
 
     text_depends_on_drafts = False
+    takes_the_best = False
+    """Whether a token is the one of the highest score."""
 
     def __enter__(self):
         return self
@@ -61,6 +63,8 @@ class AcceptanceRule:
 
 class Greedy(AcceptanceRule):
     """The best token, and the draft if it is that one."""
+
+    takes_the_best = True
 
     def draft(self, scores, rows, steps):
         return scores.argmax(dim=-1), None

@@ -28,11 +28,12 @@ class Drafter(Protocol):
     def begin(self, input_ids: torch.Tensor, layout: PromptLayout, first_tokens: torch.Tensor, max_length: int) -> None:
         """The target has read the prompts `input_ids` (B, P) and taken `first_tokens` (B, 1)."""
 
-    def propose(self, num_tokens: int, choose: Callable[[torch.Tensor, int], torch.Tensor]) -> torch.Tensor:
+    def propose(self, num_tokens: int, choose: Callable[..., torch.Tensor]) -> torch.Tensor:
         """Draft tokens (R, num_tokens), or fewer columns.
 
-        `choose(logits, ahead=0)` turns logits (R, n, V) for the n positions from `ahead` on into tokens (R, n). A
-        drafter calls it for all of its tokens in order, or, where it has no logits, for none.
+        `choose(logits, ahead=0, token_ids=None)` turns logits (R, n, C) for the n positions from `ahead` on into tokens
+        (R, n). `token_ids`, (C,) or (R, n, C), are the tokens that the logits are of, each once; `None` means the
+        vocabulary in its order. A drafter calls it for all of its tokens in order, or for none where it has no logits.
         """
 
     def update(self, tokens: torch.Tensor, counts: torch.Tensor, longest: int) -> None:

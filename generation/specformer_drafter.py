@@ -58,19 +58,35 @@ class SpecFormerDrafter:
         )
         self.cache.advance(lengths, layout.longest)
         self.context = states[self.rows, lengths - 1]  # (B, d)
+        self.newest = first_tokens  # (B, 1)
         self.unread: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []  # per round, as `_take_unread`
 
     @torch.no_grad()
     def propose(self, num_tokens, choose) -> torch.Tensor:
         self._read()
         states = self.network.draft(self.context)[:, :num_tokens]  # (R, k, d)
-        return choose(self.borrowed.logits(states))
+        logits = self.borrowed.draft_logits(states)  # (R, k, V')
+        if self.network.config.previous_token_rank is None:
+            return choose(logits, token_ids=self.borrowed.draft_token_ids)
+        best = logits.topk(min(self.network.config.num_candidates, logits.shape[-1])).indices  # (R, k, C)
+        return self._walk(states, best, choose)
+
+    def _walk(self, states: torch.Tensor, best: torch.Tensor, choose) -> torch.Tensor:
+        """Slot by slot: the `best` places of each are scored again, knowing the token in front."""
+        tokens = [self.newest]
+        for slot, (state, places) in enumerate(zip(states.split(1, dim=1), best.split(1, dim=1), strict=True)):
+            previous = self.borrowed.embed(tokens[-1].clamp(min=0))
+            state = self.network.previous_token_correction(state, previous)
+            logits = self.borrowed.candidate_logits(state, places)  # (R, 1, C)
+            tokens.append(choose(logits, ahead=slot, token_ids=self.borrowed.tokens_at(places)))
+        return torch.cat(tokens[1:], dim=1)
 
     def update(self, tokens, counts, longest) -> None:
         # Read when there is a proposal to make: rounds without one cost nothing, and are caught up with in one pass.
         hidden_states = self.borrowed.take_hidden_states(tokens.shape[1])
-        counts = counts.to(hidden_states.device)
-        self.unread.append((hidden_states, tokens.to(counts.device), counts))
+        counts, tokens = counts.to(hidden_states.device), tokens.to(hidden_states.device)
+        self.newest = newest_tokens(tokens, counts, self.newest)
+        self.unread.append((hidden_states, tokens, counts))
         self.longest = longest
         if len(self.unread) == MOST_UNREAD:
             self._read()
@@ -80,7 +96,7 @@ class SpecFormerDrafter:
         self.unread = [tuple(part[index] for part in block) for block in self.unread]
         self.cache.select_rows(index, longest)
         self.longest = longest
-        self.context, self.rows = self.context[index], self.rows[: len(index)]
+        self.context, self.newest, self.rows = self.context[index], self.newest[index], self.rows[: len(index)]
 
     def _read(self) -> None:
         """Context states of the tokens that the target has read since the last proposal."""
@@ -111,3 +127,10 @@ class SpecFormerDrafter:
         if not self.network.config.use_anchor_token:
             return None
         return self.borrowed.embed(next_tokens.clamp(min=0))  # behind a wrong draft there may be no token
+
+
+def newest_tokens(tokens: torch.Tensor, counts: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
+    """The last of the first `counts` (R,) of each row's `tokens` (R, q), and that of `before` (R, 1) where there is
+    none: (R, 1)."""
+    last = tokens.gather(1, (counts[:, None] - 1).clamp(min=0))
+    return torch.where(counts[:, None] > 0, last, before)

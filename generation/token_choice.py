@@ -36,14 +36,24 @@ class TokenChoice:
         self.vocab_size = 0  # of the target's logits, known from the first ones
         self.proposals: list[torch.Tensor | None] = []  # what this round's drafts were sampled from
 
-    def of_drafter(self, logits: torch.Tensor, ahead: int = 0) -> torch.Tensor:
-        """Draft tokens (R, n) from a drafter's logits (R, n, V), for the positions from `ahead` drafts on.
+    def of_drafter(self, logits: torch.Tensor, ahead: int = 0, token_ids: torch.Tensor | None = None) -> torch.Tensor:
+        """Draft tokens (R, n) from a drafter's logits (R, n, C), for the positions from `ahead` drafts on.
 
-        A drafter's vocabulary may be padded to another size than the target's. Only prefix-free processors are applied:
-        the others would have to be called row by row, and drafts need not be exact.
+        The logits are of `token_ids`, (C,) or (R, n, C), or of the whole vocabulary, which may be padded to another
+        size than the target's. Only prefix-free processors are applied: the others would have to be called row by row,
+        and drafts need not be exact.
         """
         logits = logits.to(device=self.text.ids.device, dtype=torch.float32)
-        logits = functional.pad(logits, (0, self.vocab_size - logits.shape[-1]), value=-torch.inf)
+        if token_ids is None:
+            logits = functional.pad(logits, (0, self.vocab_size - logits.shape[-1]), value=-torch.inf)
+        else:
+            token_ids = token_ids.to(logits.device).expand(logits.shape)
+        if self.rule.takes_the_best and not self.processors.prefix_free:  # no need to look at the other tokens
+            best = logits.argmax(dim=-1, keepdim=True)
+            return (best if token_ids is None else token_ids.gather(-1, best))[..., 0]
+        if token_ids is not None:
+            everywhere = logits.new_full((*logits.shape[:-1], self.vocab_size), -torch.inf)
+            logits = everywhere.scatter_(-1, token_ids, logits)
         tokens, proposals = self.rule.draft(self.processors.warp(logits), *self._positions(logits.shape[1], ahead))
         self.proposals.append(proposals)
         return tokens
@@ -82,7 +92,8 @@ class TokenChoice:
 
     def _take(self, scores, drafts, proposals):
         """All positions at once."""
-        rows, steps = self._positions(scores.shape[1])
+        wanted = self.scores is not None or not self.rule.takes_the_best  # lists of many numbers
+        rows, steps = self._positions(scores.shape[1]) if wanted else ([], [])
         if self.scores is not None:
             self.scores.write(scores.flatten(0, 1), rows, steps)
         tokens, accepted = self.rule.take(scores, drafts, proposals, rows, steps)

@@ -6,6 +6,8 @@ can be read off: accept slots while they match, add the target's own token, go o
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from specformer.configuration_specformer import SpecFormerConfig
 from specformer.scripts.answers import Answers
@@ -29,24 +31,51 @@ def target_states(borrowed: BorrowedTarget, batch: dict[str, torch.Tensor]) -> t
         return borrowed.take_hidden_states()
 
 
-def drafts_of_text(
-    drafter: nn.Module, borrowed: BorrowedTarget, batch: dict[str, torch.Tensor]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Teacher-forced drafts of the N positions of `batch` that have something to draft, and their labels.
+class Drafts(NamedTuple):
+    """Teacher-forced drafts of N positions.
 
-    Returns:
-        Draft states (N, D, d) and labels (N, D).
+    Attributes:
+        states: from which tokens are chosen, corrected by the tokens in front of them where the drafter does that,
+            (N, D, d).
+        labels: (N, D), IGNORED past the end.
+        first_states: before the correction, (N, D, d).
     """
+
+    states: torch.Tensor
+    labels: torch.Tensor
+    first_states: torch.Tensor
+
+
+def drafts_of_text(drafter: nn.Module, borrowed: BorrowedTarget, batch: dict[str, torch.Tensor]) -> Drafts:
+    """Drafts of the positions of `batch` that have something to draft."""
     dtype = next(drafter.parameters()).dtype
     hidden_states = batch["hidden_states"] if "hidden_states" in batch else target_states(borrowed, batch)
     anchors = None
     if drafter_config(drafter).use_anchor_token:
         with torch.no_grad():
             anchors = borrowed.embed(functional.pad(batch["input_ids"][:, 1:], (0, 1))).to(dtype)
-    labels = slot_labels(batch["labels"], drafter_config(drafter).num_draft_tokens)
+    slots = drafter_config(drafter).num_draft_tokens
+    labels = slot_labels(batch["labels"], slots)
     wanted = (labels != IGNORED).any(dim=2)
-    states = drafter(hidden_states.to(dtype), anchors, draft_positions=wanted).draft_hidden_states
-    return states, labels[wanted]
+    previous = None
+    if drafter_config(drafter).previous_token_rank is not None:
+        padded = functional.pad(batch["input_ids"], (0, slots))
+        windows = padded[:, 1:].unfold(1, slots, 1)  # (B, T, D): slot j is behind token n + 1 + j
+        with torch.no_grad():
+            previous = borrowed.embed(windows[wanted]).to(dtype)
+    output = drafter(hidden_states.to(dtype), anchors, draft_positions=wanted, previous_embeds=previous)
+    first, corrected = output.draft_hidden_states, output.corrected_hidden_states
+    return Drafts(first if corrected is None else corrected, labels[wanted], first)
+
+
+def chosen_tokens(drafts: Drafts, borrowed: BorrowedTarget, config: SpecFormerConfig) -> torch.Tensor:
+    """What greedy decoding drafts at every slot once the tokens in front of it are right: (..., d) -> (...)."""
+    if config.previous_token_rank is None:
+        return borrowed.best_tokens(drafts.states)
+    logits = borrowed.draft_logits(drafts.first_states)
+    best = logits.topk(min(config.num_candidates, logits.shape[-1])).indices
+    place = borrowed.candidate_logits(drafts.states, best).argmax(dim=-1, keepdim=True)
+    return borrowed.tokens_at(best.gather(-1, place)[..., 0])
 
 
 def walk(matches: list[int], first: int, length: int, num_assistant_tokens: int) -> list[int]:
@@ -99,23 +128,23 @@ def evaluate_offline(drafter: nn.Module, borrowed: BorrowedTarget, loader, draft
 
     A vector: labels, their loss; positions and hits of each slot; tokens, passes of each draft length.
     """
-    slots = drafter_config(drafter).num_draft_tokens
-    device = borrowed.device
+    config = drafter_config(drafter)
+    slots, device = config.num_draft_tokens, borrowed.device
     head = torch.zeros(2, dtype=torch.float64)
     counts, hits = torch.zeros(slots, dtype=torch.float64), torch.zeros(slots, dtype=torch.float64)
     decoded = torch.zeros(len(draft_lengths), 2, dtype=torch.float64)
     for batch in loader:
         batch = {name: values.to(device) for name, values in batch.items()}
-        states, labels = drafts_of_text(drafter, borrowed, batch)
-        count = int((borrowed.draft_labels(labels) != IGNORED).sum())
-        head += torch.tensor([count, count * float(drafter_loss(states, labels, borrowed))])
-        right = torch.zeros_like(labels, dtype=torch.bool)
-        for slot in range(slots):
-            kept = labels[:, slot] != IGNORED
-            drafted = states[kept, slot].to(borrowed.target.dtype)
-            choices = torch.cat([borrowed.best_tokens(chunk) for chunk in drafted.split(1024)])
-            right[kept, slot] = choices == labels[kept, slot]
-            counts[slot] += kept.sum().cpu()
+        drafts = drafts_of_text(drafter, borrowed, batch)
+        kept = drafts.labels != IGNORED
+        count = int((borrowed.draft_labels(drafts.labels) != IGNORED).sum())
+        head += torch.tensor([count, count * float(drafter_loss(drafts.states, drafts.labels, borrowed))])
+        in_dtype = (states.to(borrowed.target.dtype) for states in (drafts.states, drafts.first_states))
+        chunks = zip(*(part[kept].split(1024) for part in in_dtype), strict=True)
+        chosen = [chosen_tokens(Drafts(states, None, first), borrowed, config) for states, first in chunks]
+        right = torch.zeros_like(kept)
+        right[kept] = torch.cat(chosen) == drafts.labels[kept]
+        counts += kept.sum(dim=0).cpu()
         hits += right.sum(dim=0).cpu()
         answer = batch["labels"] != IGNORED
         matches = torch.zeros_like(batch["labels"])

@@ -14,7 +14,7 @@ import json
 import statistics
 import time
 from collections import defaultdict
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import specformer
@@ -61,23 +61,17 @@ def profile_once(target, drafter, inputs, arguments) -> dict[str, float]:
     seconds: dict[str, float] = defaultdict(float)
     borrow = drafter.borrow
 
-    def borrow_timed(model):
-        borrowed = borrow(model)
-        logits = borrowed.logits
+    with ExitStack() as stack:
 
-        def timed_logits(states):
-            started = time.perf_counter()
-            result = logits(states)
-            seconds["drafter"] += time.perf_counter() - started
-            return result
+        def borrow_timed(model):
+            borrowed = borrow(model)
+            stack.enter_context(timed_calls(seconds, "drafter", borrowed, "draft_logits", "candidate_logits"))
+            return borrowed
 
-        borrowed.logits = timed_logits
-        return borrowed
-
-    with (
-        timed_calls(seconds, "target", target, "forward"),
-        timed_calls(seconds, "drafter", drafter, "encode_context", "draft"),
-    ):
+        stack.enter_context(timed_calls(seconds, "target", target, "forward"))
+        stack.enter_context(timed_calls(seconds, "drafter", drafter, "encode_context", "draft"))
+        if drafter.config.previous_token_rank is not None:
+            stack.enter_context(timed_calls(seconds, "drafter", drafter.previous_token_correction, "forward"))
         drafter.borrow = borrow_timed
         started = time.perf_counter()
         output = specformer.generate(

@@ -72,6 +72,14 @@ def draft_some_tokens(target) -> dict:
     return dict(assistant_model=network, num_assistant_tokens=DRAFTED)
 
 
+def draft_knowing_the_token_before(target) -> dict:
+    """Samples from three candidates, each slot's from a distribution that depends on the draft before it."""
+    torch.manual_seed(3)
+    sizes = dict(num_draft_tokens=DRAFTED, initializer_range=0.5, previous_token_rank=4, num_candidates=3)
+    network = SpecFormerModel(SpecFormerConfig.from_target_config(target.config, **sizes)).eval()
+    return dict(assistant_model=network, num_assistant_tokens=DRAFTED)
+
+
 def draft_by_lookup(target) -> dict:
     return dict(prompt_lookup_num_tokens=DRAFTED)
 
@@ -81,6 +89,7 @@ DRAFTERS = {
     "network": draft_with_network,
     "some tokens": draft_some_tokens,
     "lookup": draft_by_lookup,
+    "token before": draft_knowing_the_token_before,
 }
 
 
@@ -215,6 +224,8 @@ IN_EVERY_RUN = [
     ("rejection", "some tokens", "two tokens less"),
     ("coupled", "some tokens", "all warpers"),
     ("rejection", "lookup", "top-p"),
+    ("rejection", "token before", "all warpers"),
+    ("coupled", "token before", "eos"),
 ]
 CASES = [
     pytest.param(*case, marks=() if case in IN_EVERY_RUN else pytest.mark.slow, id="-".join(case))
@@ -299,7 +310,8 @@ def proposals_are_of_the_next_row(monkeypatch) -> None:
 
 
 def proposals_are_as_before_the_warpers(monkeypatch) -> None:
-    def fault(self, logits, ahead=0):
+    def fault(self, logits, ahead=0, token_ids=None):
+        assert token_ids is None
         tokens = of_drafter(self, logits, ahead)
         self.proposals[-1] = logits.float().softmax(dim=-1)
         return tokens

@@ -3,15 +3,24 @@ finished text, and labels and loss are those of the slots."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 import torch
 from exactness import choose_eos
 from specformer import SpecFormerModel, generate
 from specformer.generation.specformer_drafter import SpecFormerDrafter
-from specformer.scripts.losses import IGNORED, HeadCrossEntropy, drafter_loss, slot_labels
-from tiny import PRESETS, VOCAB, llama, ragged_batch
+from specformer.scripts.losses import (
+    IGNORED,
+    HeadCrossEntropy,
+    acceptance_weights,
+    decaying_weights,
+    drafter_loss,
+    slot_labels,
+)
+from tiny import PRESETS, VOCAB, all_logits, llama, over_vocabulary, ragged_batch
 from torch.nn import functional
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
@@ -56,7 +65,13 @@ def record_drafts(monkeypatch, answer: torch.Tensor | None = None) -> list[Draft
 
     def recorded(self, num_tokens, choose):
         seen = []
-        tokens = propose(self, num_tokens, lambda logits: seen.append(logits) or choose(logits))
+
+        def noted(logits, ahead=0, token_ids=None):
+            seen.append(over_vocabulary(logits, token_ids))
+            return choose(logits, ahead, token_ids)
+
+        tokens = propose(self, num_tokens, noted)
+        logits = torch.cat(seen, dim=1)
         text, proposed = choose.__self__.text, tokens.clone()
         for place, row in enumerate(text.rows):
             if not text.is_running(row):
@@ -67,7 +82,7 @@ def record_drafts(monkeypatch, answer: torch.Tensor | None = None) -> list[Draft
                 proposed[place, : len(truth)] = truth
                 proposed[place, (row + generated) % (num_tokens + 1) :] += 1
                 proposed[place] %= VOCAB
-            drafts.append(Draft(row, generated, seen[0][place], tokens[place].tolist(), proposed[place].tolist()))
+            drafts.append(Draft(row, generated, logits[place], tokens[place].tolist(), proposed[place].tolist()))
         return proposed
 
     monkeypatch.setattr(SpecFormerDrafter, "propose", recorded)
@@ -85,13 +100,25 @@ def assert_teacher_forced_agrees(target, network, batch, sequences, drafts, shif
             target(input_ids=text)
             hidden_states = borrowed.take_hidden_states()
         anchors = borrowed.embed(functional.pad(text[:, 1:], (0, 1))) if network.config.use_anchor_token else None
-        logits = borrowed.logits(network(hidden_states, anchors).draft_hidden_states)[0]  # (T, D, V)
+        states = network(hidden_states, anchors).draft_hidden_states[0]  # (T, D, d)
         for draft in (draft for draft in drafts if draft.row == row):
             # the newest token is not read yet: the target read up to the one before it
             position = prompt_width - padding + draft.generated - 2 + shift
-            expected = logits[position, : len(draft.logits)]
+            expected = all_logits(borrowed, states[position, : len(draft.logits)])
+            if network.config.previous_token_rank is not None:
+                previous = borrowed.embed(torch.cat([text[0, [position + 1]], torch.tensor(draft.tokens[:-1]).long()]))
+                expected = corrected_logits(network, borrowed, states[position, : len(previous)], previous, expected)
             torch.testing.assert_close(draft.logits, expected, rtol=0, atol=1e-9)
             assert draft.tokens == expected.argmax(-1).tolist()
+
+
+def corrected_logits(network, borrowed, states, previous_embeds, logits) -> torch.Tensor:
+    """Of the best candidates by `logits` (k, V), what the head gives them after the correction; the others are -inf."""
+    layer = network.previous_token_correction
+    both = layer.token_proj(layer.norm(previous_embeds)) + layer.state_proj(states)
+    corrected = all_logits(borrowed, states + layer.up_proj(functional.silu(both)))
+    worst = logits.sort(dim=-1, descending=True).values[:, network.config.num_candidates - 1]
+    return corrected.masked_fill(logits < worst[:, None], -torch.inf)
 
 
 @torch.no_grad()
@@ -139,9 +166,10 @@ def test_the_comparison_notices_anchors_shifted_by_one(monkeypatch, target):
         assert_teacher_forced_agrees(target, network, batch, sequences, drafts)
 
 
-def test_sampled_drafts_equal_teacher_forced(monkeypatch, target):
+@pytest.mark.parametrize("preset", ["anchor", "some tokens"])
+def test_sampled_drafts_equal_teacher_forced(preset: str, monkeypatch, target):
     """Noise shared with the target gets drafts accepted; the states behind them are the teacher-forced ones."""
-    batch, network = ragged_batch(), make_network("anchor", target)
+    batch, network = ragged_batch(), make_network(preset, target)
     drafts = record_drafts(monkeypatch)
     arguments = dict(do_sample=True, top_k=0, temperature=8.0, max_new_tokens=NEW_TOKENS, eos_token_id=None)
     output = generate(target, network, **batch, num_assistant_tokens=4, return_dict_in_generate=True, **arguments)
@@ -149,6 +177,28 @@ def test_sampled_drafts_equal_teacher_forced(monkeypatch, target):
     for draft in drafts:
         draft.tokens = draft.logits.argmax(-1).tolist()  # sampled ones are not comparable; states are
     assert_teacher_forced_agrees(target, network, batch, output.sequences, drafts)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("settings", [{}, dict(do_sample=True, temperature=8.0), dict(suppress_tokens=[3, 9, 20])])
+def test_texts_are_the_targets_with_every_variant(preset: str, settings: dict, target):
+    batch, network = ragged_batch(), make_network(preset, target)
+    settings = dict(settings, max_new_tokens=NEW_TOKENS, eos_token_id=None)
+    for k in (1, 3, 4, "auto"):
+        torch.manual_seed(5)
+        expected = target.generate(**batch, **settings)
+        torch.manual_seed(5)
+        assert torch.equal(generate(target, network, **batch, **settings, num_assistant_tokens=k), expected)
+
+
+def test_the_best_draft_is_found_with_and_without_the_whole_vocabulary(target):
+    """A processor that changes nothing sends greedy drafts the long way."""
+    batch, network = ragged_batch(), make_network("some tokens", target)
+    settings = dict(max_new_tokens=NEW_TOKENS, eos_token_id=None, num_assistant_tokens=4, return_dict_in_generate=True)
+    short = generate(target, network, **batch, **settings)
+    long = generate(target, network, **batch, **settings, suppress_tokens=[network.draft_token_ids.max().item() + 1])
+    assert short.statistics.accepted_per_slot == long.statistics.accepted_per_slot
+    assert torch.equal(short.sequences, long.sequences)
 
 
 def test_slot_j_at_n_is_labelled_with_token_n_plus_2_plus_j():
@@ -177,18 +227,42 @@ def test_labels_and_drafts_mean_the_same_token(monkeypatch, target):
 
 @pytest.mark.parametrize("count", [1, 4, 5, 8, 11])
 @pytest.mark.parametrize("factor", [1.0, -2.5])
-def test_head_cross_entropy_is_cross_entropy(count: int, factor: float):
-    """Chunks of 4 that fit and that do not."""
+@pytest.mark.parametrize("weigh", [lambda losses: losses.new_ones(losses.shape), lambda losses: 1 / (2 + losses)])
+def test_head_cross_entropy_is_cross_entropy(count: int, factor: float, weigh):
+    """Chunks of 4 positions that fit and that do not."""
     head = torch.randn(16, 30, dtype=torch.float64)
-    states = torch.randn(count, 16, dtype=torch.float64, requires_grad=True)
-    labels = torch.randint(0, 30, (count,))
-    weights = torch.rand(count, dtype=torch.float64)
-    naive = (functional.cross_entropy(states @ head, labels, reduction="none") * weights).sum()
+    states = torch.randn(count, 3, 16, dtype=torch.float64, requires_grad=True)
+    labels = torch.randint(0, 30, (count, 3))
+    labels[0, 1] = IGNORED
+    losses = functional.cross_entropy((states @ head).transpose(1, 2), labels, reduction="none", ignore_index=IGNORED)
+    weights = weigh(losses.detach()) * (labels != IGNORED)
+    naive = (losses * weights).sum()
     (expected,) = torch.autograd.grad(factor * naive, states)
-    ours = HeadCrossEntropy.apply(states, labels, weights, lambda chunk: chunk @ head, 4)
+    ours, weight = HeadCrossEntropy.apply(states, labels, weigh, lambda chunk: chunk @ head, 13)
     (gradient,) = torch.autograd.grad(factor * ours, states)
     torch.testing.assert_close(ours, naive, rtol=1e-6, atol=0)
+    torch.testing.assert_close(weight, weights.sum(), rtol=1e-6, atol=0)
     torch.testing.assert_close(gradient, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.5, 1.0])
+def test_acceptance_weights_by_hand(smoothing: float):
+    losses = torch.tensor([[0.5, 1.0, 0.2, 2.0], [0.1, torch.inf, 0.3, 0.4], [0.7, 0.1, torch.inf, torch.inf]])
+    weights = acceptance_weights(losses, smoothing)
+    for row in range(3):
+        chances = [smoothing + (1 - smoothing) * math.exp(-loss) for loss in losses[row].tolist()]
+        for slot in range(4):
+            ends = [end for end in range(slot, 4) if losses[row, end] < torch.inf]
+            expected = sum(math.prod(chances[: end + 1]) for end in ends)
+            assert float(weights[row, slot]) == pytest.approx(expected, rel=1e-5)
+
+
+def test_acceptance_weights_are_the_gradient_of_expected_acceptance():
+    """Without smoothing, up to the sign: sum over ends of the product of chances, by the logarithm of each chance."""
+    losses = torch.rand(3, 4, dtype=torch.float64).requires_grad_()
+    expected_acceptance = (-losses).exp().cumprod(dim=1).sum()
+    (gradient,) = torch.autograd.grad(expected_acceptance, losses)
+    torch.testing.assert_close(acceptance_weights(losses.detach(), 0.0), -gradient)
 
 
 @pytest.mark.parametrize("decay", [1.0, 0.5])
@@ -199,7 +273,7 @@ def test_drafter_loss_is_the_weighted_mean_over_labelled_slots(preset: str, deca
     states = torch.randn(2, 6, 4, 32, dtype=torch.float64, requires_grad=True)
     labels = slot_labels(torch.randint(0, VOCAB, (2, 6)), 4)
     drafted = set(range(VOCAB) if network.draft_token_ids is None else network.draft_token_ids.tolist())
-    probabilities = borrowed.logits(states).log_softmax(-1)
+    probabilities = all_logits(borrowed, states).log_softmax(-1)
     parts, weights = [], []
     for row, position, slot in torch.cartesian_prod(*map(torch.arange, labels.shape)).tolist():
         if (label := int(labels[row, position, slot])) in drafted:
@@ -207,7 +281,7 @@ def test_drafter_loss_is_the_weighted_mean_over_labelled_slots(preset: str, deca
             weights.append(decay**slot)
     assert 0 < len(parts) < labels.numel()
     naive = torch.stack(parts).sum() / sum(weights)
-    loss = drafter_loss(states, labels, borrowed, decay, chunk_size=7)
+    loss = drafter_loss(states, labels, borrowed, partial(decaying_weights, decay=decay), chunk_size=7)
     torch.testing.assert_close(loss, naive, rtol=1e-6, atol=0)
     ours, expected = (torch.autograd.grad(value, states)[0] for value in (loss, naive))
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-6)

@@ -9,9 +9,9 @@ import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 from architectures import make_target
 from specformer import SpecFormerConfig, SpecFormerModel
-from specformer.modeling_specformer import SpecFormerRMSNorm, rotate
-from specformer.target_specformer import final_norm_scale, head_of_some
-from tiny import PRESETS, VOCAB, llama, llama_config, ragged_batch
+from specformer.layers_specformer import SpecFormerRMSNorm, rotate
+from specformer.target_specformer import final_norm_scale
+from tiny import PRESETS, VOCAB, all_logits, llama, llama_config, ragged_batch
 from torch.nn import functional
 
 B, T, D, SIZE = 2, 7, 5, 32
@@ -144,9 +144,9 @@ def test_only_some_tokens_are_drafted():
     kept = network.draft_token_ids.tolist()
     assert kept == list(range(1, 48, 2))
     some = network.borrow(target)
-    logits = some.logits(states)
+    logits = all_logits(some, states)
     assert logits.shape == (2, 3, VOCAB)
-    torch.testing.assert_close(logits[..., kept], every.logits(states)[..., kept], rtol=0, atol=1e-12)
+    torch.testing.assert_close(logits[..., kept], every.draft_logits(states)[..., kept], rtol=0, atol=1e-12)
     assert logits.isinf().sum() == 2 * 3 * (VOCAB - len(kept))
     assert some.best_tokens(states).tolist() == logits.argmax(-1).tolist()
     labels = some.draft_labels(torch.tensor([1, 2, 47, 49, -100, 0]))
@@ -173,8 +173,18 @@ def test_a_head_that_is_no_plain_layer_is_called_as_it_is(kind: str):
     head = (Doubling if kind == "another class" else torch.nn.Linear)(SIZE, VOCAB, bias=kind == "bias")
     if kind == "a hook of accelerate":
         add_hook_to_module(head, ModelHook())
-    states, ids = torch.randn(4, SIZE), torch.tensor([3, 7, 60])
-    torch.testing.assert_close(head_of_some(head, ids)(states), head(states)[:, ids])
+    target, states, ids = llama(torch.float32), torch.randn(4, SIZE), torch.arange(3, 51, 2)
+    target.set_output_embeddings(head)
+    network = SpecFormerModel(make_config("some tokens"))
+    network.draft_token_ids.copy_(ids)
+    borrowed = network.borrow(target)
+    logits = head(states)[:, ids]
+    torch.testing.assert_close(borrowed.draft_logits(states), logits)
+    places = torch.tensor([[5, 0], [23, 22], [1, 1], [7, 9]])
+    torch.testing.assert_close(borrowed.candidate_logits(states, places), logits.gather(1, places))
+    every = SpecFormerModel(make_config()).borrow(target)
+    torch.testing.assert_close(every.draft_logits(states), head(states))
+    torch.testing.assert_close(every.candidate_logits(states, places), head(states).gather(1, places))
 
 
 def test_anchors_are_given_exactly_where_configured(network):
@@ -284,7 +294,7 @@ def test_last_state_is_what_the_head_reads():
         with network.borrow(target) as borrowed:
             logits = target(input_ids=input_ids).logits
             last = borrowed.take_hidden_states()[:, :, -1]
-        torch.testing.assert_close(borrowed.logits(last), logits)
+        torch.testing.assert_close(borrowed.draft_logits(last), logits)
 
 
 @torch.no_grad()
@@ -353,7 +363,7 @@ def test_logits_are_the_targets(name: str, overrides: dict):
     target = make_target(name, **overrides)
     borrowed = SpecFormerModel(SpecFormerConfig.paper(target.config)).borrow(target)
     output = target(input_ids=ragged_batch(padding=(0, 0))["input_ids"], output_hidden_states=True)
-    torch.testing.assert_close(borrowed.logits(output.hidden_states[-1]), output.logits)
+    torch.testing.assert_close(borrowed.draft_logits(output.hidden_states[-1]), output.logits)
     if overrides.get("final_logit_softcapping") or name in ("cohere", "granite"):
         head_alone = functional.linear(output.hidden_states[-1], target.get_output_embeddings().weight)
         assert (head_alone - output.logits).abs().max() > 1e-3

@@ -14,7 +14,7 @@ from specformer.scripts import offline
 from specformer.scripts.answers import Answers
 from specformer.scripts.losses import IGNORED, drafter_loss, slot_labels
 from specformer.scripts.offline import drafts_of_text, evaluate_offline, summarise, walk
-from tiny import PRESETS, VOCAB, llama, ragged_batch
+from tiny import PRESETS, VOCAB, all_logits, llama, ragged_batch
 
 SLOTS, NEW_TOKENS = 4, 24
 LENGTHS = [1, 2, SLOTS]
@@ -85,7 +85,8 @@ def make_drafter(preset: str, with_eos: bool) -> SpecFormerModel:
     borrowed, batch = drafter.borrow(target), Answers.collate(rows)
     optimizer = torch.optim.AdamW(drafter.parameters(), lr=5e-3)
     for _ in range(25):
-        drafter_loss(*drafts_of_text(drafter, borrowed, batch), borrowed).backward()
+        drafts = drafts_of_text(drafter, borrowed, batch)
+        drafter_loss(drafts.states, drafts.labels, borrowed).backward()
         optimizer.step()
         optimizer.zero_grad()
     return drafter.eval()
@@ -115,7 +116,7 @@ def test_offline_figures_are_those_of_decoding(preset: str, with_eos: bool):
         assert passes == sum(statistics.target_passes_per_row)
         assert tokens == sum(statistics.tokens_per_row) - statistics.batch_size
         assert figures[f"tokens_per_pass_k{k}"] == statistics.tokens_per_pass
-        assert 1.2 < statistics.tokens_per_pass < k + 0.9  # drafts of both kinds
+        assert 1.2 < statistics.tokens_per_pass < k + 0.97  # drafts of both kinds
     assert figures["tokens_per_pass_k1"] < figures["tokens_per_pass_k2"] < figures[f"tokens_per_pass_k{SLOTS}"]
 
 
@@ -152,7 +153,7 @@ def test_loss_and_accuracy_one_token_at_a_time(preset: str):
         with torch.no_grad(), drafter.borrow(target) as borrowed:
             target(input_ids=tokens[None])
             anchors = borrowed.embed(torch.cat([tokens[1:], tokens[:1]])[None])
-            logits = borrowed.logits(drafter(borrowed.take_hidden_states(), anchors).draft_hidden_states)[0]
+            logits = all_logits(borrowed, drafter(borrowed.take_hidden_states(), anchors).draft_hidden_states)[0]
         for n in range(len(tokens)):
             for slot in range(SLOTS):
                 place = n + 2 + slot

@@ -68,7 +68,7 @@ def borrowed(target: PreTrainedModel, drafter: SpecFormerModel) -> list[torch.Te
     with drafter.borrow(target) as target_parts:
         target(input_ids=tokens, use_cache=False)
         states = target_parts.take_hidden_states()
-        return [states, target_parts.embed(tokens), target_parts.logits(states[:, :, -1])]
+        return [states, target_parts.embed(tokens), target_parts.draft_logits(states[:, :, -1])]
 
 
 def assert_same_borrowed(target: PreTrainedModel, twin: PreTrainedModel) -> None:

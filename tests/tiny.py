@@ -19,6 +19,7 @@ PRESETS = {
     "causal slots": partial(SpecFormerConfig.from_target_config, causal_draft_attention=True),
     "slot embeddings": partial(SpecFormerConfig.from_target_config, use_positional_ffn=False),
     "some tokens": partial(SpecFormerConfig.from_target_config, draft_vocab_size=24),
+    "previous token": partial(SpecFormerConfig.from_target_config, previous_token_rank=8, num_candidates=5),
 }
 """Makers of drafter configs: the default, the paper's, and one for each field that changes the network."""
 
@@ -53,3 +54,16 @@ def ragged_batch(padding=(0, 3, 5, 1, 8), width: int = 9, seed: int = 1) -> dict
     for row, count in enumerate(padding):
         input_ids[row, :count], attention_mask[row, :count] = PAD, 0
     return {"input_ids": input_ids, "attention_mask": attention_mask}
+
+
+def all_logits(borrowed, states: torch.Tensor) -> torch.Tensor:
+    """Logits (..., V) of drafter states (..., d); -inf where a token is never drafted."""
+    return over_vocabulary(borrowed.draft_logits(states), borrowed.draft_token_ids)
+
+
+def over_vocabulary(logits: torch.Tensor, token_ids: torch.Tensor | None) -> torch.Tensor:
+    """Logits (..., C) of `token_ids`, where the vocabulary (..., V) has them; -inf elsewhere."""
+    if token_ids is None:
+        return logits
+    everywhere = logits.new_full((*logits.shape[:-1], VOCAB), -torch.inf)
+    return everywhere.scatter(-1, token_ids.expand(logits.shape), logits)

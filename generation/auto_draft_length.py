@@ -69,6 +69,7 @@ class AutoDraftLength(DraftLength):
     TRIALS = 2  # rounds of a length before its time counts
     FIRST_PATIENCE, LAST_PATIENCE = 8, 128  # rounds between two turns of other lengths
     FADING = 0.995  # weight of what was seen before, one row's drafts later
+    LEAST_GAIN = 1.05  # tokens per second that drafting must promise, in units of plain decoding: rows end unevenly
     FIRST_RATE, FIRST_WEIGHT = 0.6, 4.0  # acceptance to begin with, and how many drafts experience is worth
 
     def __init__(self, most: int, start: int, experience: Experience, regime=()):
@@ -104,6 +105,7 @@ class AutoDraftLength(DraftLength):
             return self.planned.pop()
         expected, seconds = self.expected_tokens(), times.estimate(self.most)
         speeds = [tokens / max(time, 1e-9) for tokens, time in zip(expected, seconds, strict=True)]
+        speeds[0] *= self.LEAST_GAIN
         best = max(range(self.most + 1), key=speeds.__getitem__)
         if best != self.best:
             self.best, self.waited, self.patience = best, 0, self.FIRST_PATIENCE

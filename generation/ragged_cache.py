@@ -39,8 +39,7 @@ class RaggedLayer(CacheLayerMixin):
         """Write this pass's states (B, kv heads, q, head_dim) at the owner's slots; return the slots in use."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        slots = self.owner.slots.to(self.device)  # (B, q)
-        rows = torch.arange(len(slots), device=self.device)[:, None]
+        rows, slots = self.owner.rows.to(self.device), self.owner.slots.to(self.device)  # (B, 1), (B, q)
         # Under torch.autocast a pass may leave other dtypes than the prompt's did.
         self.keys[rows, :, slots] = key_states.transpose(1, 2).to(self.keys.dtype)
         self.values[rows, :, slots] = value_states.transpose(1, 2).to(self.values.dtype)
@@ -100,6 +99,7 @@ class RaggedCache(Cache):
         self.capacity, self.max_length = capacity, max_length
         self.kv_length = longest
         self.slots: torch.Tensor | None = None
+        self.rows: torch.Tensor | None = None
         super().__init__(layers=[RaggedLayer(self) for _ in range(num_layers)])
 
     def prepare(self, query_length: int) -> torch.Tensor:
@@ -112,6 +112,7 @@ class RaggedCache(Cache):
         self.kv_length = min(-(-needed // KV_LENGTH_STEP) * KV_LENGTH_STEP, self.capacity)
         positions = self.lengths[:, None] + torch.arange(query_length, device=self.lengths.device)
         self.slots = torch.where(positions < self.max_length, positions, self.capacity)
+        self.rows = torch.arange(len(positions), device=positions.device)[:, None]
         return positions.clamp(max=self.max_length - 1)
 
     def advance(self, counts: torch.Tensor, longest: int) -> None:

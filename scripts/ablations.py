@@ -38,6 +38,8 @@ def variants(target_config, other_data: Path | None) -> dict[str, list[str]]:
         "causal draft attention": ["--config", "causal_draft_attention=true"],
         "no positional FFN": ["--config", "use_positional_ffn=false"],
         "twice as wide": ["--config", f"intermediate_size={wide}"],
+        "weighed by acceptance": ["--slot-decay", "1", "--acceptance-weights", "0.5"],
+        "corrected by the previous token": ["--config", "previous_token_rank=256"],
     }
     options = {name: [] if extra is None else ["--paper", *extra] for name, extra in options.items()}
     if other_data:

@@ -18,7 +18,9 @@ import json
 import resource
 import shutil
 import sys
+from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,7 +28,7 @@ from accelerate import PartialState
 from specformer.configuration_specformer import SpecFormerConfig
 from specformer.modeling_specformer import SpecFormerModel
 from specformer.scripts.answers import Answers
-from specformer.scripts.losses import drafter_loss
+from specformer.scripts.losses import acceptance_weights, decaying_weights, drafter_loss
 from specformer.scripts.model_card import write_model_card
 from specformer.scripts.offline import drafts_of_text, evaluate_offline, summarise
 from specformer.scripts.provenance import provenance
@@ -55,16 +57,17 @@ class DrafterTrainer(Trainer):
     Args:
         borrowed: the target.
         draft_lengths: numbers of drafted tokens to evaluate; the last one decides which checkpoint is the best.
-        slot_decay: see `drafter_loss`.
+        weigh: see `drafter_loss`.
     """
 
-    def __init__(self, *args, borrowed: BorrowedTarget, draft_lengths: list[int], slot_decay: float, **kwargs):
+    def __init__(self, *args, borrowed: BorrowedTarget, draft_lengths: list[int], weigh: Callable, **kwargs):
         super().__init__(*args, **kwargs)
-        self.borrowed, self.draft_lengths, self.slot_decay = borrowed, draft_lengths, slot_decay
+        self.borrowed, self.draft_lengths, self.weigh = borrowed, draft_lengths, weigh
         self.model_accepts_loss_kwargs = False  # the loss is a mean over each micro-batch
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        return drafter_loss(*drafts_of_text(model, self.borrowed, inputs), self.borrowed, self.slot_decay)
+        drafts = drafts_of_text(model, self.borrowed, inputs)
+        return drafter_loss(drafts.states, drafts.labels, self.borrowed, self.weigh)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
         """Offline figures over the held-out answers, each process taking its share."""
@@ -151,15 +154,36 @@ def make_config(arguments: argparse.Namespace) -> SpecFormerConfig:
                 f"--config {setting}: expected FIELD=VALUE with a JSON value, as in a=3 b=true."
             ) from error
     overrides["target_name_or_path"] = arguments.target_id or arguments.target
+    if arguments.start_from:
+        if arguments.paper:
+            raise ValueError("--paper and --start-from were both given; the fields of --start-from stay what they are.")
+        fields, _ = SpecFormerConfig.get_config_dict(arguments.start_from)
+        fields.pop("dtype", None)  # of its file
+        return SpecFormerConfig(**{**fields, **overrides})
     make = SpecFormerConfig.paper if arguments.paper else SpecFormerConfig.from_target_config
     return make(target_config, **overrides)
 
 
-def make_drafter(config: SpecFormerConfig, target, answers: Answers) -> SpecFormerModel:
-    """A new drafter with the target's final norm, which drafts the most frequent tokens of the answers."""
+def make_drafter(config: SpecFormerConfig, target, answers: Answers, start_from: str | None = None) -> SpecFormerModel:
+    """A new drafter with the target's final norm, which drafts the most frequent tokens of the answers; or one that
+    goes on from the weights of another, and where it has more than that one, begins there as a new one.
+
+    Raises:
+        ValueError: what the other one has does not fit.
+    """
     drafter = SpecFormerModel(config)
     drafter.init_from_target(target)
-    if drafter.draft_token_ids is not None:
+    if start_from:
+        other = SpecFormerModel.from_pretrained(start_from, dtype=torch.float32)
+        other.borrow(target)  # refuses the drafter of another target
+        own, learnt = drafter.state_dict(), other.state_dict()
+        if misfits := [name for name in learnt if name not in own or own[name].shape != learnt[name].shape]:
+            raise ValueError(
+                f"--start-from {start_from}: {', '.join(misfits)} do not fit the drafter that is asked for. Leave out "
+                "the options that change these, or --start-from."
+            )
+        drafter.load_state_dict(learnt, strict=False)
+    elif drafter.draft_token_ids is not None:
         drafter.choose_draft_tokens(answers.token_counts(drafter.config.vocab_size))
     return drafter
 
@@ -171,6 +195,15 @@ def main(arguments: argparse.Namespace) -> None:
         arguments.target, arguments.target_id = str(fetch_target()), arguments.target_id or HUB_ID
     if arguments.evaluations < 1:
         raise ValueError(f"--evaluations is {arguments.evaluations}; at least 1 is needed, to choose a checkpoint.")
+    if arguments.acceptance_weights is None:
+        weigh = partial(decaying_weights, decay=arguments.slot_decay)
+    elif not 0 <= arguments.acceptance_weights <= 1 or arguments.slot_decay != 1:
+        raise ValueError(
+            f"--acceptance-weights is {arguments.acceptance_weights} and --slot-decay {arguments.slot_decay}; expected "
+            "a number from 0 to 1, and no --slot-decay beside it."
+        )
+    else:
+        weigh = partial(acceptance_weights, smoothing=arguments.acceptance_weights)
     answers = Answers(arguments.data, arguments.max_length)
     held_out = max(1, min(arguments.held_out, len(answers) // 5))
     if len(answers) < 2:
@@ -213,7 +246,7 @@ def main(arguments: argparse.Namespace) -> None:
     dtype = "bfloat16" if training.bf16 and training.device.type != "cpu" else "float32"
     target = AutoModelForCausalLM.from_pretrained(arguments.target, dtype=getattr(torch, dtype))
     target = target.eval().requires_grad_(False).to(training.device)
-    drafter = make_drafter(config, target, answers)
+    drafter = make_drafter(config, target, answers, arguments.start_from)
     borrowed = drafter.borrow(target)
     order = torch.randperm(len(answers), generator=torch.Generator().manual_seed(arguments.seed)).tolist()
     learnt = torch.utils.data.Subset(answers, order[held_out:])
@@ -229,7 +262,7 @@ def main(arguments: argparse.Namespace) -> None:
         callbacks=[EvaluateCheckpoints()],
         borrowed=borrowed,
         draft_lengths=sorted({min(4, slots), min(7, slots), slots}),
-        slot_decay=arguments.slot_decay,
+        weigh=weigh,
     )
     if resume_from:
         trainer.state = TrainerState.load_from_json(str(resume_from / "trainer_state.json"))
@@ -241,9 +274,10 @@ def main(arguments: argparse.Namespace) -> None:
 
     if trainer.is_world_process_zero():
         state = trainer.state
+        names = {"data": arguments.data.name, "start_from": arguments.start_from and Path(arguments.start_from).name}
         log = {
             **provenance("specformer.scripts.train"),
-            "settings": {**settings, "target": config.target_name_or_path, "data": arguments.data.name},
+            "settings": {**settings, **names, "target": config.target_name_or_path},
             "parameters": sum(parameter.numel() for parameter in drafter.parameters()),
             "answers": len(answers) - held_out,
             "answer_tokens": answers.num_answer_tokens,
@@ -271,6 +305,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, required=True, help="folder for the drafter; begun or gone on with")
     parser.add_argument("--target", help="folder or Hub id of the target; default: the one of fetch_target")
     parser.add_argument("--target-id", help="name of the target to record, where --target is a folder")
+    parser.add_argument("--start-from", help="folder or Hub id of a drafter whose weights to begin with")
     parser.add_argument("--paper", action="store_true", help="the paper's inputs: no anchor token")
     parser.add_argument("--num-draft-tokens", type=int)
     parser.add_argument("--default-num-assistant-tokens", type=int)
@@ -281,6 +316,12 @@ def parse() -> argparse.Namespace:
         "--config", nargs="+", default=[], metavar="FIELD=VALUE", help="other fields of SpecFormerConfig, as JSON"
     )
     parser.add_argument("--slot-decay", type=float, default=1.0, help="slot j weighs slot_decay**j in the loss")
+    parser.add_argument(
+        "--acceptance-weights",
+        type=float,
+        metavar="SMOOTHING",
+        help="weigh slots by what they contribute to accepted drafts instead (D-PACE; 0.5 is its authors' smoothing)",
+    )
     parser.add_argument("--epochs", type=float, default=3)
     parser.add_argument("--batch-size", type=int, default=8, help="texts per step and process")
     parser.add_argument("--accumulation", type=int, default=1, help="micro-batches per step")

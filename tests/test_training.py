@@ -112,6 +112,27 @@ def held_out_figures(folders: Path, drafter: SpecFormerModel, count: int = 4) ->
 # ---- a run that is left alone
 
 
+def test_training_goes_on_from_another_drafter(folders: Path, monkeypatch):
+    """With a part that the other one does not have, and where it stopped in all others."""
+    first = run(monkeypatch, folders, *EACH_STEP, "--draft-vocab-size", "40")
+    options = ("--start-from", str(first), "--config", "previous_token_rank=8", "--acceptance-weights", "0.5")
+    few = ("--epochs", "1", "--evaluations", "1", "--learning-rate", "1e-9")
+    second = run(monkeypatch, folders, *EACH_STEP, *options, *few, output="second")
+    before, after = SpecFormerModel.from_pretrained(first), SpecFormerModel.from_pretrained(second)
+    assert after.config.previous_token_rank == 8
+    assert after.draft_token_ids.tolist() == before.draft_token_ids.tolist()
+    own = after.state_dict()
+    for key, weight in before.state_dict().items():
+        torch.testing.assert_close(own[key], weight, rtol=0, atol=1e-6)
+    assert log_of(second)["settings"]["start_from"] == first.name
+    best = log_of(first)["best"]["tokens_per_pass"]
+    assert log_of(second)["best"]["tokens_per_pass"] == pytest.approx(best, rel=0.05)
+    with pytest.raises(ValueError, match=r"positional_ffn.weight.* do not fit the drafter that is asked for"):
+        run(monkeypatch, folders, *EACH_STEP, *options, "--num-draft-tokens", "2", output="third")
+    with pytest.raises(ValueError, match="--paper and --start-from were both given"):
+        run(monkeypatch, folders, *EACH_STEP, *options, "--paper", output="fourth")
+
+
 @pytest.mark.parametrize("preset", [(), ("--paper",)], ids=["anchor", "paper"])
 def test_training_end_to_end(preset: tuple, folders: Path, monkeypatch):
     folder = run(monkeypatch, folders, *EACH_STEP, *preset, "--target-id", "some/target")
@@ -129,7 +150,7 @@ def test_training_end_to_end(preset: tuple, folders: Path, monkeypatch):
     assert figures[-1]["eval_accuracy_slot_0"] > 0.3  # chance is 1 in 64
     assert log["best"]["tokens_per_pass"] == max(entry["eval_tokens_per_pass"] for entry in figures)
     assert 0 < log["minutes"] < 5
-    assert 0.1 < log["peak_memory_gib"] < 10
+    assert 0.1 < log["peak_memory_gib"] <= resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     assert drafter.config.use_anchor_token is not bool(preset)
     assert drafter.config.target_name_or_path == "some/target"
     assert drafter.config.default_num_assistant_tokens == 2
@@ -206,12 +227,12 @@ def test_gradients_reach_all_of_the_drafter_and_none_of_the_target(folders: Path
     answers = Answers(folders / "answers.jsonl", 16)
     batch = Answers.collate([answers[0], answers[1]])
     borrowed = drafter.borrow(target)
-    states, labels = drafts_of_text(drafter, borrowed, batch)
+    states, labels, _ = drafts_of_text(drafter, borrowed, batch)
     drafter_loss(states, labels, borrowed, chunk_size=50).backward()
     assert all(parameter.grad is not None and parameter.grad.any() for parameter in drafter.parameters())
     assert all(parameter.grad is None for parameter in target.parameters())
-    count = int((labels != IGNORED).sum())
-    assert shapes == [(50, VOCAB)] * (count // 50) + [(count % 50, VOCAB)]
+    assert sum(count for count, _ in shapes) == int((labels != IGNORED).sum())
+    assert max(shapes) <= (50, VOCAB)
     assert len(shapes) > 2
 
 
@@ -221,8 +242,8 @@ def test_right_padding_does_not_reach_drafts(folders: Path):
     answers = Answers(folders / "answers.jsonl", 100)
     rows = [answers[0], tuple(values[:9] for values in answers[1])]
     borrowed = drafter.borrow(target)
-    together, _ = drafts_of_text(drafter, borrowed, Answers.collate(rows))
-    alone, _ = drafts_of_text(drafter, borrowed, Answers.collate(rows[1:]))
+    together = drafts_of_text(drafter, borrowed, Answers.collate(rows)).states
+    alone = drafts_of_text(drafter, borrowed, Answers.collate(rows[1:])).states
     assert 0 < len(alone) < len(together)
     torch.testing.assert_close(together[-len(alone) :], alone, rtol=0, atol=1e-6)
 
@@ -575,23 +596,30 @@ def test_two_processes(folders: Path):
 
 
 LOSS_MEMORY = """
-import resource, sys, torch
+import re, sys, torch
+from pathlib import Path
 from torch.nn import functional
 from specformer.scripts.losses import HeadCrossEntropy
 
 count, vocab, size = 16384, 8192, 64
 head, states = torch.randn(size, vocab), torch.randn(count, size, requires_grad=True)
-labels, weights = torch.randint(0, vocab, (count,)), torch.ones(count)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+labels = torch.randint(0, vocab, (count,))
+
+def peak():  # in KiB; what getrusage() says begins with the peak of the process that started this one
+    return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
+
+before = peak()
 if sys.argv[1] == "naive":
     loss = functional.cross_entropy(states @ head, labels, reduction="sum")
 else:
-    loss = HeadCrossEntropy.apply(states, labels, weights, lambda chunk: chunk @ head, 1024)
+    states, labels, weigh = states.view(-1, 4, size), labels.view(-1, 4), torch.ones_like
+    loss, _ = HeadCrossEntropy.apply(states, labels, weigh, lambda chunk: chunk @ head, 1024)
 loss.backward()
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**10)
+print((peak() - before) / 2**10)
 """
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak where Linux keeps it")
 def test_the_loss_never_holds_all_logits():
     """Their 16,384 x 8,192 numbers are 512 MiB, and the usual loss holds them more than once."""
     mib = {}

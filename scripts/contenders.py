@@ -19,18 +19,18 @@ LOOKUP = "prompt lookup"
 
 
 class KnownText(NoDrafter):
-    """Drafts from a text that is known in advance: right everywhere, or wrong everywhere.
+    """Drafts from a text that is known in advance, and knows where to be wrong.
 
     Args:
         answer: that text, new tokens of each row, (B, T).
-        is_right: whether to draft it or another one.
+        is_right: where to draft it and where another one, bool (B, T).
         most: tokens to draft at most.
     """
 
     default_num_assistant_tokens = 2
 
-    def __init__(self, answer: torch.Tensor, is_right: bool, most: int):
-        self.answer, self.shift, self.max_draft_tokens = answer, 0 if is_right else 1, most
+    def __init__(self, answer: torch.Tensor, is_right: torch.Tensor, most: int):
+        self.drafts, self.max_draft_tokens = answer ^ (~is_right).long(), most
 
     def begin(self, input_ids, layout, first_tokens, max_length) -> None:
         self.rows = torch.arange(len(input_ids), device=input_ids.device)
@@ -38,7 +38,7 @@ class KnownText(NoDrafter):
 
     def propose(self, num_tokens, choose) -> torch.Tensor:
         steps = self.written[:, None] + torch.arange(num_tokens, device=self.rows.device)
-        return self.answer[self.rows[:, None], steps.clamp(max=self.answer.shape[1] - 1)] ^ self.shift
+        return self.drafts[self.rows[:, None], steps.clamp(max=self.drafts.shape[1] - 1)]
 
     def update(self, tokens, counts, longest) -> None:
         self.written = self.written + counts
@@ -87,6 +87,17 @@ def our_way(target, assistant, k: int | str | None, **more) -> Way:
     return Way(call)
 
 
+def knowledge(answer: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Where drafters know `answer` (B, T): everywhere, nowhere, and at 7 of 10 tokens: the same for all rows, which
+    then advance together, or each row's own."""
+    everywhere = torch.ones_like(answer, dtype=torch.bool)
+    found = {"always right": everywhere, "always wrong": ~everywhere}
+    if len(answer) > 1:
+        mostly = torch.rand(answer.shape, generator=torch.Generator().manual_seed(0)).to(answer.device) < 0.7
+        found |= {"7 of 10 right, in step": mostly[:1].expand(answer.shape), "7 of 10 right, ragged": mostly}
+    return found
+
+
 def ways(target, drafter, answer: torch.Tensor, lengths: list[int | str], assistant=None) -> dict[str, Way]:
     """Every way that can run this batch, by name; `answer` (B, T) is what plain generate() answers."""
     batch_size, on_gpu = len(answer), target.device.type == "cuda"
@@ -99,9 +110,10 @@ def ways(target, drafter, answer: torch.Tensor, lengths: list[int | str], assist
         if assistant is not None:
             found[THEIR_ASSISTANT] = Way(lambda **batch: (target.generate(**batch, assistant_model=assistant), None))
     found[LOOKUP] = our_way(target, None, None, prompt_lookup_num_tokens=4)
-    most = drafter.config.num_draft_tokens
-    known = {"always right": KnownText(answer, True, most), "always wrong": KnownText(answer, False, most)}
-    for name, one in {"default": drafter, **known}.items():
+    every = {"default": drafter}
+    for name, is_right in knowledge(answer).items():
+        every[name] = KnownText(answer, is_right, drafter.config.num_draft_tokens)
+    for name, one in every.items():
         for length in lengths:
             found[f"{name}, {'' if length == 'auto' else 'k = '}{length}"] = our_way(target, one, length)
     return found

@@ -30,21 +30,35 @@ output = target.generate(
 
 def training_text(log: dict, config: dict) -> str:
     """What a drafter is and how it was trained, in sentences. `log`: training.json; `config`: config.json."""
-    settings, machine = log["settings"], log["machine"]
     vocabulary = config.get("draft_vocab_size")
     vocabulary = f" that draft the {vocabulary:,} most frequent tokens" if vocabulary else ""
     inputs = "with" if config["use_anchor_token"] else "without"
+    rank = config.get("previous_token_rank")
+    correction = f", and a correction of rank {rank} by the token in front" if rank else ""
     return (
         f"{log['parameters'] / 1e6:.1f} million weights ({config['dtype']}), {config['num_draft_tokens']} draft "
-        f"slots{vocabulary}, {inputs} the anchor token as input. Trained on {log['answers']:,} answers of the target "
+        f"slots{vocabulary}, {inputs} the anchor token as input{correction}. {run_text(log)} On the held-out answers "
+        f"the best checkpoint comes to {log['best']['tokens_per_pass']:.2f} tokens per target pass, greedy, at "
+        f"{min(7, config['num_draft_tokens'])} drafted."
+    )
+
+
+def run_text(log: dict) -> str:
+    """On what, for how long and where a drafter was trained, and before that the one that it began with."""
+    settings, machine, before = log["settings"], log["machine"], log.get("before")
+    return (
+        f"{run_text(before) + ' Then trained' if before else 'Trained'} on {log['answers']:,} answers of the target "
         f"itself ({log['answer_tokens']:,} tokens, {log['held_out_answers']} of the answers held out), "
         f"{settings['epochs']:g} epochs, {log['steps']:,} steps of {settings['batch_size']} x "
         f"{settings['accumulation']} texts on each of {settings['processes']} processes, in {log['minutes']:.0f} "
         f"minutes on {machine['device']} ({machine['cpu']}), torch {log['versions']['torch']}, transformers "
-        f"{log['versions']['transformers']}. On the held-out answers the best checkpoint comes to "
-        f"{log['best']['tokens_per_pass']:.2f} tokens per target pass, greedy, at "
-        f"{min(7, config['num_draft_tokens'])} drafted."
+        f"{log['versions']['transformers']}."
     )
+
+
+def commands(log: dict) -> list[str]:
+    """Of the training, and before that of the drafter that it began with."""
+    return [*(commands(log["before"]) if log.get("before") else []), log["command"]]
 
 
 def task_table(result: dict) -> list[str]:
@@ -116,7 +130,9 @@ def model_card(folder: Path, results: list[dict], license: str | None, sources: 
             "",
             training_text(log, config),
             "",
-            f"```\n{log['command']}\n```",
+            "```",
+            *commands(log),
+            "```",
             "",
             *(["## Prompts", "", sources.strip(), ""] if sources else []),
             "## Limits",

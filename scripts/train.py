@@ -188,6 +188,14 @@ def make_drafter(config: SpecFormerConfig, target, answers: Answers, start_from:
     return drafter
 
 
+def training_of(drafter: str | None) -> dict | None:
+    """How the drafter in a folder was trained, as far as it is known; without the history."""
+    path = Path(drafter or "") / "training.json"
+    if not drafter or not path.exists():
+        return None
+    return {key: value for key, value in json.loads(path.read_text()).items() if key != "history"}
+
+
 def main(arguments: argparse.Namespace) -> None:
     from specformer.scripts.fetch_target import HUB_ID, fetch_target
 
@@ -286,6 +294,7 @@ def main(arguments: argparse.Namespace) -> None:
             "minutes": minutes_between(output / SETTINGS, last_whole_checkpoint(output) / WHOLE),
             "peak_memory_gib": peak_memory() / 2**30,
             "best": {"step": state.best_global_step, "tokens_per_pass": state.best_metric},
+            "before": training_of(arguments.start_from),
             "history": [entry for entry in state.log_history if "train_runtime" not in entry],  # of one session only
         }
         best = output / f"checkpoint-{state.best_global_step}"

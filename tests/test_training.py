@@ -125,6 +125,11 @@ def test_training_goes_on_from_another_drafter(folders: Path, monkeypatch):
     for key, weight in before.state_dict().items():
         torch.testing.assert_close(own[key], weight, rtol=0, atol=1e-6)
     assert log_of(second)["settings"]["start_from"] == first.name
+    assert log_of(second)["before"] == {key: value for key, value in log_of(first).items() if key != "history"}
+    card = (second / "README.md").read_text()
+    assert card.count("rained on 20 answers of the target itself") == 2
+    assert card.count("python -m specformer.scripts.train --data answers.jsonl") == 2
+    assert "a correction of rank 8" in card
     best = log_of(first)["best"]["tokens_per_pass"]
     assert log_of(second)["best"]["tokens_per_pass"] == pytest.approx(best, rel=0.05)
     with pytest.raises(ValueError, match=r"positional_ffn.weight.* do not fit the drafter that is asked for"):

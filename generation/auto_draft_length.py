@@ -66,6 +66,7 @@ class AutoDraftLength(DraftLength):
         regime: what the time of a round depends on besides its rows.
     """
 
+    TRIED = 8  # longer ones are tried beside the best only, shorter ones all: more rows are not always slower
     TRIALS = 2  # rounds of a length before its time counts
     FIRST_PATIENCE, LAST_PATIENCE = 8, 128  # rounds between two turns of other lengths
     FADING = 0.995  # weight of what was seen before, one row's drafts later
@@ -113,7 +114,8 @@ class AutoDraftLength(DraftLength):
         if self.waited <= self.patience:
             return best
         self.waited, self.patience = 0, min(2 * self.patience, self.LAST_PATIENCE)
-        others = [length for length in (best + 1, best - 1, 0) if 0 <= length <= self.most and length != best]
+        others = (best + 1, best - 1, 0, *range(min(self.most, self.TRIED) + 1))
+        others = [length for length in dict.fromkeys(others) if 0 <= length <= self.most and length != best]
         other = others[self.turns % len(others)]
         self.turns += 1
         self.planned = [] if best else [other]  # the first of two rounds catches up, and is not timed

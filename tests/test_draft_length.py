@@ -27,17 +27,18 @@ __all__ = ["target"]  # a fixture
 
 @dataclass
 class World:
-    """Rounds of `rows` rows: a pass over 1 + k tokens takes 1 + slope * k, drafting takes `draft`; each slot is right
-    with a probability of its own."""
+    """Rounds of `rows` rows: a pass over 1 + k tokens takes 1 + slope * k, or slope[k], drafting takes `draft`; each
+    slot is right with a probability of its own."""
 
     rates: list[float]
-    slope: float
+    slope: float | list[float]
     draft: float
     rows: int = 8
     noise: float = 0.0
 
     def seconds(self, k: int) -> float:
-        return 1 + self.slope * k + self.draft * (k > 0)
+        of_pass = self.slope[k] if isinstance(self.slope, list) else 1 + self.slope * k
+        return of_pass + self.draft * (k > 0)
 
     def tokens(self, k: int) -> float:
         """Expected tokens of a row and round."""
@@ -84,6 +85,7 @@ WORLDS = {
     "one row": World([0.5, 0.4, 0.3, 0.3], 0.1, 0.1, rows=1),
     "one row, useless": World([0.0] * 4, 0.1, 0.1, rows=1),
     "many rows": World([0.5, 0.4, 0.3, 0.3], 0.1, 0.1, rows=128),
+    "four rows are cheaper than three on a CPU": World([0.45, 0.4, 0.3, 0.3], [1.0, 1.42, 1.65, 1.36, 1.59], 0.05),
     "noisy clock": World([0.7, 0.6, 0.5, 0.4], 0.05, 0.1, noise=0.3),
 }
 

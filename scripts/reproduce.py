@@ -24,20 +24,29 @@ RECIPES = {
     "gpu": {
         "distill": ["--batch-size", "768", "--max-new-tokens", "256"],
         "train": [
-            *("--epochs", "4", "--batch-size", "64", "--learning-rate", "1e-3", "--max-length", "768"),
-            *("--num-draft-tokens", "8", "--default-num-assistant-tokens", "4", "--mixed-precision", "bf16"),
-            *("--draft-vocab-size", "16384", "--slot-decay", "0.8"),
-            *("--held-out", "512", "--evaluations", "12", "--logging-steps", "50"),
+            [
+                *("--epochs", "4", "--batch-size", "64", "--learning-rate", "1e-3", "--max-length", "768"),
+                *("--num-draft-tokens", "8", "--default-num-assistant-tokens", "4", "--mixed-precision", "bf16"),
+                *("--draft-vocab-size", "16384", "--acceptance-weights", "0.5", "--config", "previous_token_rank=256"),
+                *("--held-out", "512", "--evaluations", "12", "--logging-steps", "50"),
+            ]
         ],
         "evaluate": ["--batch-size", "40", "--dtype", "bfloat16", "--max-new-tokens", "256"],
     },
     "cpu": {
         "distill": ["--batch-size", "96", "--max-new-tokens", "160", "--limit", "4000", "--max-prompt-tokens", "128"],
         "train": [
-            *("--epochs", "5", "--batch-size", "8", "--learning-rate", "1.5e-3", "--max-length", "512"),
-            *("--num-draft-tokens", "4", "--default-num-assistant-tokens", "2"),
-            *("--draft-vocab-size", "8192", "--slot-decay", "0.8", "--store-hidden-states"),
-            *("--held-out", "64", "--evaluations", "5"),
+            [
+                *("--epochs", "5", "--batch-size", "8", "--learning-rate", "1.5e-3", "--max-length", "512"),
+                *("--num-draft-tokens", "4", "--default-num-assistant-tokens", "2"),
+                *("--draft-vocab-size", "8192", "--slot-decay", "0.8", "--store-hidden-states"),
+                *("--held-out", "64", "--evaluations", "5"),
+            ],
+            [
+                *("--epochs", "2", "--batch-size", "8", "--learning-rate", "8e-4", "--max-length", "512"),
+                *("--acceptance-weights", "0.5", "--config", "previous_token_rank=256", "--store-hidden-states"),
+                *("--held-out", "64", "--evaluations", "4"),
+            ],
         ],
         "evaluate": ["--batch-size", "8", "--max-new-tokens", "64"],
     },
@@ -50,13 +59,18 @@ OUT_OF_TIME = 75
 
 
 def commands(arguments: argparse.Namespace) -> list[list[str]]:
-    """The steps, each a module of specformer.scripts and its arguments."""
+    """The steps, each a module of specformer.scripts and its arguments. A second training begins with the drafter of
+    the first."""
     recipe = RECIPES[arguments.recipe]
     target = ["--target", arguments.target] if arguments.target else []
     answers, drafter = str(arguments.output / "answers"), str(arguments.output / "drafter")
     steps = [["distill", "--prompts", arguments.prompts, "--output", answers, *target, *recipe["distill"]]]
     name = ["--target-id", arguments.target_id] if arguments.target_id else []
-    steps.append(["train", "--data", answers, "--output", drafter, *target, *name, *recipe["train"]])
+    for number, options in enumerate(recipe["train"], 1):
+        is_last = number == len(recipe["train"])
+        folder = drafter if is_last else str(arguments.output / f"drafter-{number}")
+        begin = ["--start-from", str(arguments.output / f"drafter-{number - 1}")] if number > 1 else []
+        steps.append(["train", "--data", answers, "--output", folder, *target, *name, *begin, *options])
     for prompts in arguments.evaluate:
         for k in ("4", "7"):
             result = arguments.output / f"{Path(prompts).stem}_k{k}.json"
@@ -89,7 +103,8 @@ def main(arguments: argparse.Namespace) -> int:
             return OUT_OF_TIME
         if status:
             return status
-    results = [json.loads(Path(step[step.index("--output") + 1]).read_text()) for step in steps[2:]]
+    measured = [step for step in steps if step[0] == "evaluate_drafter"]
+    results = [json.loads(Path(step[step.index("--output") + 1]).read_text()) for step in measured]
     write_model_card(arguments.output / "drafter", results)
     print(f"The drafter is in {arguments.output / 'drafter'}, with its model card.")
     return 0

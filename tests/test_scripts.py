@@ -294,7 +294,7 @@ def test_ablations(folder: Path, monkeypatch):
     run(ablations, monkeypatch, *arguments, *budget)
     result = json.loads((folder / "result.json").read_text())
     assert result["trial"] is True
-    assert len(result["variants"]) == 6
+    assert len(result["variants"]) == 8
     weights = {name: runs[0]["parameters"] for name, runs in result["variants"].items()}
     assert (
         weights["no positional FFN"] < weights["paper"] == weights["causal draft attention"] < weights["twice as wide"]

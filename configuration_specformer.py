@@ -18,12 +18,13 @@ SIZES = (
     "num_key_value_heads",
     "head_dim",
     "num_draft_tokens",
-    "num_candidates",
     "target_num_hidden_layers",
 )
 LARGEST = 2**24
 """No size of a drafter comes near. Beyond it a config is damaged or hostile, and its memory must not be asked for."""
 MOST_PARAMETERS = 20_000_000_000
+MOST_CANDIDATES = 1024
+"""Every slot reads as many rows of the target's head, and again for every row of the batch."""
 LIMITS = {"rms_norm_eps": (0.0, 1.0), "rope_theta": (1e-6, 1e30), "initializer_range": (0.0, 1e3)}
 SWITCHES = ("use_anchor_token", "causal_draft_attention", "use_positional_ffn")
 DTYPES = ("float32", "float16", "bfloat16", "float64")
@@ -68,7 +69,7 @@ class SpecFormerConfig(PreTrainedConfig):
         previous_token_rank (`int`, *optional*): width of the network that corrects each slot by the token in front,
             chosen just before; `None` means there is none, as in the paper.
         num_candidates (`int`, defaults to 16): with `previous_token_rank`, how many of the best tokens of each slot are
-            scored again after the correction.
+            scored again after the correction; at most 1,024.
         target_layer_ids (`list[int]`, *optional*): which of the target's hidden states are inputs: `i` is the state
             that enters layer `i`, and `target_num_hidden_layers` the last one, after the final norm. `None` means the
             paper's `[0, L/2, L-1, L]`, without the first where the anchor token takes its place.
@@ -234,6 +235,11 @@ class SpecFormerConfig(PreTrainedConfig):
             raise ValueError(
                 f"SpecFormerConfig: default_num_assistant_tokens is {short(default)}; expected an integer from 0 to "
                 f"{LARGEST}."
+            )
+        if not is_whole(self.num_candidates, 1) or self.num_candidates > MOST_CANDIDATES:
+            raise ValueError(
+                f"SpecFormerConfig: num_candidates is {short(self.num_candidates)}; expected a positive integer up to "
+                f"{MOST_CANDIDATES}."
             )
         for name in SWITCHES:
             if not isinstance(getattr(self, name), bool):

@@ -17,6 +17,11 @@ from transformers.utils import cached_file
 from .configuration_specformer import SpecFormerConfig
 
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
+MOST_BYTES = 2**18
+"""Of config.json, of an index and of the header of a weights file. Those of a drafter have a few thousand; to read
+millions takes minutes, and gigabytes of memory."""
+MOST_LISTED = 20
+"""Of the keys that are wrong with a checkpoint, in the message about it."""
 
 
 def check_checkpoint(
@@ -62,13 +67,32 @@ def check_values(model: PreTrainedModel) -> None:
 
 def refuse_misfits(name, **problems) -> None:
     """Raise what is wrong with a checkpoint, if anything is. `problems`: keys, by what is wrong with them."""
-    problems = {kind: sorted(keys) for kind, keys in problems.items() if keys}
+    problems = {kind: listed(sorted(keys)) for kind, keys in problems.items() if keys}
     if problems:
         raise ValueError(
             f"The checkpoint {str(name)!r} does not hold the weights of the SpecFormer drafter that its config "
             f"describes: {problems}. Its config.json and its weights are not of one piece, or a field that was given "
             "to from_pretrained(...) does not fit them. Leave such fields out, or save both again with "
             "drafter.save_pretrained(...)."
+        )
+
+
+def listed(keys: list[str]) -> list[str]:
+    """The first of `keys` for a message, none of them at full length if it is long."""
+    more = [f"and {len(keys) - MOST_LISTED} more"] if len(keys) > MOST_LISTED else []
+    return [key if len(key) <= 200 else f"{key[:200]}..." for key in keys[:MOST_LISTED]] + more
+
+
+def check_size(what: str, num_bytes: int) -> None:
+    """Refuse to read what is far longer than it is in any drafter.
+
+    Raises:
+        ValueError: it is.
+    """
+    if num_bytes > MOST_BYTES:
+        raise ValueError(
+            f"{what} has {num_bytes:,} bytes, and no drafter's has more than {MOST_BYTES:,}: it is damaged or hostile. "
+            "Download the drafter again, or save it again with drafter.save_pretrained(...)."
         )
 
 
@@ -94,9 +118,11 @@ def weight_files(name, subfolder: str, hub: dict, config=None, variant: str | No
 
     if os.path.isfile(os.path.join(subfolder, name)):
         raise ValueError(f"{str(name)!r} is a file; give the folder of a drafter, or its Hub id.")
-    if config is None and find("config.json") is None:
-        # transformers would go on with a default config
-        raise OSError(f"{str(name)!r} holds no config.json; it is not the folder or repository of a drafter.")
+    if config is None:
+        if (file := find("config.json")) is None:
+            # transformers would go on with a default config
+            raise OSError(f"{str(name)!r} holds no config.json; it is not the folder or repository of a drafter.")
+        check_size(file, os.path.getsize(file))
     if find("adapter_config.json", **optional) or (kwargs.get("adapter_kwargs") or {}).get("_adapter_model_path"):
         raise ValueError(
             f"{str(name)!r} holds an adapter_config.json, by which transformers would load other weights. A drafter "
@@ -110,12 +136,15 @@ def weight_files(name, subfolder: str, hub: dict, config=None, variant: str | No
 
 def shards_of(index: str) -> list[str]:
     """Names of the files of a sharded checkpoint."""
+    check_size(index, os.path.getsize(index))
     try:
         shards = set(json.loads(Path(index).read_text())["weight_map"].values())
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{index} names no shards ({error}). Download the drafter again, or save it again.") from error
     if not all(isinstance(shard, str) and re.fullmatch(r"\w[\w.-]*\.safetensors", shard) for shard in shards):
         raise ValueError(f"{index} names files that are not safetensors beside it. Do not use this drafter.")
+    if not shards:
+        raise ValueError(f"{index} names no shards (it is empty). Download the drafter again, or save it again.")
     return sorted(shards)
 
 
@@ -127,6 +156,8 @@ def stored_shapes(files: list[str]) -> dict[str, list[int]]:
     """Shapes of all tensors in safetensors files, by their headers."""
     shapes = {}
     for file in files:
+        with open(file, "rb") as start:
+            check_size(f"The header of {file}", int.from_bytes(start.read(8), "little"))
         with safe_open(file, framework="pt") as tensors:
             shapes.update({key: tensors.get_slice(key).get_shape() for key in tensors.keys()})  # noqa: SIM118
     return shapes

@@ -19,6 +19,7 @@ from transformers.utils import HF_MODULES_CACHE
 from .configuration_specformer import SpecFormerConfig
 
 STRATEGY = "custom_generate"
+CARD = "README.md"
 WRITTEN = "<!-- written by specformer -->"
 """A card without this line was written by a person, and is left alone."""
 HERE = "<this repository>"
@@ -115,9 +116,9 @@ def complete_repository(drafter, folder: Path, token: bool | str | None = None) 
         strategy.mkdir(exist_ok=True)
         for source in sources:
             shutil.copyfile(source, strategy / source.name)
-    card = folder / "README.md"
+    card = folder / CARD
     if not card.exists():
-        card.write_text(short_card(drafter.config))
+        card.write_text(short_card(drafter.config), encoding="utf-8")
 
 
 def push(drafter, repo_id: str, *, max_shard_size: int | str = "50GB", token: bool | str | None = None, **arguments):
@@ -125,6 +126,37 @@ def push(drafter, repo_id: str, *, max_shard_size: int | str = "50GB", token: bo
     with tempfile.TemporaryDirectory() as folder:
         drafter.save_pretrained(folder, max_shard_size=max_shard_size, token=token)
         return push_folder(folder, repo_id, token=token, **arguments)
+
+
+def files_to_send(folder: Path) -> dict[str, Path]:
+    """The files of `folder` that a push sends, its card among them, by their names in the repository.
+
+    Raises:
+        ValueError: one of them is no file, or a link to one elsewhere, which is nobody else's business.
+    """
+    files = {
+        path.relative_to(folder).as_posix(): path for pattern in (*PUBLISHED, CARD) for path in folder.glob(pattern)
+    }
+    blobs = folder.resolve().parent.parent / "blobs"  # huggingface_hub's cache holds links to files there
+    for path in files.values():
+        if not path.is_file():
+            raise ValueError(f"{path} is no file, or cannot be read; remove it.")
+        if not any(path.resolve().is_relative_to(home) for home in (folder.resolve(), blobs)):
+            raise ValueError(f"{path} is a link to a file outside of the drafter; remove it, or put a copy there.")
+    return files
+
+
+def read_card(file: Path) -> str:
+    """Raises:
+    OSError: `file` cannot be read.
+    ValueError: it is not in UTF-8.
+    """
+    if file.exists() and not file.is_file():  # a pipe would be read for ever
+        raise OSError(f"The model card {file} is no file.")
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"The model card {file} is no UTF-8 text ({error}); save it as UTF-8.") from error
 
 
 def push_folder(
@@ -155,26 +187,27 @@ def push_folder(
         What huggingface_hub says of the commit.
 
     Raises:
-        ValueError: no such id can be, or both a branch and a pull request were asked for.
+        ValueError: no such id can be, both a branch and a pull request were asked for, or a file cannot be sent.
         RuntimeError: the Hub refused, or could not be reached to the end.
     """
     validate_repo_id(repo_id)
     if create_pr and revision is not None:
         raise ValueError("A pull request is opened against the main branch: give `revision` or `create_pr`, not both.")
     folder = Path(folder)
-    contents: dict[str, Path | bytes] = {
-        path.relative_to(folder).as_posix(): path for pattern in PUBLISHED for path in folder.glob(pattern)
-    }
+    contents: dict[str, Path | bytes] = {**files_to_send(folder)}
+    own_card = contents.pop(CARD, None)
+    if card is None and own_card is not None:
+        own_card = read_card(own_card)
     api = HfApi(token=token)
     try:
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision is not None:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         there = api.list_repo_files(repo_id, revision=revision)
-        if card is None and "README.md" not in there and (folder / "README.md").exists():
-            card = (folder / "README.md").read_text()
+        if card is None and CARD not in there:
+            card = own_card
         if card is not None:
-            contents["README.md"] = card.replace(HERE, repo_id).encode()
+            contents[CARD] = card.replace(HERE, repo_id).encode()
         stale = [path for path in there if WEIGHTS.fullmatch(path) and path not in contents]
         # not upload_folder, which makes several commits of many files
         return api.create_commit(

@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 from specformer.configuration_specformer import SpecFormerConfig
-from specformer.publishing_specformer import STRATEGY, WEIGHTS, push_folder
+from specformer.publishing_specformer import STRATEGY, WEIGHTS, push_folder, read_card
 
 
 def check_drafter(folder: Path) -> None:
@@ -35,7 +35,10 @@ def check_drafter(folder: Path) -> None:
             f"{folder} is no whole drafter: {', '.join(missing)} is missing. Name the folder that training wrote, or "
             "one of drafter.save_pretrained(...)."
         )
-    kind = json.loads((folder / "config.json").read_text()).get("model_type")
+    try:
+        kind = dict(json.loads((folder / "config.json").read_text())).get("model_type")
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{folder / 'config.json'} is no config of a drafter ({error}).") from error
     if kind != SpecFormerConfig.model_type:
         raise ValueError(f"{folder} holds no drafter but a model of type {kind!r}.")
 
@@ -62,7 +65,7 @@ def main(arguments: argparse.Namespace) -> None:
         commit = push_folder(
             arguments.drafter,
             arguments.repository,
-            card=card and card.read_text(),
+            card=card and read_card(card),
             commit_message=arguments.message,
             private=arguments.private,
             revision=arguments.revision,

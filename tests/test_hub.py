@@ -364,6 +364,53 @@ def test_script_says_what_is_wrong_with_a_folder(fault: str, message: str, hub: 
     assert hub.requests == []
 
 
+def link_to(place: Path):
+    return lambda file: file.symlink_to(place)
+
+
+NOT_SENT = {
+    "card of bytes": ("README.md", lambda file: file.write_bytes(b"# Card \xff\n"), "README.md is no UTF-8 text"),
+    "card of pieces": ("README.md", lambda file: file.mkdir(), "README.md is no file"),
+    "card of a pipe": ("README.md", os.mkfifo, "README.md is no file"),
+    "config of a list": ("config.json", lambda file: file.write_text("[1]"), "config.json is no config of a drafter"),
+    "no config": ("config.json", lambda file: file.write_text(""), "config.json is no config of a drafter"),
+    "deep config": ("config.json", lambda file: file.write_text("[" * 10**6), "config.json is no config of a drafter"),
+    "bytes": ("config.json", lambda file: file.write_bytes(b"\xff{"), "config.json is no config of a drafter"),
+    "loop": ("custom_generate/x.py", lambda file: file.symlink_to(file), "x.py is no file"),
+    "folder": ("custom_generate/x.py", lambda file: file.mkdir(), "x.py is no file"),
+    "pipe": ("custom_generate/x.py", os.mkfifo, "x.py is no file"),
+    "link": ("custom_generate/x.py", link_to(ROOT / "setup.cfg"), "x.py is a link to a file outside"),
+    "linked card": ("README.md", link_to(ROOT / "setup.cfg"), "README.md is a link to a file outside"),
+}
+
+
+@pytest.mark.parametrize("case", NOT_SENT)
+@pytest.mark.parametrize("options", [[], ["--replace-card"]], ids=["", "replace card"])
+def test_what_cannot_be_sent(case: str, options: list[str], hub: Hub, tmp_path: Path, monkeypatch):
+    """Told before the Hub hears of it."""
+    name, spoil, message = NOT_SENT[case]
+    folder = tmp_path / "drafter"
+    make_drafter().save_pretrained(folder)
+    (folder / name).unlink(missing_ok=True)
+    spoil(folder / name)
+    with pytest.raises(SystemExit, match=f"^Not published. .*{message}"):
+        script(monkeypatch, folder, ID, *options)
+    assert hub.requests == []
+
+
+def test_links_within_the_cache_are_sent(hub: Hub, tmp_path: Path):
+    """A folder of huggingface_hub's cache holds links to the blobs beside it."""
+    make_drafter().save_pretrained(tmp_path / "drafter")
+    snapshot, blobs = tmp_path / "cache" / "snapshots" / "abc", tmp_path / "cache" / "blobs"
+    blobs.mkdir(parents=True)
+    for number, (name, content) in enumerate(files_of(tmp_path / "drafter").items()):
+        (blobs / str(number)).write_bytes(content)
+        (snapshot / name).parent.mkdir(parents=True, exist_ok=True)
+        (snapshot / name).symlink_to(os.path.relpath(blobs / str(number), (snapshot / name).parent))
+    push_folder(snapshot, ID)
+    assert set(sent(hub)) == REPOSITORY
+
+
 # ---- what a stranger does with it
 
 STRANGER = (

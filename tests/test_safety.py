@@ -103,7 +103,7 @@ def adapter(folder: Path) -> None:
 
 PICKLES = {
     "instead of safetensors": (leave_only("pytorch_model.bin"), OSError, "safetensors"),
-    "under the name of safetensors": (lambda folder: None, ValueError, "cannot be read"),
+    "under the name of safetensors": (lambda folder: None, ValueError, "no drafter's has more than"),
     "as a shard": (sharded("shard.bin"), ValueError, "not safetensors beside it"),
     "as a shard elsewhere": (sharded("../shard.safetensors"), ValueError, "not safetensors beside it"),
     "as an adapter": (adapter, ValueError, "no adapters"),
@@ -232,6 +232,56 @@ def test_weights_of_another_size(folder: Path):
     assert taken < 2**20  # KiB; the weights would be six times that
 
 
+def test_long_files_are_not_read(folder: Path):
+    """A config, a header or an index of millions of entries would take minutes and gigabytes."""
+    more = {f"x{number}": {} for number in range(30_000)}
+    edit_config(folder, a="x" * 2**15)
+    SpecFormerModel.from_pretrained(folder)
+    config = (folder / "config.json").read_text()
+    edit_config(folder, **more)
+    assert "config.json has " in refusal(folder)
+    (folder / "config.json").write_text(config)
+    header, tensors = read_weights(folder)
+    nothing = dict(dtype="F32", shape=[0], data_offsets=[len(tensors)] * 2)
+    write_weights(folder, {**header, **dict.fromkeys(more, nothing)}, tensors)
+    assert "bytes, and no drafter's has more than 262,144: it is damaged" in refusal(folder)
+    (folder / WEIGHTS).unlink()
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": dict.fromkeys(more, "a.safetensors")})
+    )
+    assert "index.json has " in refusal(folder)
+
+
+@pytest.mark.parametrize("names", [[f"x{number}" for number in range(2000)], ["x" * 200_000]], ids=["many", "long"])
+def test_messages_about_weights_are_short(names: list[str], folder: Path):
+    header, tensors = read_weights(folder)
+    nothing = dict(dtype="F32", shape=[0], data_offsets=[len(tensors)] * 2)
+    write_weights(folder, {**header, **dict.fromkeys(names, nothing)}, tensors)
+    message = refusal(folder)
+    assert "unexpected_keys" in message
+    assert len(message) < 2000
+    assert ("and 1980 more" in message) == (len(names) > 1)
+
+
+def test_an_index_without_shards(folder: Path):
+    (folder / WEIGHTS).unlink()
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {}, "metadata": {}}')
+    assert "names no shards" in refusal(folder)
+
+
+def loop(file: Path) -> None:
+    file.symlink_to(file)
+
+
+@pytest.mark.parametrize("kind", [loop, os.mkfifo, Path.mkdir, lambda file: file.symlink_to("/dev/zero")])
+@pytest.mark.parametrize("name", ["config.json", WEIGHTS])
+def test_what_is_no_file(name: str, kind, folder: Path):
+    """Nothing is read of it: reading a pipe or /dev/zero would never end."""
+    (folder / name).unlink()
+    kind(folder / name)
+    assert name in refusal(folder, OSError)
+
+
 def test_an_extra_weight(folder: Path):
     header, tensors = read_weights(folder)
     header["extra.weight"] = dict(dtype="F32", shape=[1], data_offsets=[len(tensors), len(tensors) + 4])
@@ -246,6 +296,9 @@ HOSTILE = [
     *({name: value} for name in ("hidden_size", "vocab_size", "num_draft_tokens") for value in (10**9, HUGE, -1, 0)),
     *({name: value} for name in ("intermediate_size", "head_dim") for value in ("8", 2.0, NAN, True, [8], {"a": 1})),
     *({name: "8"} for name in ("hidden_size", "num_attention_heads", "target_num_hidden_layers", "draft_vocab_size")),
+    *({"previous_token_rank": value} for value in (HUGE, -1, 0, "8", 2.0, True, [8])),
+    *({"num_candidates": value} for value in (LARGEST, 1025, -1, 0, "8", 2.0, True, None, NAN)),
+    {"previous_token_rank": LARGEST, "hidden_size": 2**16, "head_dim": 64},
     {"hidden_size": None},
     {"num_attention_heads": 0},
     {"num_key_value_heads": 0},

@@ -131,6 +131,7 @@ def test_own_target_reloaded_and_offloaded(tmp_path):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU on this machine")
 def test_own_target_on_a_gpu():
     drafter = drafter_of(own_target())
     for dtype in (torch.float32, torch.bfloat16):

@@ -161,6 +161,11 @@ class SpecFormerConfig(PreTrainedConfig):
         return len(self.target_layer_ids) + int(self.use_anchor_token)
 
     @property
+    def reads_last_states(self) -> bool:
+        """Whether the last of its inputs are the states that the target's head reads."""
+        return self.target_layer_ids[-1] == self.target_num_hidden_layers
+
+    @property
     def num_parameters(self) -> int:
         """Of the drafter, by its sizes."""
         size, slices, slots = self.hidden_size, self.num_input_slices, self.num_draft_tokens

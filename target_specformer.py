@@ -142,10 +142,15 @@ class BorrowedTarget:
     def draft_logits(self, draft_hidden_states: torch.Tensor) -> torch.Tensor:
         """Logits of the tokens that are drafted, with the family's scale and soft cap: (..., d) -> (..., V')."""
         if self.draft_token_ids is None:
-            return self._scaled(self.head(draft_hidden_states))
+            return self.target_logits(draft_hidden_states)
         if self._rows is None:
             return self._scaled(self.head(draft_hidden_states)[..., self.draft_token_ids])
         return self._scaled(self._rows(draft_hidden_states))
+
+    def target_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """The target's logits of all tokens, of its last hidden states or of what resembles them: (..., d) ->
+        (..., V)."""
+        return self._scaled(self.head(hidden_states))
 
     def candidate_logits(self, draft_hidden_states: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
         """What `draft_logits` has at `places` (..., C), without the others where the head allows: (..., C)."""

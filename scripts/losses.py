@@ -1,8 +1,10 @@
-"""The training loss: cross-entropy of every draft slot, without ever holding all of its logits."""
+"""The training loss: cross-entropy of every draft slot, and if asked for its distance from the target's distribution,
+without ever holding the logits of all slots."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from specformer.target_specformer import BorrowedTarget
@@ -31,37 +33,62 @@ def acceptance_weights(losses: torch.Tensor, smoothing: float = 0.5) -> torch.Te
     return reached.flip(1).cumsum(dim=1).flip(1)
 
 
-class HeadCrossEntropy(torch.autograd.Function):
-    """Weighted sum of cross-entropies through a frozen LM head, and the sum of the weights. The logits are never held
-    for more than one chunk.
+def distances(logits: torch.Tensor, target_chances: torch.Tensor) -> torch.Tensor:
+    """Total variation between the drafter's distribution q and the target's p: sum over the whole vocabulary of
+    |p - q| / 2, where q is 0 for tokens that are never drafted. Both sum to 1 there, so that it equals 1 - sum over the
+    drafted tokens of min(p, q): the chance that speculative sampling at temperature 1 rejects the draft.
+
+    Args:
+        logits: of the drafted tokens, (M, V').
+        target_chances: p of the same tokens, (M, V').
+    """
+    return 1 - torch.minimum(logits.softmax(dim=-1), target_chances).sum(dim=-1)
+
+
+class Verifiers(NamedTuple):
+    """The target where it verifies drafts: slot j at position n is verified at position n + 1 + j.
+
+    Attributes:
+        states: the target's last hidden states, which its head reads, (P, d).
+        places: which of them verifies each slot, (..., D); of no meaning where there is no label.
+    """
+
+    states: torch.Tensor
+    places: torch.Tensor
+
+
+class ChunkedLoss(torch.autograd.Function):
+    """Weighted sum of the losses of slots, and the sum of the weights, computed chunk by chunk: what `losses_of` makes
+    of states, such as logits, is never held for more than one chunk.
 
     The gradient with respect to the states is taken while each chunk's logits exist, so that plain `loss.backward()`
     needs neither the logits nor a second pass through the head. Weights are taken as constants.
 
     Args:
         states: (N, D, d).
-        labels: (N, D); IGNORED ones have an infinite loss and no weight.
-        weigh: from losses (n, D) of some positions to weights (n, D).
-        logits_of: the head.
-        chunk_size: slots whose logits are held at once.
+        kept: which slots count, (N, D).
+        weigh: from cross-entropies (n, D) of some positions, infinite where a slot does not count, to weights (n, D).
+        losses_of: from states (M, d) of some slots and their index in (N, D) to cross-entropies and losses, (M,) each.
+        chunk_size: slots that are computed at once.
     """
 
     @staticmethod
-    def forward(ctx, states: torch.Tensor, labels: torch.Tensor, weigh: Callable, logits_of: Callable, chunk_size: int):
+    def forward(ctx, states: torch.Tensor, kept: torch.Tensor, weigh: Callable, losses_of: Callable, chunk_size: int):
         precise = torch.promote_types(states.dtype, torch.float32)
         total, weight = (torch.zeros((), dtype=precise, device=states.device) for _ in range(2))
         gradients = torch.zeros_like(states)
-        step = max(1, chunk_size // labels.shape[1])
+        step = max(1, chunk_size // kept.shape[1])
         for start in range(0, len(states), step):
-            chunk = slice(start, start + step)
-            kept = labels[chunk] != IGNORED
+            chunk = kept[start : start + step]
+            rows, columns = chunk.nonzero(as_tuple=True)
+            slots = start + rows, columns
             with torch.enable_grad():
-                leaf = states[chunk][kept].detach().requires_grad_()  # (M, d)
-                losses = functional.cross_entropy(logits_of(leaf).to(precise), labels[chunk][kept], reduction="none")
-                table = losses.new_full(kept.shape, torch.inf).masked_scatter(kept, losses.detach())
-                weights = weigh(table)[kept]
+                leaf = states[slots].detach().requires_grad_()  # (M, d)
+                entropies, losses = losses_of(leaf, slots)
+                table = entropies.new_full(chunk.shape, torch.inf).masked_scatter(chunk, entropies.detach())
+                weights = weigh(table)[chunk]
                 loss = losses @ weights
-            gradients[chunk][kept] = torch.autograd.grad(loss, leaf)[0]
+            gradients[slots] = torch.autograd.grad(loss, leaf)[0]
             total += loss.detach()
             weight += weights.sum()
         ctx.save_for_backward(gradients)
@@ -86,20 +113,45 @@ def drafter_loss(
     borrowed: BorrowedTarget,
     weigh: Callable[[torch.Tensor], torch.Tensor] = decaying_weights,
     chunk_size: int = 1024,
+    distance_share: float = 0.0,
+    verifiers: Verifiers | None = None,
 ) -> torch.Tensor:
-    """Weighted mean of the cross-entropies of all labelled slots.
+    """Weighted mean of the losses of all labelled slots: (1 - distance_share) * cross-entropy + distance_share *
+    distance from the target's own distribution (see `distances`). DSpark (arXiv 2607.05147) has a share of 0.9.
 
     Args:
         draft_hidden_states: (..., D, d).
         labels: (..., D); IGNORED ones do not count, nor tokens that are never drafted.
-        weigh: what a slot weighs, such as `decaying_weights`, which is the paper's, or `acceptance_weights`.
+        weigh: from cross-entropies to what slots weigh, such as `decaying_weights`, which is the paper's, or
+            `acceptance_weights`.
         chunk_size: rows of logits that are held at once.
+        distance_share: from 0, the paper's loss, to 1.
+        verifiers: of the slots; needed for the distance alone.
     """
-    dtype = borrowed.target.dtype
-
-    def logits_of(states: torch.Tensor) -> torch.Tensor:
-        return borrowed.draft_logits(states.to(dtype))
-
+    dtype, precise = borrowed.target.dtype, torch.promote_types(draft_hidden_states.dtype, torch.float32)
     states, labels = draft_hidden_states.flatten(0, -3), borrowed.draft_labels(labels).flatten(0, -2)
-    total, weight = HeadCrossEntropy.apply(states, labels, weigh, logits_of, chunk_size)
+    places = verifiers.places.flatten(0, -2) if distance_share else None
+
+    def target_chances(places: torch.Tensor) -> torch.Tensor:
+        """What the target gives the drafted tokens: (M,) -> (M, V')."""
+        places, back = places.unique(return_inverse=True)  # up to D slots of a chunk have the same one
+        chances = borrowed.target_logits(verifiers.states[places].to(dtype)).to(precise).softmax(dim=-1)
+        return (chances if borrowed.draft_token_ids is None else chances[:, borrowed.draft_token_ids])[back]
+
+    def losses_of(states: torch.Tensor, slots: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+        logits = borrowed.draft_logits(states.to(dtype)).to(precise)
+        entropies = functional.cross_entropy(logits, labels[slots], reduction="none")
+        if not distance_share:
+            return entropies, entropies
+        with torch.no_grad():
+            chances = target_chances(places[slots])
+        return entropies, (1 - distance_share) * entropies + distance_share * distances(logits, chances)
+
+    total, weight = ChunkedLoss.apply(states, labels != IGNORED, weigh, losses_of, chunk_size)
     return total / weight.clamp(min=torch.finfo(weight.dtype).tiny)
+
+
+def base_share(share: float, step: int, num_steps: int) -> float:
+    """How much the loss of uncorrected states counts at a step: `share` at first, then less and less, and nothing from
+    half of the steps on (the base-loss curriculum of Domino, arXiv 2605.29707)."""
+    return share * max(0.0, 1 - 2 * step / num_steps)

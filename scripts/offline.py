@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from specformer.configuration_specformer import SpecFormerConfig
 from specformer.scripts.answers import Answers
-from specformer.scripts.losses import IGNORED, drafter_loss, slot_labels
+from specformer.scripts.losses import IGNORED, Verifiers, drafter_loss, slot_labels
 from specformer.target_specformer import BorrowedTarget
 from torch import nn
 from torch.nn import functional
@@ -39,33 +39,42 @@ class Drafts(NamedTuple):
             (N, D, d).
         labels: (N, D), IGNORED past the end.
         first_states: before the correction, (N, D, d).
+        verifiers: of the slots, where the drafter reads the target's last hidden states.
     """
 
     states: torch.Tensor
     labels: torch.Tensor
     first_states: torch.Tensor
+    verifiers: Verifiers | None = None
+
+
+def in_front(values: torch.Tensor, num_slots: int) -> torch.Tensor:
+    """What slot j at position n has in front of it, which is at position n + 1 + j: (B, T) -> (B, T, D), 0 past the
+    end."""
+    return functional.pad(values, (0, num_slots))[:, 1:].unfold(1, num_slots, 1)
 
 
 def drafts_of_text(drafter: nn.Module, borrowed: BorrowedTarget, batch: dict[str, torch.Tensor]) -> Drafts:
     """Drafts of the positions of `batch` that have something to draft."""
-    dtype = next(drafter.parameters()).dtype
+    dtype, config = next(drafter.parameters()).dtype, drafter_config(drafter)
     hidden_states = batch["hidden_states"] if "hidden_states" in batch else target_states(borrowed, batch)
     anchors = None
-    if drafter_config(drafter).use_anchor_token:
+    if config.use_anchor_token:
         with torch.no_grad():
             anchors = borrowed.embed(functional.pad(batch["input_ids"][:, 1:], (0, 1))).to(dtype)
-    slots = drafter_config(drafter).num_draft_tokens
+    slots = config.num_draft_tokens
     labels = slot_labels(batch["labels"], slots)
     wanted = (labels != IGNORED).any(dim=2)
-    previous = None
-    if drafter_config(drafter).previous_token_rank is not None:
-        padded = functional.pad(batch["input_ids"], (0, slots))
-        windows = padded[:, 1:].unfold(1, slots, 1)  # (B, T, D): slot j is behind token n + 1 + j
+    previous = verifiers = None
+    if config.previous_token_rank is not None:
         with torch.no_grad():
-            previous = borrowed.embed(windows[wanted]).to(dtype)
+            previous = borrowed.embed(in_front(batch["input_ids"], slots)[wanted]).to(dtype)
+    if config.reads_last_states:
+        positions = torch.arange(wanted.numel(), device=wanted.device).view(wanted.shape)
+        verifiers = Verifiers(hidden_states[:, :, -1].flatten(0, 1), in_front(positions, slots)[wanted])
     output = drafter(hidden_states.to(dtype), anchors, draft_positions=wanted, previous_embeds=previous)
     first, corrected = output.draft_hidden_states, output.corrected_hidden_states
-    return Drafts(first if corrected is None else corrected, labels[wanted], first)
+    return Drafts(first if corrected is None else corrected, labels[wanted], first, verifiers)
 
 
 def chosen_tokens(drafts: Drafts, borrowed: BorrowedTarget, config: SpecFormerConfig) -> torch.Tensor:

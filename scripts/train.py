@@ -4,10 +4,10 @@
     accelerate launch -m specformer.scripts.train --data answers --output runs/drafter --mixed-precision bf16
 
 --data is what specformer.scripts.distill wrote: what the target answered, not what somebody else wrote. The target
-stays frozen and its hidden states are computed on the fly. The loss is the paper's: cross-entropy of every slot at
-every response position (arXiv 2511.20340, section 3). Run the same command again after an interruption: it goes on
-from the last whole checkpoint, with the losses of a run that was left alone. The best checkpoint by tokens per target
-pass on held-out answers ends up in --output, ready for AutoModel.from_pretrained.
+stays frozen and its hidden states are computed on the fly. The loss is the paper's, cross-entropy of every slot at
+every response position (arXiv 2511.20340, section 3), unless options say otherwise. Run the same command again after
+an interruption: it goes on from the last whole checkpoint, with the losses of a run that was left alone. The best
+checkpoint by tokens per target pass on held-out answers ends up in --output, ready for AutoModel.from_pretrained.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from accelerate import PartialState
 from specformer.configuration_specformer import SpecFormerConfig
 from specformer.modeling_specformer import SpecFormerModel
 from specformer.scripts.answers import Answers
-from specformer.scripts.losses import acceptance_weights, decaying_weights, drafter_loss
+from specformer.scripts.losses import acceptance_weights, base_share, decaying_weights, drafter_loss
 from specformer.scripts.model_card import write_model_card
 from specformer.scripts.offline import drafts_of_text, evaluate_offline, summarise
 from specformer.scripts.provenance import provenance
@@ -57,17 +57,25 @@ class DrafterTrainer(Trainer):
     Args:
         borrowed: the target.
         draft_lengths: numbers of drafted tokens to evaluate; the last one decides which checkpoint is the best.
-        weigh: see `drafter_loss`.
+        loss: `drafter_loss` with what it is asked for.
+        base_loss: see `base_share`.
     """
 
-    def __init__(self, *args, borrowed: BorrowedTarget, draft_lengths: list[int], weigh: Callable, **kwargs):
+    def __init__(
+        self, *args, borrowed: BorrowedTarget, draft_lengths: list[int], loss: Callable, base_loss: float, **kwargs
+    ):
         super().__init__(*args, **kwargs)
-        self.borrowed, self.draft_lengths, self.weigh = borrowed, draft_lengths, weigh
+        self.borrowed, self.draft_lengths, self.loss, self.base_loss = borrowed, draft_lengths, loss, base_loss
         self.model_accepts_loss_kwargs = False  # the loss is a mean over each micro-batch
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         drafts = drafts_of_text(model, self.borrowed, inputs)
-        return drafter_loss(drafts.states, drafts.labels, self.borrowed, self.weigh)
+        loss_of = partial(self.loss, labels=drafts.labels, borrowed=self.borrowed, verifiers=drafts.verifiers)
+        loss = loss_of(drafts.states)
+        # of the Trainer's own count of steps, which goes on where it was
+        if share := base_share(self.base_loss, self.state.global_step, self.state.max_steps):
+            loss = (1 - share) * loss + share * loss_of(drafts.first_states)
+        return loss
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
         """Offline figures over the held-out answers, each process taking its share."""
@@ -164,6 +172,33 @@ def make_config(arguments: argparse.Namespace) -> SpecFormerConfig:
     return make(target_config, **overrides)
 
 
+def make_loss(arguments: argparse.Namespace, config: SpecFormerConfig) -> Callable:
+    """`drafter_loss` as the arguments want it; their errors come before anything is written."""
+    smoothing, decay = arguments.acceptance_weights, arguments.slot_decay
+    if smoothing is not None and (not 0 <= smoothing <= 1 or decay != 1):
+        raise ValueError(
+            f"--acceptance-weights is {smoothing} and --slot-decay {decay}; expected a number from 0 to 1, and no "
+            "--slot-decay beside it."
+        )
+    for option, share in {"--distance-loss": arguments.distance_loss, "--base-loss": arguments.base_loss}.items():
+        if share is not None and not 0 <= share <= 1:
+            raise ValueError(f"{option} is {share}; expected a number from 0 to 1.")
+    if arguments.distance_loss and not config.reads_last_states:
+        raise ValueError(
+            f"--distance-loss is {arguments.distance_loss} and target_layer_ids {config.target_layer_ids}; expected "
+            f"{config.target_num_hidden_layers} among these, the states that the target's distribution comes from."
+        )
+    if arguments.base_loss and config.previous_token_rank is None:
+        raise ValueError(
+            f"--base-loss is {arguments.base_loss} and previous_token_rank null; expected --config "
+            "previous_token_rank=256 or the like beside it: the base is what that corrects."
+        )
+    weigh = partial(decaying_weights, decay=decay)
+    if smoothing is not None:
+        weigh = partial(acceptance_weights, smoothing=smoothing)
+    return partial(drafter_loss, weigh=weigh, distance_share=arguments.distance_loss or 0.0)
+
+
 def make_drafter(config: SpecFormerConfig, target, answers: Answers, start_from: str | None = None) -> SpecFormerModel:
     """A new drafter with the target's final norm, which drafts the most frequent tokens of the answers; or one that
     goes on from the weights of another, and where it has more than that one, begins there as a new one.
@@ -203,20 +238,12 @@ def main(arguments: argparse.Namespace) -> None:
         arguments.target, arguments.target_id = str(fetch_target()), arguments.target_id or HUB_ID
     if arguments.evaluations < 1:
         raise ValueError(f"--evaluations is {arguments.evaluations}; at least 1 is needed, to choose a checkpoint.")
-    if arguments.acceptance_weights is None:
-        weigh = partial(decaying_weights, decay=arguments.slot_decay)
-    elif not 0 <= arguments.acceptance_weights <= 1 or arguments.slot_decay != 1:
-        raise ValueError(
-            f"--acceptance-weights is {arguments.acceptance_weights} and --slot-decay {arguments.slot_decay}; expected "
-            "a number from 0 to 1, and no --slot-decay beside it."
-        )
-    else:
-        weigh = partial(acceptance_weights, smoothing=arguments.acceptance_weights)
+    config, output = make_config(arguments), arguments.output
+    loss = make_loss(arguments, config)
     answers = Answers(arguments.data, arguments.max_length)
     held_out = max(1, min(arguments.held_out, len(answers) // 5))
     if len(answers) < 2:
         raise ValueError(f"{arguments.data} holds {len(answers)} answer; at least 2 are needed, one to evaluate on.")
-    config, output = make_config(arguments), arguments.output
     training = TrainingArguments(
         output_dir=str(output),
         use_cpu=not torch.accelerator.is_available(),  # unsaid, several processes would not know of each other there
@@ -270,7 +297,8 @@ def main(arguments: argparse.Namespace) -> None:
         callbacks=[EvaluateCheckpoints()],
         borrowed=borrowed,
         draft_lengths=sorted({min(4, slots), min(7, slots), slots}),
-        weigh=weigh,
+        loss=loss,
+        base_loss=arguments.base_loss or 0.0,
     )
     if resume_from:
         trainer.state = TrainerState.load_from_json(str(resume_from / "trainer_state.json"))
@@ -330,6 +358,20 @@ def parse() -> argparse.Namespace:
         type=float,
         metavar="SMOOTHING",
         help="weigh slots by what they contribute to accepted drafts instead (D-PACE; 0.5 is its authors' smoothing)",
+    )
+    parser.add_argument(
+        "--distance-loss",
+        type=float,
+        metavar="SHARE",
+        help="share of each slot's loss that is the distance from the target's distribution, half the sum of |p - q| "
+        "(0.9 is DSpark's), not the cross-entropy",
+    )
+    parser.add_argument(
+        "--base-loss",
+        type=float,
+        metavar="SHARE",
+        help="with previous_token_rank: share of the loss that is of drafts before they are corrected, falling to 0 "
+        "over the first half of the steps (Domino's curriculum, from 1)",
     )
     parser.add_argument("--epochs", type=float, default=3)
     parser.add_argument("--batch-size", type=int, default=8, help="texts per step and process")

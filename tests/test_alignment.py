@@ -12,14 +12,18 @@ import torch
 from exactness import choose_eos
 from specformer import SpecFormerModel, generate
 from specformer.generation.specformer_drafter import SpecFormerDrafter
+from specformer.scripts.answers import Answers
 from specformer.scripts.losses import (
     IGNORED,
-    HeadCrossEntropy,
+    ChunkedLoss,
     acceptance_weights,
+    base_share,
     decaying_weights,
+    distances,
     drafter_loss,
     slot_labels,
 )
+from specformer.scripts.offline import Drafts, drafts_of_text, target_states
 from tiny import PRESETS, VOCAB, all_logits, llama, over_vocabulary, ragged_batch
 from torch.nn import functional
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
@@ -228,17 +232,22 @@ def test_labels_and_drafts_mean_the_same_token(monkeypatch, target):
 @pytest.mark.parametrize("count", [1, 4, 5, 8, 11])
 @pytest.mark.parametrize("factor", [1.0, -2.5])
 @pytest.mark.parametrize("weigh", [lambda losses: losses.new_ones(losses.shape), lambda losses: 1 / (2 + losses)])
-def test_head_cross_entropy_is_cross_entropy(count: int, factor: float, weigh):
-    """Chunks of 4 positions that fit and that do not."""
+def test_chunks_have_the_loss_and_the_gradient_of_all_slots(count: int, factor: float, weigh):
+    """Chunks of 4 positions that fit and that do not. Weights are of the cross-entropies, whatever the losses."""
     head = torch.randn(16, 30, dtype=torch.float64)
     states = torch.randn(count, 3, 16, dtype=torch.float64, requires_grad=True)
     labels = torch.randint(0, 30, (count, 3))
     labels[0, 1] = IGNORED
     losses = functional.cross_entropy((states @ head).transpose(1, 2), labels, reduction="none", ignore_index=IGNORED)
     weights = weigh(losses.detach()) * (labels != IGNORED)
-    naive = (losses * weights).sum()
+    naive = (losses**2 * weights).sum()
     (expected,) = torch.autograd.grad(factor * naive, states)
-    ours, weight = HeadCrossEntropy.apply(states, labels, weigh, lambda chunk: chunk @ head, 13)
+
+    def losses_of(chunk, slots):
+        entropies = functional.cross_entropy(chunk @ head, labels[slots], reduction="none")
+        return entropies, entropies**2
+
+    ours, weight = ChunkedLoss.apply(states, labels != IGNORED, weigh, losses_of, 13)
     (gradient,) = torch.autograd.grad(factor * ours, states)
     torch.testing.assert_close(ours, naive, rtol=1e-6, atol=0)
     torch.testing.assert_close(weight, weights.sum(), rtol=1e-6, atol=0)
@@ -286,3 +295,93 @@ def test_drafter_loss_is_the_weighted_mean_over_labelled_slots(preset: str, deca
     ours, expected = (torch.autograd.grad(value, states)[0] for value in (loss, naive))
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-6)
     assert drafter_loss(states, torch.full_like(labels, IGNORED), borrowed) == 0
+
+
+@pytest.mark.parametrize("drafted", [30, 12])
+def test_distances_are_half_of_all_differences(drafted: int):
+    """And the share of speculative sampling's drafts that are rejected, of tokens that are never drafted too."""
+    chances = torch.randn(9, 30, dtype=torch.float64).mul(3).softmax(-1)
+    logits = torch.randn(9, drafted, dtype=torch.float64)
+    everywhere = functional.pad(logits.softmax(-1), (0, 30 - drafted))
+    ours = distances(logits, chances[:, :drafted])
+    torch.testing.assert_close(ours, (chances - everywhere).abs().sum(-1) / 2)
+    rejection = (everywhere * (1 - chances / everywhere).clamp(min=0)).nan_to_num().sum(-1)
+    torch.testing.assert_close(ours, rejection)
+    own = chances[:, :drafted] / chances[:, :drafted].sum(-1, keepdim=True)
+    torch.testing.assert_close(distances(own.log(), chances[:, :drafted]), 1 - chances[:, :drafted].sum(-1))
+
+
+def texts_of_different_lengths() -> dict[str, torch.Tensor]:
+    generator, rows = torch.Generator().manual_seed(3), []
+    for prompt, length in ((3, 13), (5, 8), (1, 10), (2, 2)):  # the last one has nothing to draft
+        tokens = torch.randint(0, VOCAB, (length,), generator=generator)
+        rows.append((tokens, torch.cat([torch.full((prompt,), IGNORED), tokens[prompt:]])))
+    return Answers.collate(rows)
+
+
+def naive_loss(target, borrowed, batch, drafts: Drafts, weigh, share: float) -> torch.Tensor:
+    """Slot by slot, beside what the target says of each text alone."""
+    logits = all_logits(borrowed, drafts.states.to(target.dtype)).to(drafts.states.dtype)  # (N, D, V)
+    slots = logits.shape[1]
+    entropies, losses, place = torch.full(logits.shape[:2], torch.inf).to(logits), {}, 0
+    for tokens, labels, mask in zip(*(batch[name] for name in ("input_ids", "labels", "attention_mask")), strict=True):
+        length = int(mask.sum())
+        with torch.no_grad():
+            chances = target(input_ids=tokens[None, :length]).logits[0].to(logits.dtype).softmax(-1)
+        for n in range(length):
+            places = [n + 2 + j for j in range(slots)]
+            if not any(at < length and labels[at] != IGNORED for at in places):
+                continue
+            for j, at in enumerate(places):
+                if at < length and labels[at] != IGNORED and logits[place, j, labels[at]] > -torch.inf:
+                    drafted = logits[place, j].softmax(-1)
+                    entropies[place, j] = -drafted[labels[at]].log().detach()
+                    distance = (chances[at - 1] - drafted).abs().sum() / 2
+                    losses[place, j] = share * distance - (1 - share) * drafted[labels[at]].log()
+            place += 1
+    assert place == len(logits)
+    assert (len(losses) == int((drafts.labels != IGNORED).sum())) is (borrowed.draft_token_ids is None)
+    weights = weigh(entropies)
+    return sum(weights[slot] * loss for slot, loss in losses.items()) / sum(weights[slot] for slot in losses)
+
+
+@pytest.mark.parametrize("chunk_size", [7, 1000])
+@pytest.mark.parametrize("weigh", [partial(decaying_weights, decay=0.8), acceptance_weights], ids=["decay", "D-PACE"])
+@pytest.mark.parametrize("share", [0.0, 0.9, 1.0])
+@pytest.mark.parametrize("preset", ["anchor", "some tokens", "previous token"])
+def test_loss_and_gradient_with_the_targets_own_distribution(preset: str, share: float, weigh, chunk_size: int, target):
+    network, batch = make_network(preset, target), texts_of_different_lengths()
+    borrowed = network.borrow(target)
+    drafts = drafts_of_text(network, borrowed, batch)
+    naive = naive_loss(target, borrowed, batch, drafts, weigh, share)
+    loss = drafter_loss(drafts.states, drafts.labels, borrowed, weigh, chunk_size, share, drafts.verifiers)
+    torch.testing.assert_close(loss, naive, rtol=1e-9, atol=0)
+    weights = list(network.parameters())
+    ours, expected = (torch.autograd.grad(value, weights, retain_graph=True) for value in (loss, naive))
+    for gradient, other in zip(ours, expected, strict=True):
+        torch.testing.assert_close(gradient, other, rtol=1e-9, atol=1e-12)
+    nothing = torch.full_like(drafts.labels, IGNORED)
+    assert drafter_loss(drafts.states, nothing, borrowed, weigh, chunk_size, share, drafts.verifiers) == 0
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_distance_from_a_target_in_bfloat16(stored: bool):
+    """Its states may be read from a file, where they are in bfloat16 too."""
+    target, batch = llama(torch.bfloat16), texts_of_different_lengths()
+    network = SpecFormerModel(PRESETS["some tokens"](target.config, num_draft_tokens=4))
+    borrowed = network.borrow(target)
+    if stored:
+        batch["hidden_states"] = target_states(borrowed, batch)
+    drafts = drafts_of_text(network, borrowed, batch)
+    naive = naive_loss(target, borrowed, batch, drafts, decaying_weights, 0.9)
+    loss = drafter_loss(drafts.states, drafts.labels, borrowed, distance_share=0.9, verifiers=drafts.verifiers)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, naive, rtol=1e-3, atol=0)
+    ours, expected = (torch.autograd.grad(value, drafts.states, retain_graph=True)[0] for value in (loss, naive))
+    torch.testing.assert_close(ours, expected, rtol=0, atol=0.01 * float(expected.abs().max()))
+
+
+def test_base_share_falls_to_nothing_by_half_of_the_steps():
+    assert [base_share(0.8, step, 20) for step in (0, 5, 10, 15, 20)] == [0.8, 0.4, 0, 0, 0]
+    assert [base_share(1.0, step, 5) for step in range(5)] == pytest.approx([1, 0.6, 0.2, 0, 0])
+    assert base_share(0.0, 0, 20) == 0

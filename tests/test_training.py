@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,6 +28,7 @@ from tiny import VOCAB, llama, ragged_batch
 
 SMALL = ("--num-draft-tokens", "3", "--default-num-assistant-tokens", "2", "--held-out", "4", "--save-dtype", "float32")
 RUN = (*SMALL, "--epochs", "4", "--batch-size", "4", "--learning-rate", "1e-2", "--evaluations", "4", "--logging-steps")
+OTHER_LOSSES = ("--distance-loss", "0.9", "--base-loss", "1", "--config", "previous_token_rank=8")
 EACH_STEP, SELDOM = (*RUN, "1"), (*RUN, "7")
 
 
@@ -224,21 +226,42 @@ def make_drafter(target) -> SpecFormerModel:
     return SpecFormerModel(SpecFormerConfig.from_target_config(target.config)).to(target.dtype)
 
 
-def test_gradients_reach_all_of_the_drafter_and_none_of_the_target(folders: Path):
-    """And the logits of all slots are never there at once."""
+@pytest.mark.parametrize("share", [0.0, 0.9])
+def test_gradients_reach_all_of_the_drafter_and_none_of_the_target(share: float, folders: Path):
+    """And the logits of all slots are never there at once, nor those of the target."""
     target = llama(torch.float32).requires_grad_(False)
     drafter, shapes = make_drafter(target), []
     target.lm_head.register_forward_hook(lambda module, args, logits: shapes.append(tuple(logits.shape)))
     answers = Answers(folders / "answers.jsonl", 16)
     batch = Answers.collate([answers[0], answers[1]])
     borrowed = drafter.borrow(target)
-    states, labels, _ = drafts_of_text(drafter, borrowed, batch)
-    drafter_loss(states, labels, borrowed, chunk_size=50).backward()
+    drafts = drafts_of_text(drafter, borrowed, batch)
+    loss = dict(distance_share=share, verifiers=drafts.verifiers)
+    drafter_loss(drafts.states, drafts.labels, borrowed, chunk_size=50, **loss).backward()
     assert all(parameter.grad is not None and parameter.grad.any() for parameter in drafter.parameters())
     assert all(parameter.grad is None for parameter in target.parameters())
-    assert sum(count for count, _ in shapes) == int((labels != IGNORED).sum())
+    slots, rows = int((drafts.labels != IGNORED).sum()), sum(count for count, _ in shapes)
+    assert rows == slots if share == 0 else slots < rows < 1.5 * slots  # the target says each thing once a chunk
     assert max(shapes) <= (50, VOCAB)
     assert len(shapes) > 2
+
+
+@pytest.mark.parametrize(("step", "share"), [(0, 0.8), (5, 0.4), (10, 0), (19, 0)])
+def test_the_base_loss_is_of_the_states_before_the_correction(step: int, share: float, folders: Path):
+    target = llama(torch.float64)
+    config = SpecFormerConfig.from_target_config(target.config, previous_token_rank=8, initializer_range=0.3)
+    drafter = SpecFormerModel(config).to(torch.float64)
+    answers, borrowed = Answers(folders / "answers.jsonl", 100), drafter.borrow(target)
+    batch = Answers.collate([answers[0], answers[5]])
+    steps = SimpleNamespace(global_step=step, max_steps=20)
+    trainer = SimpleNamespace(borrowed=borrowed, loss=drafter_loss, base_loss=0.8, state=steps)
+    drafts = drafts_of_text(drafter, borrowed, batch)
+    corrected, first = (
+        drafter_loss(states, drafts.labels, borrowed) for states in (drafts.states, drafts.first_states)
+    )
+    assert not torch.isclose(corrected, first, rtol=1e-3)
+    ours = DrafterTrainer.compute_loss(trainer, drafter, batch)
+    torch.testing.assert_close(ours, (1 - share) * corrected + share * first)
 
 
 def test_right_padding_does_not_reach_drafts(folders: Path):
@@ -351,6 +374,27 @@ def test_bad_config_fields_are_refused_before_anything_is_written(setting, messa
     assert not (folders / "drafter").exists()
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--distance-loss", "1.5"), "--distance-loss is 1.5; expected a number from 0 to 1"),
+        (("--distance-loss", "nan"), "--distance-loss is nan; expected"),
+        (("--base-loss", "-0.1", "--config", "previous_token_rank=8"), "--base-loss is -0.1; expected"),
+        (("--base-loss", "0.5"), "--base-loss is 0.5 and previous_token_rank null; expected --config"),
+        (
+            ("--distance-loss", "0.9", "--config", "target_layer_ids=[0, 2]"),
+            r"--distance-loss is 0.9 and target_layer_ids \[0, 2\]; expected 4 among these",
+        ),
+        (("--acceptance-weights", "2"), "--acceptance-weights is 2.0 and --slot-decay 1.0; expected"),
+    ],
+)
+def test_losses_that_cannot_be_are_refused_before_anything_is_read_or_written(options, message, folders, monkeypatch):
+    (folders / "answers.jsonl").unlink()
+    with pytest.raises(ValueError, match=message):
+        run(monkeypatch, folders, *SELDOM, *options)
+    assert not (folders / "drafter").exists()
+
+
 def test_config_fields_are_taken(folders: Path, monkeypatch):
     fields = ("causal_draft_attention=true", "intermediate_size=48", 'hidden_act="relu"', "draft_vocab_size=40")
     folder = run(monkeypatch, folders, *SELDOM, "--epochs", "1", "--config", *fields)
@@ -408,8 +452,10 @@ def interrupt(patch, owner, name: str, after: int) -> None:
         (EACH_STEP, [3, 5, 8, 1]),  # before the first checkpoint; right behind it; twice between checkpoints
         ((*EACH_STEP, "--accumulation", "2"), [7, 9, 5]),
         ((*SELDOM, "--epochs", "3.5", "--evaluations", "5"), [9, 4]),
+        ((*EACH_STEP, *OTHER_LOSSES), [7, 4]),  # while the base counts, and when it does no longer
+        ((*EACH_STEP, *OTHER_LOSSES, "--acceptance-weights", "0.5", "--accumulation", "2"), [9, 7]),
     ],
-    ids=["steps", "accumulation", "part of an epoch"],
+    ids=["steps", "accumulation", "part of an epoch", "other losses", "other losses, accumulation"],
 )
 def test_an_interrupted_run_goes_on_exactly(options: tuple, stops: list[int], folders: Path, monkeypatch):
     """The stops count micro-batches of one session, so that a run that starts over would not arrive."""
@@ -553,7 +599,8 @@ def test_no_room_for_stored_states(folders: Path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_two_processes(folders: Path):
+@pytest.mark.parametrize("losses", [(), OTHER_LOSSES], ids=["cross-entropy", "other losses"])
+def test_two_processes(losses: tuple, folders: Path):
     """They train one drafter, count the held-out answers once, and go on together after a kill."""
     (folders / "answers.jsonl").write_text("".join(answer_lines(45)))
     driver = folders / "driver.py"
@@ -570,7 +617,7 @@ def test_two_processes(folders: Path):
         "train.main(train.parse())\n"
     )
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(driver))
-    options = (*EACH_STEP, "--held-out", "5", "--store-hidden-states")
+    options = (*EACH_STEP, "--held-out", "5", "--store-hidden-states", *losses)
     said = completed(**command(folders, "calm", *options, launcher=launcher))
     assert said.count("The drafter is in") == 1
     (weights, best), (others, other_best) = (torch.load(f"{driver}.{process}") for process in (0, 1))
@@ -604,7 +651,8 @@ LOSS_MEMORY = """
 import re, sys, torch
 from pathlib import Path
 from torch.nn import functional
-from specformer.scripts.losses import HeadCrossEntropy
+from types import SimpleNamespace
+from specformer.scripts.losses import Verifiers, drafter_loss
 
 count, vocab, size = 16384, 8192, 64
 head, states = torch.randn(size, vocab), torch.randn(count, size, requires_grad=True)
@@ -617,8 +665,11 @@ before = peak()
 if sys.argv[1] == "naive":
     loss = functional.cross_entropy(states @ head, labels, reduction="sum")
 else:
-    states, labels, weigh = states.view(-1, 4, size), labels.view(-1, 4), torch.ones_like
-    loss, _ = HeadCrossEntropy.apply(states, labels, weigh, lambda chunk: chunk @ head, 1024)
+    target, places = SimpleNamespace(dtype=states.dtype), torch.randint(0, count, (count // 4, 4))
+    borrowed = SimpleNamespace(target=target, draft_token_ids=None, draft_labels=lambda labels: labels)
+    borrowed.draft_logits = borrowed.target_logits = lambda chunk: chunk @ head
+    distance = dict(distance_share=float(sys.argv[2]), verifiers=Verifiers(torch.randn(count, size), places))
+    loss = drafter_loss(states.view(-1, 4, size), labels.view(-1, 4), borrowed, **distance)
 loss.backward()
 print((peak() - before) / 2**10)
 """
@@ -628,8 +679,9 @@ print((peak() - before) / 2**10)
 def test_the_loss_never_holds_all_logits():
     """Their 16,384 x 8,192 numbers are 512 MiB, and the usual loss holds them more than once."""
     mib = {}
-    for kind in ("naive", "ours"):
-        command = [sys.executable, "-c", LOSS_MEMORY, kind]
-        mib[kind] = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-    assert mib["naive"] > 900, mib
-    assert mib["ours"] < 250, mib
+    for kind, share in (("naive", "0"), ("ours", "0"), ("ours", "0.9")):
+        command = [sys.executable, "-c", LOSS_MEMORY, kind, share]
+        mib[kind, share] = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    assert mib["naive", "0"] > 900, mib
+    assert mib["ours", "0"] < 250, mib
+    assert mib["ours", "0.9"] < 450, mib  # as many again of the target, of one chunk too

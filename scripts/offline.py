@@ -51,7 +51,7 @@ def drafts_of_text(drafter: nn.Module, borrowed: BorrowedTarget, batch: dict[str
     dtype = next(drafter.parameters()).dtype
     hidden_states = batch["hidden_states"] if "hidden_states" in batch else target_states(borrowed, batch)
     anchors = None
-    if drafter_config(drafter).use_anchor_token:
+    if drafter_config(drafter).reads_anchor_token:
         with torch.no_grad():
             anchors = borrowed.embed(functional.pad(batch["input_ids"][:, 1:], (0, 1))).to(dtype)
     slots = drafter_config(drafter).num_draft_tokens

@@ -33,7 +33,7 @@ def training_text(log: dict, config: dict) -> str:
     settings, machine = log["settings"], log["machine"]
     vocabulary = config.get("draft_vocab_size")
     vocabulary = f" that draft the {vocabulary:,} most frequent tokens" if vocabulary else ""
-    inputs = "with" if config["use_anchor_token"] else "without"
+    inputs = "with" if config["use_anchor_token"] or config.get("anchor_slot") else "without"
     return (
         f"{log['parameters'] / 1e6:.1f} million weights ({config['dtype']}), {config['num_draft_tokens']} draft "
         f"slots{vocabulary}, {inputs} the anchor token as input. Trained on {log['answers']:,} answers of the target "

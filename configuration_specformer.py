@@ -26,7 +26,13 @@ MOST_PARAMETERS = 20_000_000_000
 MOST_CANDIDATES = 1024
 """Every slot reads as many rows of the target's head, and again for every row of the batch."""
 LIMITS = {"rms_norm_eps": (0.0, 1.0), "rope_theta": (1e-6, 1e30), "initializer_range": (0.0, 1e3)}
-SWITCHES = ("use_anchor_token", "causal_draft_attention", "use_positional_ffn")
+SWITCHES = (
+    "use_anchor_token",
+    "anchor_slot",
+    "draft_attends_context",
+    "causal_draft_attention",
+    "use_positional_ffn",
+)
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 REFUSED = (
     "attribute_map",
@@ -62,6 +68,11 @@ class SpecFormerConfig(PreTrainedConfig):
             the weights. `None` means all of them, as in the paper. Fewer cost less time and are rarely missed.
         use_anchor_token (`bool`, defaults to `True`): whether the embedding of the token that follows each position
             is an input. It is known when drafting starts, and the paper's drafter does not see it (`False`).
+        anchor_slot (`bool`, defaults to `False`): whether the embedding of that token is a slot of its own in front of
+            the draft slots, which they see and which sees them.
+        draft_attends_context (`bool`, defaults to `False`): whether the draft slots also see the keys and values of the
+            context layer, those of the tokens up to the position drafted from. In the paper a slot sees other slots
+            alone.
         causal_draft_attention (`bool`, defaults to `False`): whether a slot sees only the slots before it, where the
             paper's see one another.
         use_positional_ffn (`bool`, defaults to `True`): whether every slot has a linear layer of its own, as in the
@@ -101,6 +112,8 @@ class SpecFormerConfig(PreTrainedConfig):
         default_num_assistant_tokens: int = 4,
         draft_vocab_size: int | None = None,
         use_anchor_token: bool = True,
+        anchor_slot: bool = False,
+        draft_attends_context: bool = False,
         causal_draft_attention: bool = False,
         use_positional_ffn: bool = True,
         previous_token_rank: int | None = None,
@@ -126,6 +139,8 @@ class SpecFormerConfig(PreTrainedConfig):
         self.default_num_assistant_tokens = default_num_assistant_tokens
         self.draft_vocab_size = draft_vocab_size
         self.use_anchor_token = use_anchor_token
+        self.anchor_slot = anchor_slot
+        self.draft_attends_context = draft_attends_context
         self.causal_draft_attention = causal_draft_attention
         self.use_positional_ffn = use_positional_ffn
         self.previous_token_rank = previous_token_rank
@@ -166,15 +181,21 @@ class SpecFormerConfig(PreTrainedConfig):
         return self.target_layer_ids[-1] == self.target_num_hidden_layers
 
     @property
+    def reads_anchor_token(self) -> bool:
+        """Whether the embedding of the token that follows each position enters the drafter somewhere."""
+        return self.use_anchor_token or self.anchor_slot
+
+    @property
     def num_parameters(self) -> int:
         """Of the drafter, by its sizes."""
         size, slices, slots = self.hidden_size, self.num_input_slices, self.num_draft_tokens
         attention = size + 2 * size * (self.num_attention_heads + self.num_key_value_heads) * self.head_dim
         slot_layer = size + (size + 1) * slots * size if self.use_positional_ffn else slots * size
+        anchor = size + size * size if self.anchor_slot else 0
         rank = self.previous_token_rank
         correction = 0 if rank is None else size + 3 * size * rank
         feed_forward = size + 3 * size * self.intermediate_size
-        return slices * size * (size + 1) + 2 * attention + slot_layer + feed_forward + size + correction
+        return slices * size * (size + 1) + 2 * attention + slot_layer + anchor + feed_forward + size + correction
 
     @classmethod
     def from_target_config(cls, target_config: PreTrainedConfig, **overrides) -> SpecFormerConfig:

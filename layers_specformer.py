@@ -9,6 +9,7 @@ from transformers import Cache
 from transformers.activations import ACT2FN
 
 from .configuration_specformer import SpecFormerConfig
+from .context_specformer import SeenContext
 
 
 class SpecFormerRMSNorm(nn.Module):
@@ -54,6 +55,7 @@ class SpecFormerAttention(nn.Module):
         attention_mask: torch.Tensor | None = None,  # bool, broadcasts to (B, heads, T, keys); True is visible
         is_causal: bool = False,
         past_key_values: Cache | None = None,
+        context: SeenContext | None = None,  # seen besides, where each of the B is the slots of one position
     ) -> torch.Tensor:
         normed = self.norm(hidden_states)
         batch_and_time = hidden_states.shape[:2]
@@ -64,14 +66,17 @@ class SpecFormerAttention(nn.Module):
         query, key = (rotate(states, position_ids, self.rope_theta) for states in (query, key))
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, 0)
-        attended = functional.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=attention_mask,
-            is_causal=is_causal,
-            enable_gqa=query.shape[1] != key.shape[1],
-        )
+        if context is not None:
+            attended = context.attend(query, key, value, is_causal)
+        else:
+            attended = functional.scaled_dot_product_attention(
+                query,
+                key,
+                value,
+                attn_mask=attention_mask,
+                is_causal=is_causal,
+                enable_gqa=query.shape[1] != key.shape[1],
+            )
         return hidden_states + self.o_proj(attended.transpose(1, 2).flatten(2))
 
 
@@ -89,6 +94,19 @@ class SpecFormerMLP(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         normed = self.norm(hidden_states)
         return hidden_states + self.down_proj(self.activation(self.gate_proj(normed)) * self.up_proj(normed))
+
+
+class AnchorSlot(nn.Module):
+    """The token that follows the position drafted from, as a slot in front of the draft slots: its embedding, normed
+    and projected, (..., d) -> (..., d)."""
+
+    def __init__(self, config: SpecFormerConfig):
+        super().__init__()
+        self.norm = SpecFormerRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+
+    def forward(self, anchor_embeds: torch.Tensor) -> torch.Tensor:
+        return self.proj(self.norm(anchor_embeds))
 
 
 class PreviousTokenCorrection(nn.Module):

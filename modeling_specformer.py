@@ -8,9 +8,11 @@
         -> final norm, and the target's own LM head
 
 Slot j (0-based) at position n predicts token n + 2 + j; the target's own logits at n give token n + 1. With
-`use_anchor_token` the embedding of token n + 1 is one of the S inputs at position n. With `draft_vocab_size` the head
-scores only the tokens of `draft_token_ids`. With `previous_token_rank` a slot's state is corrected by the token in
-front of it, once that is chosen.
+`use_anchor_token` the embedding of token n + 1 is one of the S inputs at position n; with `anchor_slot` it is a slot of
+its own in front of the D, until the attention over the slots is done. With `draft_attends_context` the slots also see
+the keys and values that the context attention holds of tokens 0..n. With `draft_vocab_size` the head scores only the
+tokens of `draft_token_ids`. With `previous_token_rank` a slot's state is corrected by the token in front of it, once
+that is chosen.
 
 Nothing of the decode loop is here: that is `generation/` (`custom_generate/` in a published repository).
 """
@@ -23,11 +25,18 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import Cache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from .configuration_specformer import SpecFormerConfig
-from .layers_specformer import PreviousTokenCorrection, SpecFormerAttention, SpecFormerMLP, SpecFormerRMSNorm
+from .context_specformer import SeenContext
+from .layers_specformer import (
+    AnchorSlot,
+    PreviousTokenCorrection,
+    SpecFormerAttention,
+    SpecFormerMLP,
+    SpecFormerRMSNorm,
+)
 from .loading_specformer import check_checkpoint, check_values
 from .publishing_specformer import complete_repository, push
 from .target_specformer import BorrowedTarget, final_norm_scale, some_embeddings
@@ -78,6 +87,8 @@ class SpecFormerModel(PreTrainedModel):
             self.positional_ffn = nn.Linear(size, slots * size, bias=True)
         else:
             self.slot_embeddings = nn.Embedding(slots, size)
+        if config.anchor_slot:
+            self.anchor_slot = AnchorSlot(config)
         self.draft_attention = SpecFormerAttention(config)
         self.draft_mlp = SpecFormerMLP(config)
         self.final_norm = SpecFormerRMSNorm(size, config.rms_norm_eps)
@@ -119,11 +130,7 @@ class SpecFormerModel(PreTrainedModel):
         Returns:
             Context states (B, T, d).
         """
-        if (anchor_embeds is not None) != self.config.use_anchor_token:
-            raise ValueError(
-                f"anchor_embeds is {'missing' if anchor_embeds is None else 'given'}, but this drafter has "
-                f"use_anchor_token={self.config.use_anchor_token}."
-            )
+        self._check_anchors(anchor_embeds, "use_anchor_token")
         if anchor_embeds is not None:
             hidden_states = torch.cat([anchor_embeds[:, :, None], hidden_states], dim=2)  # (B, T, S, d)
         if position_ids is None:
@@ -133,15 +140,49 @@ class SpecFormerModel(PreTrainedModel):
             fused, position_ids, attention_mask, is_causal=attention_mask is None, past_key_values=past_key_values
         )
 
-    def draft(self, context_states: torch.Tensor) -> torch.Tensor:
-        """Draft all slots from each context state on its own (section 3, steps 3 and 4): (..., d) -> (..., D, d)."""
+    def draft(
+        self,
+        context_states: torch.Tensor,
+        anchor_embeds: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        positions_per_row: list[int] | None = None,
+    ) -> torch.Tensor:
+        """Draft all slots from each of N context states (section 3, steps 3 and 4).
+
+        Args:
+            context_states: (N, d), or (..., d) for any number of states.
+            anchor_embeds: embeddings of the tokens that follow them, (N, d), exactly where `config.anchor_slot`.
+
+        What else a drafter with `draft_attends_context` needs, and no other one:
+            position_ids: of the context states, (N, 1).
+            attention_mask: which tokens of its row each of them saw in the context layer, bool (N, heads or 1, 1, K).
+            past_key_values: the cache with which they were encoded, of N rows.
+            positions_per_row: where the cache has other rows than the N, how many of these belong to each, in order.
+
+        Returns:
+            Normed states of every slot, (N, D, d), or (..., D, d).
+        """
+        self._check_anchors(anchor_embeds, "anchor_slot")
         if self.config.use_positional_ffn:
             slots = self.positional_ffn(self.positional_norm(context_states))
         else:
             slots = context_states[..., None, :] + self.slot_embeddings.weight
-        slots = slots.view(-1, self.config.num_draft_tokens, self.config.hidden_size)  # (B*T, D, d)
-        slot_ids = torch.arange(slots.shape[1], device=slots.device)[None]
-        slots = self.draft_attention(slots, slot_ids, is_causal=self.config.causal_draft_attention)
+        slots = slots.view(-1, self.config.num_draft_tokens, self.config.hidden_size)  # (N, D, d)
+        if anchor_embeds is not None:
+            slots = torch.cat([self.anchor_slot(anchor_embeds).view(-1, 1, slots.shape[2]), slots], dim=1)
+        slot_ids, context = torch.arange(slots.shape[1], device=slots.device)[None], None
+        if self.config.draft_attends_context:
+            if past_key_values is None:
+                raise ValueError("past_key_values is missing, but this drafter has draft_attends_context=True.")
+            layer, width = past_key_values.layers[0], attention_mask.shape[3]
+            context = SeenContext(
+                layer.keys[:, :, :width], layer.values[:, :, :width], attention_mask[:, :, 0], positions_per_row
+            )
+            slot_ids = position_ids + 1 + slot_ids  # (N, D), behind the context; without it only distances count
+        slots = self.draft_attention(slots, slot_ids, is_causal=self.config.causal_draft_attention, context=context)
+        slots = slots[:, -self.config.num_draft_tokens :]  # without the anchor's
         slots = self.final_norm(self.draft_mlp(slots))
         return slots.view(*context_states.shape[:-1], *slots.shape[1:])
 
@@ -156,12 +197,42 @@ class SpecFormerModel(PreTrainedModel):
         previous_embeds: torch.Tensor | None = None,
     ) -> SpecFormerOutput:
         """Draft from every position, or from the N where `draft_positions` (B, T) is True: the teacher-forced pass that
-        training uses. `previous_embeds` (B, T, D, d), or (N, D, d), are embeddings of the tokens in front of each
-        slot's, to correct by. See `encode_context` for the other arguments."""
-        context = self.encode_context(hidden_states, anchor_embeds, position_ids, attention_mask, past_key_values)
-        drafted = self.draft(context if draft_positions is None else context[draft_positions])
+        training uses. `anchor_embeds` (B, T, d) are given exactly where `config.reads_anchor_token`. `previous_embeds`
+        (B, T, D, d), or (N, D, d), are embeddings of the tokens in front of each slot's, to correct by. See
+        `encode_context` for the other arguments."""
+        config, (rows, length) = self.config, hidden_states.shape[:2]
+        self._check_anchors(anchor_embeds, "reads_anchor_token")
+        if config.draft_attends_context and past_key_values is None:
+            past_key_values = DynamicCache()
+        fused_anchors = anchor_embeds if config.use_anchor_token else None
+        context = self.encode_context(hidden_states, fused_anchors, position_ids, attention_mask, past_key_values)
+
+        at = context.new_ones(rows, length, dtype=torch.bool) if draft_positions is None else draft_positions
+        seen = {}
+        if config.draft_attends_context:
+            if position_ids is None:
+                position_ids = torch.arange(length, device=at.device)[None]
+            if attention_mask is None:
+                attention_mask = at.new_ones(1, 1, length, length).tril()
+            seen = dict(
+                position_ids=position_ids.expand(rows, -1)[at][:, None],
+                attention_mask=attention_mask.expand(rows, -1, length, -1).transpose(1, 2)[at][:, :, None],
+                past_key_values=past_key_values,
+                positions_per_row=at.sum(dim=1).tolist(),
+            )
+        drafted = self.draft(context[at], anchor_embeds[at] if config.anchor_slot else None, **seen)  # (N, D, d)
+        if draft_positions is None:
+            drafted = drafted.unflatten(0, (rows, length))
         corrected = None if previous_embeds is None else self.previous_token_correction(drafted, previous_embeds)
         return SpecFormerOutput(draft_hidden_states=drafted, corrected_hidden_states=corrected, context_states=context)
+
+    def _check_anchors(self, anchor_embeds: torch.Tensor | None, field: str) -> None:
+        wanted = getattr(self.config, field)
+        if (anchor_embeds is not None) != wanted:
+            raise ValueError(
+                f"anchor_embeds is {'missing' if anchor_embeds is None else 'given'}, but this drafter has "
+                f"{field}={wanted}."
+            )
 
     def borrow(self, target: PreTrainedModel) -> BorrowedTarget:
         """What this drafter uses of `target`, checked for a fit. See [`BorrowedTarget`]."""

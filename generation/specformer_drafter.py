@@ -64,19 +64,28 @@ class SpecFormerDrafter:
     @torch.no_grad()
     def propose(self, num_tokens, choose) -> torch.Tensor:
         self._read()
-        states = self.network.draft(self.context)[:, :num_tokens]  # (R, k, d)
+        states = self._draft()[:, :num_tokens]  # (R, k, d)
         logits = self.borrowed.draft_logits(states)  # (R, k, V')
         if self.network.config.previous_token_rank is None:
             return choose(logits, token_ids=self.borrowed.draft_token_ids)
         best = logits.topk(min(self.network.config.num_candidates, logits.shape[-1])).indices  # (R, k, C)
         return self._walk(states, best, choose)
 
+    def _draft(self) -> torch.Tensor:
+        """States of all slots of every row, (R, D, d)."""
+        config, seen = self.network.config, {}
+        anchors = self._embed(self.newest)[:, 0] if config.anchor_slot else None
+        if config.draft_attends_context:
+            positions = self.cache.lengths[:, None] - 1  # (R, 1), of the context states
+            mask = self.cache.mask(positions)
+            seen = dict(position_ids=positions, attention_mask=mask, past_key_values=self.cache)
+        return self.network.draft(self.context, anchors, **seen)
+
     def _walk(self, states: torch.Tensor, best: torch.Tensor, choose) -> torch.Tensor:
         """Slot by slot: the `best` places of each are scored again, knowing the token in front."""
         tokens = [self.newest]
         for slot, (state, places) in enumerate(zip(states.split(1, dim=1), best.split(1, dim=1), strict=True)):
-            previous = self.borrowed.embed(tokens[-1].clamp(min=0))
-            state = self.network.previous_token_correction(state, previous)
+            state = self.network.previous_token_correction(state, self._embed(tokens[-1]))
             logits = self.borrowed.candidate_logits(state, places)  # (R, 1, C)
             tokens.append(choose(logits, ahead=slot, token_ids=self.borrowed.tokens_at(places)))
         return torch.cat(tokens[1:], dim=1)
@@ -124,9 +133,10 @@ class SpecFormerDrafter:
         return hidden_states, tokens.gather(1, order), counted.sum(dim=1)
 
     def _anchors(self, next_tokens: torch.Tensor) -> torch.Tensor | None:
-        if not self.network.config.use_anchor_token:
-            return None
-        return self.borrowed.embed(next_tokens.clamp(min=0))  # behind a wrong draft there may be no token
+        return self._embed(next_tokens) if self.network.config.use_anchor_token else None
+
+    def _embed(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.borrowed.embed(tokens.clamp(min=0))  # behind a wrong draft there may be no token
 
 
 def newest_tokens(tokens: torch.Tensor, counts: torch.Tensor, before: torch.Tensor) -> torch.Tensor:

@@ -85,9 +85,14 @@ def time_round(target, drafter: SpecFormerModel, batch_size: int, k: int, contex
     own_cache = full_cache(1, batch_size, context, k + 1, device)
 
     def draft():
-        positions = own_cache.prepare(k + 1)
-        read = drafter.encode_context(states, borrowed.embed(tokens), positions, own_cache.mask(positions), own_cache)
-        return borrowed.best_tokens(drafter.draft(read[:, -1])[:, :k])
+        positions, anchors = own_cache.prepare(k + 1), borrowed.embed(tokens)
+        mask = own_cache.mask(positions)
+        read = drafter.encode_context(states, anchors if config.use_anchor_token else None, positions, mask, own_cache)
+        seen = {}
+        if config.draft_attends_context:
+            seen = dict(position_ids=positions[:, -1:], attention_mask=mask[:, :, -1:], past_key_values=own_cache)
+        drafted = drafter.draft(read[:, -1], anchors[:, -1] if config.anchor_slot else None, **seen)
+        return borrowed.best_tokens(drafted[:, :k])
 
     return result | {"draft_seconds": median_seconds(draft, device, repeats)}
 

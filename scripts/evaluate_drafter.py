@@ -60,13 +60,13 @@ def parameters_at_work(drafter, target) -> dict[str, int]:
     """Parameters of the target and of a SpecFormer drafter, for `paper_measures`: those that one round multiplies with,
     the LM head included. The drafter computes all of its slots whatever the number of tokens that are asked for."""
     slots, head = drafter.config.num_draft_tokens, drafter.config.draft_vocab_size or drafter.config.vocab_size
-    each = sum(
-        weight.numel()
-        for part in (drafter.draft_attention, drafter.draft_mlp, drafter.final_norm)
-        for weight in part.parameters()
+    attention, rest = (
+        sum(weight.numel() for part in parts for weight in part.parameters())
+        for parts in ([drafter.draft_attention], [drafter.draft_mlp, drafter.final_norm])
     )
-    once = drafter.num_parameters() - each
-    each += head * drafter.config.hidden_size
+    once = drafter.num_parameters() - attention - rest
+    once += attention * drafter.config.anchor_slot  # a slot of the attention alone
+    each = attention + rest + head * drafter.config.hidden_size
     unread = 0 if target.config.get_text_config(decoder=True).tie_word_embeddings else target.get_input_embeddings()
     of_target = target.num_parameters() - (unread and unread.weight.numel())
     return {"target_parameters": of_target, "shared_parameters": once + slots * each, "slot_parameters": 0}

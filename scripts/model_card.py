@@ -32,7 +32,7 @@ def training_text(log: dict, config: dict) -> str:
     """What a drafter is and how it was trained, in sentences. `log`: training.json; `config`: config.json."""
     vocabulary = config.get("draft_vocab_size")
     vocabulary = f" that draft the {vocabulary:,} most frequent tokens" if vocabulary else ""
-    inputs = "with" if config["use_anchor_token"] else "without"
+    inputs = "with" if config["use_anchor_token"] or config.get("anchor_slot") else "without"
     rank = config.get("previous_token_rank")
     correction = f", and a correction of rank {rank} by the token in front" if rank else ""
     return (

@@ -59,7 +59,7 @@ def drafts_of_text(drafter: nn.Module, borrowed: BorrowedTarget, batch: dict[str
     dtype, config = next(drafter.parameters()).dtype, drafter_config(drafter)
     hidden_states = batch["hidden_states"] if "hidden_states" in batch else target_states(borrowed, batch)
     anchors = None
-    if config.use_anchor_token:
+    if config.reads_anchor_token:
         with torch.no_grad():
             anchors = borrowed.embed(functional.pad(batch["input_ids"][:, 1:], (0, 1))).to(dtype)
     slots = config.num_draft_tokens

@@ -11,6 +11,7 @@ import pytest
 import torch
 from exactness import choose_eos
 from specformer import SpecFormerModel, generate
+from specformer.context_specformer import SeenContext
 from specformer.generation.specformer_drafter import SpecFormerDrafter
 from specformer.scripts.answers import Answers
 from specformer.scripts.losses import (
@@ -103,7 +104,7 @@ def assert_teacher_forced_agrees(target, network, batch, sequences, drafts, shif
         with network.borrow(target) as borrowed:
             target(input_ids=text)
             hidden_states = borrowed.take_hidden_states()
-        anchors = borrowed.embed(functional.pad(text[:, 1:], (0, 1))) if network.config.use_anchor_token else None
+        anchors = borrowed.embed(functional.pad(text[:, 1:], (0, 1))) if network.config.reads_anchor_token else None
         states = network(hidden_states, anchors).draft_hidden_states[0]  # (T, D, d)
         for draft in (draft for draft in drafts if draft.row == row):
             # the newest token is not read yet: the target read up to the one before it
@@ -166,6 +167,36 @@ def test_the_comparison_notices_anchors_shifted_by_one(monkeypatch, target):
     anchors = SpecFormerDrafter._anchors
     monkeypatch.setattr(SpecFormerDrafter, "_anchors", lambda self, tokens: anchors(self, tokens.roll(1, dims=1)))
     network, batch, sequences, _, drafts = run(monkeypatch, target, "anchor", 4, "oracle")
+    with pytest.raises(AssertionError, match="Tensor-likes"):
+        assert_teacher_forced_agrees(target, network, batch, sequences, drafts)
+
+
+def planted(fault: str, seen: SeenContext) -> SeenContext:
+    if fault == "a token behind":
+        return seen._replace(visible=seen.visible | seen.visible.roll(1, dims=-1))
+    if fault == "a token less":
+        return seen._replace(visible=seen.visible & seen.visible.roll(-1, dims=-1))
+    return seen._replace(keys=seen.keys.roll(1, dims=0), values=seen.values.roll(1, dims=0))
+
+
+@pytest.mark.parametrize("preset", ["context", "all of it"])
+@pytest.mark.parametrize("fault", ["a token behind", "a token less", "another row's tokens"])
+def test_the_comparison_notices_another_context(fault: str, preset: str, monkeypatch, target):
+    attend = SeenContext.attend
+    with pytest.MonkeyPatch.context() as decoding:
+        decoding.setattr(SeenContext, "attend", lambda self, *args: attend(planted(fault, self), *args))
+        network, batch, sequences, _, drafts = run(monkeypatch, target, preset, 4, "oracle")
+    with pytest.raises(AssertionError, match="Tensor-likes"):
+        assert_teacher_forced_agrees(target, network, batch, sequences, drafts)
+
+
+def test_the_comparison_notices_another_anchor_slot(monkeypatch, target):
+    draft = SpecFormerModel.draft
+    with pytest.MonkeyPatch.context() as decoding:
+        decoding.setattr(
+            SpecFormerModel, "draft", lambda self, states, anchors: draft(self, states, anchors.roll(1, 0))
+        )
+        network, batch, sequences, _, drafts = run(monkeypatch, target, "anchor slot", 4, "oracle")
     with pytest.raises(AssertionError, match="Tensor-likes"):
         assert_teacher_forced_agrees(target, network, batch, sequences, drafts)
 

@@ -28,7 +28,8 @@ from transformers import AutoModel
 
 ROOT = Path(__file__).resolve().parents[1]
 ID = "user/tiny-drafter"
-CODE = {f"{part}_specformer.py" for part in ("configuration", "layers", "loading", "modeling", "publishing", "target")}
+PARTS = ("configuration", "context", "layers", "loading", "modeling", "publishing", "target")
+CODE = {f"{part}_specformer.py" for part in PARTS}
 CODE |= {f"custom_generate/{file.name}" for file in (ROOT / "generation").glob("*.py")}
 REPOSITORY = {"config.json", "model.safetensors", "README.md", *CODE}
 SECRETS = ["secrets.txt", ".env", "optimizer.pt", "training_args.bin", "setup.py", "model.safetensors.bak"]

@@ -40,6 +40,7 @@ def load(loader: type, folder: Path, **fields) -> PreTrainedModel:
     [
         dict(default_num_assistant_tokens=2),
         dict(causal_draft_attention=True),
+        dict(draft_attends_context=True),
         dict(target_layer_ids=[0, 1, 4]),
         dict(rope_theta=500.0, rms_norm_eps=1e-3),
         dict(target_name_or_path="someone/target"),
@@ -60,6 +61,7 @@ def test_fields_that_fit_the_weights_are_taken(loader: type, fields: dict, folde
     [
         (dict(num_draft_tokens=2), r"positional_ffn.weight: \[256, 32\], not \[64, 32\]"),
         (dict(use_anchor_token=False), r"input_proj.weight: \[32, 128\], not \[32, 96\]"),
+        (dict(anchor_slot=True), r"'missing_keys': \['anchor_slot.norm.weight', 'anchor_slot.proj.weight'\]"),
         (dict(draft_vocab_size=5), r"'missing_keys': \['draft_token_ids'\]"),
         (dict(use_positional_ffn=False), r"'missing_keys': \['slot_embeddings.weight'\], 'unexpected_keys': \['pos"),
         (dict(hidden_size=10**9), "hidden_size is 1000000000; expected a positive integer"),

@@ -8,11 +8,12 @@ import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 from architectures import make_target
-from specformer import SpecFormerConfig, SpecFormerModel
+from specformer import SpecFormerConfig, SpecFormerModel, context_specformer
 from specformer.layers_specformer import SpecFormerRMSNorm, rotate
 from specformer.target_specformer import final_norm_scale
 from tiny import PRESETS, VOCAB, all_logits, llama, llama_config, ragged_batch
 from torch.nn import functional
+from transformers import DynamicCache
 
 B, T, D, SIZE = 2, 7, 5, 32
 
@@ -29,24 +30,56 @@ def network(request) -> SpecFormerModel:
 def make_inputs(network: SpecFormerModel) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Hidden states and anchors."""
     hidden_states = torch.randn(B, T, len(network.config.target_layer_ids), SIZE, dtype=torch.float64)
-    anchors = torch.randn(B, T, SIZE, dtype=torch.float64) if network.config.use_anchor_token else None
+    anchors = torch.randn(B, T, SIZE, dtype=torch.float64) if network.config.reads_anchor_token else None
     return hidden_states, anchors
 
 
 # ---- the network
 
 
+def draft_from(network, inputs, rows: list[int], position: int) -> torch.Tensor:
+    """Drafts (R, D, d) from one position of some rows, with nothing behind it and no other row there."""
+    hidden_states, anchors = (part if part is None else part[rows, : position + 1] for part in inputs)
+    config, cache, seen = network.config, DynamicCache(), {}
+    fused = anchors if config.use_anchor_token else None
+    states = network.encode_context(hidden_states, fused, past_key_values=cache)[:, -1]
+    if config.draft_attends_context:
+        seen = dict(
+            position_ids=torch.full((len(rows), 1), position),
+            attention_mask=torch.ones(len(rows), 1, 1, position + 1, dtype=torch.bool),
+            past_key_values=cache,
+        )
+    return network.draft(states, anchors[:, -1] if config.anchor_slot else None, **seen)
+
+
 def test_shapes(network):
-    output = network(*make_inputs(network))
+    inputs = make_inputs(network)
+    output = network(*inputs)
     assert output.draft_hidden_states.shape == (B, T, D, SIZE)
     assert output.context_states.shape == (B, T, SIZE)
-    assert network.draft(output.context_states[:, -1]).shape == (B, D, SIZE)
+    assert draft_from(network, inputs, [0, 1], T - 1).shape == (B, D, SIZE)
+    wanted = torch.zeros(B, T, dtype=torch.bool)
+    wanted[1, 2:4] = True  # and none of the other row
+    some = network(*inputs, draft_positions=wanted).draft_hidden_states
+    torch.testing.assert_close(some, output.draft_hidden_states[wanted])
 
 
-def test_draft_depends_on_its_own_context_state_only(network):
-    output = network(*make_inputs(network))
-    drafted = network.draft(output.context_states[1, 3])
-    torch.testing.assert_close(drafted, output.draft_hidden_states[1, 3])
+def test_a_draft_depends_on_its_row_up_to_its_position_only(network):
+    inputs = make_inputs(network)
+    drafted = network(*inputs).draft_hidden_states
+    for position in range(T):
+        torch.testing.assert_close(draft_from(network, inputs, [0, 1], position), drafted[:, position])
+        torch.testing.assert_close(draft_from(network, inputs, [1], position)[0], drafted[1, position])
+
+
+def test_padding_that_a_mask_hides_is_not_there(network):
+    inputs, padding = make_inputs(network), 2
+    expected = network(*(part if part is None else part[:, padding:] for part in inputs)).draft_hidden_states
+    mask = torch.ones(T, T, dtype=torch.bool).tril()
+    mask[:, :padding] = torch.eye(T, dtype=torch.bool)[:, :padding]  # padding sees itself, and nothing else does
+    positions = (torch.arange(T)[None] - padding).clamp(min=0)
+    drafted = network(*inputs, position_ids=positions, attention_mask=mask[None, None]).draft_hidden_states
+    torch.testing.assert_close(drafted[:, padding:], expected)
 
 
 def test_presets():
@@ -91,15 +124,17 @@ def test_later_positions_never_change_earlier_drafts(network):
     for position in range(T):
         others = hidden_states.clone()
         others[:, position] += 1
-        inputs = [(others, anchors)]
+        inputs = [(others, anchors, T)]
         if anchors is not None:
             moved = anchors.clone()
             moved[:, position] += 1
-            inputs.append((hidden_states, moved))
-        for pair in inputs:
+            end = T if network.config.use_anchor_token else position + 1  # a slot of its own leaves the context alone
+            inputs.append((hidden_states, moved, end))
+        for *pair, end in inputs:
             after = network(*pair).draft_hidden_states
             torch.testing.assert_close(after[:, :position], before[:, :position], rtol=0, atol=1e-12)
-            assert ((after - before)[:, position:].abs().amax(dim=(2, 3)) > 1e-6).all()
+            assert ((after - before)[:, position:end].abs().amax(dim=(2, 3)) > 1e-6).all()
+            torch.testing.assert_close(after[:, end:], before[:, end:], rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("preset", ["anchor", "paper"])
@@ -129,6 +164,115 @@ def test_slot_embeddings_and_causal_slots(causal: bool):
         moved = (network.draft(context) - before).abs().amax(dim=2) > 1e-9  # (3, D)
         assert moved[:, slot:].all()
         assert bool(moved[:, :slot].any()) is (slot > 0 and not causal)
+
+
+# ---- slots that see more than one another
+
+
+def reference_slots(network, hidden_states, anchors, row: int, position: int) -> torch.Tensor:
+    """States (D, d) drafted from one position: each head and slot on its own, over a list of keys."""
+    config, context, draft = network.config, network.context_attention, network.draft_attention
+    inputs = hidden_states[row]  # (T, S, d)
+    if config.use_anchor_token:
+        inputs = torch.cat([anchors[row][:, None], inputs], dim=1)
+    fused = network.input_proj(network.input_norm(inputs).flatten(1))  # (T, d)
+    state = context(fused[None], torch.arange(T)[None], is_causal=True)[0, position]
+    slots = network.positional_ffn(network.positional_norm(state)).view(D, SIZE)
+    if config.anchor_slot:
+        slots = torch.cat([network.anchor_slot(anchors[row, position])[None], slots])
+
+    def heads(layer, projection, states, at=None):  # (n, d) -> (heads, n, head_dim), rotated to the positions `at`
+        parts = projection(layer.norm(states)).unflatten(1, (-1, config.head_dim)).transpose(0, 1)
+        return parts if at is None else rotate(parts[None], at[None], config.rope_theta)[0]
+
+    at = position + 1 + torch.arange(len(slots))
+    queries = heads(draft, draft.q_proj, slots, at)
+    keys, values = heads(draft, draft.k_proj, slots, at), heads(draft, draft.v_proj, slots)
+    before = torch.arange(position + 1)
+    context_keys = heads(context, context.k_proj, fused[before], before)
+    context_values = heads(context, context.v_proj, fused[before])
+    attended = torch.zeros(len(slots), config.num_attention_heads, config.head_dim, dtype=torch.float64)
+    for head in range(config.num_attention_heads):
+        shared = head * config.num_key_value_heads // config.num_attention_heads
+        for slot in range(len(slots)):
+            end = slot + 1 if config.causal_draft_attention else len(slots)
+            seen, weighed = keys[shared, :end], values[shared, :end]
+            if config.draft_attends_context:
+                seen, weighed = torch.cat([context_keys[shared], seen]), torch.cat([context_values[shared], weighed])
+            chances = (seen @ queries[head, slot] / config.head_dim**0.5).softmax(dim=0)
+            attended[slot, head] = chances @ weighed
+    slots = slots + draft.o_proj(attended.flatten(1))
+    return network.final_norm(network.draft_mlp(slots[-D:]))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("at_once", [2, 16])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("anchor", ["none", "input", "slot", "both"])
+@pytest.mark.parametrize("attends", [False, True])
+def test_slots_are_those_of_plain_loops(attends: bool, anchor: str, causal: bool, at_once: int, monkeypatch):
+    monkeypatch.setattr(context_specformer, "POSITIONS_AT_ONCE", at_once)
+    fields = dict(use_anchor_token=anchor in ("input", "both"), anchor_slot=anchor in ("slot", "both"))
+    config = make_config(**fields, draft_attends_context=attends, causal_draft_attention=causal)
+    network = SpecFormerModel(config).to(torch.float64).eval()
+    inputs = make_inputs(network)
+    drafted = network(*inputs).draft_hidden_states
+    for row in range(B):
+        for position in range(T):
+            expected = reference_slots(network, *inputs, row, position)
+            # rotation is computed in float32, and without the context slots are at 0, 1, ... instead
+            tolerance = 1e-12 if attends else 1e-5
+            torch.testing.assert_close(drafted[row, position], expected, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("fields", [dict(draft_attends_context=True), dict(anchor_slot=True)], ids=str)
+def test_the_same_weights_draft_otherwise_without_the_field(fields: dict):
+    network = SpecFormerModel(make_config(**fields)).to(torch.float64).eval()
+    without = SpecFormerModel(make_config()).to(torch.float64).eval()
+    assert set(without.state_dict()) <= set(network.state_dict())
+    without.load_state_dict(network.state_dict(), strict="anchor_slot" not in fields)
+    inputs = make_inputs(network)
+    drafted, plain = (each(*inputs).draft_hidden_states for each in (network, without))
+    assert ((drafted - plain).abs().amax(dim=3) > 1e-6).all()
+
+
+@torch.no_grad()
+def test_slots_see_every_token_before_them_and_those_of_their_row():
+    """Whatever their context state may say of it: that stays what it is here."""
+    network = SpecFormerModel(make_config("context")).to(torch.float64).eval()
+    cache, hidden_and_anchors = DynamicCache(), make_inputs(network)
+    states = network.encode_context(*hidden_and_anchors, past_key_values=cache)[:, 4]
+    layer, positions = cache.layers[0], torch.full((B, 1), 4)
+    mask = (torch.arange(T) <= 4).expand(B, 1, 1, T)
+    before = network.draft(states, None, positions, mask, cache)
+    for buffer in (layer.keys, layer.values):
+        for token in range(T):
+            kept = buffer[0, :, token].clone()
+            buffer[0, :, token] += 1
+            moved = (network.draft(states, None, positions, mask, cache) - before).abs().amax(dim=2)  # (B, D)
+            assert bool((moved[0] > 1e-9).all()) is (token <= 4)
+            assert bool(moved[0].any()) is (token <= 4)
+            assert not moved[1].any()
+            buffer[0, :, token] = kept
+
+
+@pytest.mark.parametrize("preset", ["context", "all of it"])
+def test_gradients_do_not_depend_on_the_blocks(preset: str, monkeypatch):
+    network = SpecFormerModel(make_config(preset)).to(torch.float64)
+    inputs, wanted, gradients = make_inputs(network), torch.rand(B, T) < 0.7, []
+    for at_once in (1, 3, 100):
+        monkeypatch.setattr(context_specformer, "POSITIONS_AT_ONCE", at_once)
+        drafted = network(*inputs, draft_positions=wanted).draft_hidden_states
+        parameters = [weight for name, weight in network.named_parameters() if "correction" not in name]
+        gradients.append(torch.autograd.grad(drafted.square().sum() + drafted[..., 0].sum(), parameters))
+    for others in gradients[1:]:
+        torch.testing.assert_close(others, gradients[0])
+
+
+def test_context_is_demanded_where_configured():
+    network = SpecFormerModel(make_config("context")).to(torch.float64)
+    with pytest.raises(ValueError, match="past_key_values is missing, but this drafter has draft_attends_context=True"):
+        network.draft(torch.randn(1, SIZE, dtype=torch.float64))
 
 
 @torch.no_grad()
@@ -192,6 +336,19 @@ def test_anchors_are_given_exactly_where_configured(network):
     wrong = None if anchors is not None else torch.randn(B, T, SIZE, dtype=torch.float64)
     with pytest.raises(ValueError, match=r"anchor_embeds is (missing|given)"):
         network(hidden_states, wrong)
+
+
+@pytest.mark.parametrize("preset", ["anchor", "paper", "anchor slot"])
+def test_parts_take_anchors_only_where_they_are_theirs(preset: str):
+    network = SpecFormerModel(make_config(preset)).to(torch.float64)
+    hidden_states, _ = make_inputs(network)
+    for call, states, field in (
+        (network.encode_context, hidden_states, "use_anchor_token"),
+        (network.draft, hidden_states[:, :, 0], "anchor_slot"),
+    ):
+        anchors = None if getattr(network.config, field) else torch.randn(B, T, SIZE, dtype=torch.float64)
+        with pytest.raises(ValueError, match=f"anchor_embeds is .*{field}="):
+            call(states, anchors)
 
 
 def test_grouped_norm_is_a_loop_over_groups():

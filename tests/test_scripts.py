@@ -25,7 +25,7 @@ from specformer.scripts import (
     train,
 )
 from test_callers import tiny_tokenizer
-from tiny import llama, ragged_batch
+from tiny import PRESETS, llama, ragged_batch
 from transformers import AutoModelForCausalLM
 
 TEXTS = ["the other note", "and in the end", "is it?", "one, two", "a hen on the hill", "so it is", "in there", "there"]
@@ -138,6 +138,14 @@ def test_plain_ways_of_a_gpu_write_the_same_text(name: str):
     assert sequences.tolist() == expected.tolist()
 
 
+@pytest.mark.parametrize("preset", PRESETS)
+def test_rounds_of_every_network_are_timed(preset: str):
+    target = llama()
+    drafter = SpecFormerModel(PRESETS[preset](target.config)).to(target.dtype)
+    times = cost_model.time_round(target, drafter, batch_size=2, k=3, context=20, repeats=1)
+    assert min(times["verify_seconds"], times["draft_seconds"]) > 0
+
+
 def test_cost_model(folder: Path, monkeypatch):
     output = folder / "results" / "cost.json"
     options = ["--batch-sizes", 1, 3, "--num-assistant-tokens", 1, 4, "--context", 40, "--repeats", 2]
@@ -204,17 +212,19 @@ def test_answers_to_other_prompts_are_refused(folder: Path, monkeypatch):
         run(evaluate_drafter, monkeypatch, *evaluated[:4], *options)
 
 
-def test_parameters_at_work(folder: Path):
+@pytest.mark.parametrize("anchor_slot", [False, True])
+def test_parameters_at_work(anchor_slot: bool):
     target = llama(torch.float32)
-    drafter = SpecFormerModel(SpecFormerConfig.from_target_config(target.config, num_draft_tokens=3))
+    fields = dict(num_draft_tokens=3, anchor_slot=anchor_slot)
+    drafter = SpecFormerModel(SpecFormerConfig.from_target_config(target.config, **fields))
     figures = evaluate_drafter.parameters_at_work(drafter, target)
     size = target.config.hidden_size
     read_only = 64 * size  # the target's embeddings; its head is a matrix of its own
     assert figures["target_parameters"] == target.num_parameters() - read_only
-    shared = {"input_norm", "input_proj", "context_attention", "positional_norm", "positional_ffn"}
+    times = {"draft_attention": 3 + anchor_slot, "draft_mlp": 3, "final_norm": 3}
     expected = 3 * 64 * size
     for name, weight in drafter.named_parameters():
-        expected += weight.numel() * (1 if name.split(".")[0] in shared else 3)
+        expected += weight.numel() * times.get(name.split(".")[0], 1)
     assert figures["shared_parameters"] == expected
 
 

@@ -140,13 +140,20 @@ def test_training_goes_on_from_another_drafter(folders: Path, monkeypatch):
         run(monkeypatch, folders, *EACH_STEP, *options, "--paper", output="fourth")
 
 
-@pytest.mark.parametrize("preset", [(), ("--paper",)], ids=["anchor", "paper"])
+SEEING_MORE = dict(anchor_slot=True, draft_attends_context=True)
+
+
+@pytest.mark.parametrize(
+    "preset",
+    [(), ("--paper",), ("--paper", "--config", *(f"{field}=true" for field in SEEING_MORE))],
+    ids=["anchor", "paper", "seeing more"],
+)
 def test_training_end_to_end(preset: tuple, folders: Path, monkeypatch):
     folder = run(monkeypatch, folders, *EACH_STEP, *preset, "--target-id", "some/target")
     log, drafter = log_of(folder), SpecFormerModel.from_pretrained(folder)
     assert log["command"].startswith("python -m specformer.scripts.train --data answers.jsonl")
     assert {"python", "torch", "transformers", "specformer"} <= log["versions"].keys()
-    assert log["settings"]["paper"] is bool(preset)
+    assert log["settings"]["paper"] is ("--paper" in preset)
     assert (log["answers"], log["held_out_answers"], log["steps"]) == (20, 4, 20)
     assert log["parameters"] == sum(parameter.numel() for parameter in drafter.parameters())
     losses = [entry["loss"] for entry in log["history"] if "loss" in entry]
@@ -158,7 +165,8 @@ def test_training_end_to_end(preset: tuple, folders: Path, monkeypatch):
     assert log["best"]["tokens_per_pass"] == max(entry["eval_tokens_per_pass"] for entry in figures)
     assert 0 < log["minutes"] < 5
     assert 0.1 < log["peak_memory_gib"] <= resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    assert drafter.config.use_anchor_token is not bool(preset)
+    assert drafter.config.use_anchor_token is ("--paper" not in preset)
+    assert drafter.config.anchor_slot is drafter.config.draft_attends_context is ("--config" in preset)
     assert drafter.config.target_name_or_path == "some/target"
     assert drafter.config.default_num_assistant_tokens == 2
     assert drafter.dtype == torch.float32
@@ -222,15 +230,16 @@ def test_command_without_datasets_and_evaluate(folders: Path):
 # ---- loss and states (the loss beside the naive one: test_alignment.py)
 
 
-def make_drafter(target) -> SpecFormerModel:
-    return SpecFormerModel(SpecFormerConfig.from_target_config(target.config)).to(target.dtype)
+def make_drafter(target, **fields) -> SpecFormerModel:
+    return SpecFormerModel(SpecFormerConfig.from_target_config(target.config, **fields)).to(target.dtype)
 
 
+@pytest.mark.parametrize("fields", [{}, SEEING_MORE], ids=["anchor", "seeing more"])
 @pytest.mark.parametrize("share", [0.0, 0.9])
-def test_gradients_reach_all_of_the_drafter_and_none_of_the_target(share: float, folders: Path):
+def test_gradients_reach_all_of_the_drafter_and_none_of_the_target(share: float, fields: dict, folders: Path):
     """And the logits of all slots are never there at once, nor those of the target."""
     target = llama(torch.float32).requires_grad_(False)
-    drafter, shapes = make_drafter(target), []
+    drafter, shapes = make_drafter(target, **fields), []
     target.lm_head.register_forward_hook(lambda module, args, logits: shapes.append(tuple(logits.shape)))
     answers = Answers(folders / "answers.jsonl", 16)
     batch = Answers.collate([answers[0], answers[1]])
@@ -264,9 +273,10 @@ def test_the_base_loss_is_of_the_states_before_the_correction(step: int, share: 
     torch.testing.assert_close(ours, (1 - share) * corrected + share * first)
 
 
-def test_right_padding_does_not_reach_drafts(folders: Path):
+@pytest.mark.parametrize("fields", [{}, SEEING_MORE], ids=["anchor", "seeing more"])
+def test_right_padding_does_not_reach_drafts(fields: dict, folders: Path):
     target = llama(torch.float64)
-    drafter = make_drafter(target)
+    drafter = make_drafter(target, **fields)
     answers = Answers(folders / "answers.jsonl", 100)
     rows = [answers[0], tuple(values[:9] for values in answers[1])]
     borrowed = drafter.borrow(target)

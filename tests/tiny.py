@@ -20,8 +20,18 @@ PRESETS = {
     "slot embeddings": partial(SpecFormerConfig.from_target_config, use_positional_ffn=False),
     "some tokens": partial(SpecFormerConfig.from_target_config, draft_vocab_size=24),
     "previous token": partial(SpecFormerConfig.from_target_config, previous_token_rank=8, num_candidates=5),
+    "context": partial(SpecFormerConfig.from_target_config, draft_attends_context=True),
+    "anchor slot": partial(SpecFormerConfig.paper, anchor_slot=True),
+    "all of it": partial(
+        SpecFormerConfig.from_target_config,
+        anchor_slot=True,
+        draft_attends_context=True,
+        draft_vocab_size=24,
+        previous_token_rank=8,
+        num_candidates=5,
+    ),
 }
-"""Makers of drafter configs: the default, the paper's, and one for each field that changes the network."""
+"""Makers of drafter configs: the default, the paper's, one for each field that changes the network, and several."""
 
 
 def llama_config(**overrides) -> LlamaConfig:

@@ -52,7 +52,7 @@ class SeenContext(NamedTuple):
             keys, values = self.keys[row : row + 1], self.values[row : row + 1]
             for block in zip(*(part[None].split(POSITIONS_AT_ONCE, dim=1) for part in of_row), strict=True):
                 blocks.append(checkpoint(attend, *block, keys, values, is_causal, use_reentrant=False)[0])
-        return torch.cat(blocks)
+        return torch.cat(blocks) if blocks else query
 
 
 def attend(

@@ -58,9 +58,8 @@ class SpecFormerAttention(nn.Module):
         context: SeenContext | None = None,  # seen besides, where each of the B is the slots of one position
     ) -> torch.Tensor:
         normed = self.norm(hidden_states)
-        batch_and_time = hidden_states.shape[:2]
         query, key, value = (
-            projection(normed).view(*batch_and_time, -1, self.head_dim).transpose(1, 2)  # (B, heads, T, head_dim)
+            projection(normed).unflatten(2, (projection.out_features // self.head_dim, self.head_dim)).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
         query, key = (rotate(states, position_ids, self.rope_theta) for states in (query, key))

@@ -174,8 +174,11 @@ class SpecFormerModel(PreTrainedModel):
             slots = torch.cat([self.anchor_slot(anchor_embeds).view(-1, 1, slots.shape[2]), slots], dim=1)
         slot_ids, context = torch.arange(slots.shape[1], device=slots.device)[None], None
         if self.config.draft_attends_context:
-            if past_key_values is None:
-                raise ValueError("past_key_values is missing, but this drafter has draft_attends_context=True.")
+            if any(argument is None for argument in (position_ids, attention_mask, past_key_values)):
+                raise ValueError(
+                    "This drafter has draft_attends_context=True: draft() needs position_ids, attention_mask and "
+                    "past_key_values."
+                )
             layer, width = past_key_values.layers[0], attention_mask.shape[3]
             context = SeenContext(
                 layer.keys[:, :, :width], layer.values[:, :, :width], attention_mask[:, :, 0], positions_per_row

@@ -208,7 +208,9 @@ def check_embeddings(target: PreTrainedModel, config: SpecFormerConfig) -> None:
 
 def is_plain_linear(head: nn.Module) -> bool:
     """Whether its rows can be taken out; not so if it is quantised, sharded, offloaded, or has adapters."""
-    return type(head) is nn.Linear and type(head.weight.data) is torch.Tensor and not hasattr(head, "_hf_hook")
+    hook = getattr(head, "_hf_hook", None)  # of accelerate, on every module where there is a device_map
+    is_there = hook is None or getattr(hook, "offload", True) is False
+    return type(head) is nn.Linear and type(head.weight.data) is torch.Tensor and is_there
 
 
 class SomeRows:

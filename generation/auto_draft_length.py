@@ -66,7 +66,7 @@ class AutoDraftLength(DraftLength):
         regime: what the time of a round depends on besides its rows.
     """
 
-    TRIED = 8  # longer ones are tried beside the best only, shorter ones all: more rows are not always slower
+    TRIED = 8  # all lengths up to it have turns, others only beside the best: more rows are not always slower
     TRIALS = 2  # rounds of a length before its time counts
     FIRST_PATIENCE, LAST_PATIENCE = 8, 128  # rounds between two turns of other lengths
     FADING = 0.995  # weight of what was seen before, one row's drafts later

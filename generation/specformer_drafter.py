@@ -65,30 +65,17 @@ class SpecFormerDrafter:
     def propose(self, num_tokens, choose) -> torch.Tensor:
         self._read()
         states = self._draft()[:, :num_tokens]  # (R, k, d)
-        logits = self.borrowed.draft_logits(states)  # (R, k, V')
-        if self.network.config.previous_token_rank is None:
-            return choose(logits, token_ids=self.borrowed.draft_token_ids)
-        best = logits.topk(min(self.network.config.num_candidates, logits.shape[-1])).indices  # (R, k, C)
-        return self._walk(states, best, choose)
+        return choose_drafts(self.network, self.borrowed, states, self.newest, choose)
 
     def _draft(self) -> torch.Tensor:
         """States of all slots of every row, (R, D, d)."""
         config, seen = self.network.config, {}
-        anchors = self._embed(self.newest)[:, 0] if config.anchor_slot else None
+        anchors = embed(self.borrowed, self.newest)[:, 0] if config.anchor_slot else None
         if config.draft_attends_context:
             positions = self.cache.lengths[:, None] - 1  # (R, 1), of the context states
             mask = self.cache.mask(positions)
             seen = dict(position_ids=positions, attention_mask=mask, past_key_values=self.cache)
         return self.network.draft(self.context, anchors, **seen)
-
-    def _walk(self, states: torch.Tensor, best: torch.Tensor, choose) -> torch.Tensor:
-        """Slot by slot: the `best` places of each are scored again, knowing the token in front."""
-        tokens = [self.newest]
-        for slot, (state, places) in enumerate(zip(states.split(1, dim=1), best.split(1, dim=1), strict=True)):
-            state = self.network.previous_token_correction(state, self._embed(tokens[-1]))
-            logits = self.borrowed.candidate_logits(state, places)  # (R, 1, C)
-            tokens.append(choose(logits, ahead=slot, token_ids=self.borrowed.tokens_at(places)))
-        return torch.cat(tokens[1:], dim=1)
 
     def update(self, tokens, counts, longest) -> None:
         # Read when there is a proposal to make: rounds without one cost nothing, and are caught up with in one pass.
@@ -133,10 +120,7 @@ class SpecFormerDrafter:
         return hidden_states, tokens.gather(1, order), counted.sum(dim=1)
 
     def _anchors(self, next_tokens: torch.Tensor) -> torch.Tensor | None:
-        return self._embed(next_tokens) if self.network.config.use_anchor_token else None
-
-    def _embed(self, tokens: torch.Tensor) -> torch.Tensor:
-        return self.borrowed.embed(tokens.clamp(min=0))  # behind a wrong draft there may be no token
+        return embed(self.borrowed, next_tokens) if self.network.config.use_anchor_token else None
 
 
 def newest_tokens(tokens: torch.Tensor, counts: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
@@ -144,3 +128,24 @@ def newest_tokens(tokens: torch.Tensor, counts: torch.Tensor, before: torch.Tens
     none: (R, 1)."""
     last = tokens.gather(1, (counts[:, None] - 1).clamp(min=0))
     return torch.where(counts[:, None] > 0, last, before)
+
+
+def choose_drafts(network, borrowed, states: torch.Tensor, newest: torch.Tensor, choose) -> torch.Tensor:
+    """Draft tokens (R, k) for the states (R, k, d) of the slots behind the `newest` tokens (R, 1).
+
+    With `previous_token_rank` slot by slot: the best candidates of each are scored again, knowing the token in front.
+    """
+    logits = borrowed.draft_logits(states)  # (R, k, V')
+    if network.config.previous_token_rank is None:
+        return choose(logits, token_ids=borrowed.draft_token_ids)
+    candidates = logits.topk(min(network.config.num_candidates, logits.shape[-1])).indices  # (R, k, C)
+    tokens = [newest]
+    for slot, (state, places) in enumerate(zip(states.split(1, dim=1), candidates.split(1, dim=1), strict=True)):
+        state = network.previous_token_correction(state, embed(borrowed, tokens[-1]))
+        logits = borrowed.candidate_logits(state, places)  # (R, 1, C)
+        tokens.append(choose(logits, ahead=slot, token_ids=borrowed.tokens_at(places)))
+    return torch.cat(tokens[1:], dim=1)
+
+
+def embed(borrowed, tokens: torch.Tensor) -> torch.Tensor:
+    return borrowed.embed(tokens.clamp(min=0))  # behind a wrong draft there may be no token

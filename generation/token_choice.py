@@ -52,7 +52,8 @@ class TokenChoice:
             best = logits.argmax(dim=-1, keepdim=True)
             return (best if token_ids is None else token_ids.gather(-1, best))[..., 0]
         if token_ids is not None:
-            everywhere = logits.new_full((*logits.shape[:-1], self.vocab_size), -torch.inf)
+            # low, not -inf: a processor may forbid all of `token_ids`, and others fail where nothing is left
+            everywhere = (logits.amin(dim=-1, keepdim=True) - 1e4).repeat(1, 1, self.vocab_size)
             logits = everywhere.scatter_(-1, token_ids, logits)
         tokens, proposals = self.rule.draft(self.processors.warp(logits), *self._positions(logits.shape[1], ahead))
         self.proposals.append(proposals)

@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from specformer.configuration_specformer import SpecFormerConfig
 from specformer.generation.ragged_cache import RaggedCache
+from specformer.generation.specformer_drafter import choose_drafts
 from specformer.generation.target import verify
 from specformer.modeling_specformer import SpecFormerModel
 from specformer.scripts.provenance import provenance
@@ -92,9 +93,15 @@ def time_round(target, drafter: SpecFormerModel, batch_size: int, k: int, contex
         if config.draft_attends_context:
             seen = dict(position_ids=positions[:, -1:], attention_mask=mask[:, :, -1:], past_key_values=own_cache)
         drafted = drafter.draft(read[:, -1], anchors[:, -1] if config.anchor_slot else None, **seen)
-        return borrowed.best_tokens(drafted[:, :k])
+        return choose_drafts(drafter, borrowed, drafted[:, :k], tokens[:, :1], best_tokens)
 
     return result | {"draft_seconds": median_seconds(draft, device, repeats)}
+
+
+def best_tokens(logits: torch.Tensor, ahead: int = 0, token_ids: torch.Tensor | None = None) -> torch.Tensor:
+    """What the decode loop chooses when it is greedy."""
+    best = logits.argmax(dim=-1, keepdim=True)
+    return (best if token_ids is None else token_ids.expand(logits.shape).gather(-1, best))[..., 0]
 
 
 def tokens_per_pass(acceptance: float, k: int) -> float:
@@ -112,7 +119,7 @@ def main(arguments: argparse.Namespace) -> None:
         target = AutoModelForCausalLM.from_config(shape, dtype=dtype).eval()
         most = max(arguments.num_assistant_tokens)
         config = SpecFormerConfig.from_target_config(
-            shape, num_draft_tokens=most, draft_vocab_size=arguments.draft_vocab_size
+            shape, num_draft_tokens=most, draft_vocab_size=arguments.draft_vocab_size, previous_token_rank=256
         )
         drafter = SpecFormerModel(config).to(dtype).eval()
     result = {

@@ -67,6 +67,9 @@ def parameters_at_work(drafter, target) -> dict[str, int]:
     once = drafter.num_parameters() - attention - rest
     once += attention * drafter.config.anchor_slot  # a slot of the attention alone
     each = attention + rest + head * drafter.config.hidden_size
+    if drafter.config.previous_token_rank is not None:
+        correction = sum(weight.numel() for weight in drafter.previous_token_correction.parameters())
+        once, each = once - correction, each + correction + drafter.config.num_candidates * drafter.config.hidden_size
     unread = 0 if target.config.get_text_config(decoder=True).tie_word_embeddings else target.get_input_embeddings()
     of_target = target.num_parameters() - (unread and unread.weight.numel())
     return {"target_parameters": of_target, "shared_parameters": once + slots * each, "slot_parameters": 0}

@@ -218,7 +218,9 @@ def make_drafter(config: SpecFormerConfig, target, answers: Answers, start_from:
                 "the options that change these, or --start-from."
             )
         drafter.load_state_dict(learnt, strict=False)
-    elif drafter.draft_token_ids is not None:
+        if "draft_token_ids" in learnt:
+            return drafter
+    if drafter.draft_token_ids is not None:
         drafter.choose_draft_tokens(answers.token_counts(drafter.config.vocab_size))
     return drafter
 
@@ -270,19 +272,18 @@ def main(arguments: argparse.Namespace) -> None:
         remove_unused_columns=False,
         label_names=["labels"],
     )
+    set_seed(arguments.seed)
+    dtype = "bfloat16" if training.bf16 and training.device.type != "cpu" else "float32"
+    target = AutoModelForCausalLM.from_pretrained(arguments.target, dtype=getattr(torch, dtype))
+    target = target.eval().requires_grad_(False).to(training.device)
+    drafter = make_drafter(config, target, answers, arguments.start_from)
+    borrowed = drafter.borrow(target)
     with training.main_process_first(local=False):
         places = ("output", "report_to", "logging_steps")
         settings = {name: value for name, value in vars(arguments).items() if name not in places}
         settings.update(answers=len(answers), answer_tokens=answers.num_answer_tokens, processes=training.world_size)
         begin_or_go_on(output, json.loads(json.dumps(settings, default=str)))
         resume_from = last_whole_checkpoint(output)
-    set_seed(arguments.seed)
-
-    dtype = "bfloat16" if training.bf16 and training.device.type != "cpu" else "float32"
-    target = AutoModelForCausalLM.from_pretrained(arguments.target, dtype=getattr(torch, dtype))
-    target = target.eval().requires_grad_(False).to(training.device)
-    drafter = make_drafter(config, target, answers, arguments.start_from)
-    borrowed = drafter.borrow(target)
     order = torch.randperm(len(answers), generator=torch.Generator().manual_seed(arguments.seed)).tolist()
     learnt = torch.utils.data.Subset(answers, order[held_out:])
     if arguments.store_hidden_states:

@@ -226,14 +226,34 @@ def test_texts_are_the_targets_with_every_variant(preset: str, settings: dict, t
         assert torch.equal(generate(target, network, **batch, **settings, num_assistant_tokens=k), expected)
 
 
-def test_the_best_draft_is_found_with_and_without_the_whole_vocabulary(target):
+@pytest.mark.parametrize("preset", ["some tokens", "previous token"])
+@pytest.mark.parametrize("warper", [dict(eta_cutoff=0.1), dict(top_h=0.5), dict(typical_p=0.5), dict(top_k=3)])
+def test_all_that_is_drafted_may_be_forbidden(warper: dict, preset: str, target):
+    """Some processors raise where no token is left: one of them is always left to drafts."""
+    batch, network = ragged_batch(), make_network(preset, target)
+    settings = dict(do_sample=True, max_new_tokens=NEW_TOKENS, eos_token_id=None, **warper)
+    settings["suppress_tokens"] = list(range(5, VOCAB - 3))
+    torch.manual_seed(7)
+    expected = target.generate(**batch, **settings)
+    torch.manual_seed(7)
+    assert torch.equal(generate(target, network, **batch, **settings, num_assistant_tokens=4), expected)
+    generate(target, network, **batch, **settings, num_assistant_tokens=4, acceptance="rejection")
+
+
+@pytest.mark.parametrize("preset", ["some tokens", "previous token"])
+def test_the_best_draft_is_found_with_and_without_the_whole_vocabulary(preset: str, monkeypatch, target):
     """A processor that changes nothing sends greedy drafts the long way."""
-    batch, network = ragged_batch(), make_network("some tokens", target)
-    settings = dict(max_new_tokens=NEW_TOKENS, eos_token_id=None, num_assistant_tokens=4, return_dict_in_generate=True)
+    batch, network = ragged_batch(), make_network(preset, target)
+    settings = dict(max_new_tokens=NEW_TOKENS, eos_token_id=None, num_assistant_tokens=4)
+    drafts = record_drafts(monkeypatch)
     short = generate(target, network, **batch, **settings)
-    long = generate(target, network, **batch, **settings, suppress_tokens=[network.draft_token_ids.max().item() + 1])
-    assert short.statistics.accepted_per_slot == long.statistics.accepted_per_slot
-    assert torch.equal(short.sequences, long.sequences)
+    count = len(drafts)
+    never = next(token for token in range(VOCAB) if not (short == token).any())
+    long = generate(target, network, **batch, **settings, suppress_tokens=[never])
+    assert torch.equal(short, long)
+    assert len(drafts) == 2 * count
+    for one, other in zip(drafts[:count], drafts[count:], strict=True):
+        assert one.tokens == other.tokens or never in one.tokens
 
 
 def test_slot_j_at_n_is_labelled_with_token_n_plus_2_plus_j():

@@ -213,16 +213,17 @@ def test_answers_to_other_prompts_are_refused(folder: Path, monkeypatch):
 
 
 @pytest.mark.parametrize("anchor_slot", [False, True])
-def test_parameters_at_work(anchor_slot: bool):
+@pytest.mark.parametrize("rank", [None, 8])
+def test_parameters_at_work(rank: int | None, anchor_slot: bool):
     target = llama(torch.float32)
-    fields = dict(num_draft_tokens=3, anchor_slot=anchor_slot)
+    fields = dict(num_draft_tokens=3, anchor_slot=anchor_slot, previous_token_rank=rank, num_candidates=5)
     drafter = SpecFormerModel(SpecFormerConfig.from_target_config(target.config, **fields))
     figures = evaluate_drafter.parameters_at_work(drafter, target)
     size = target.config.hidden_size
     read_only = 64 * size  # the target's embeddings; its head is a matrix of its own
     assert figures["target_parameters"] == target.num_parameters() - read_only
-    times = {"draft_attention": 3 + anchor_slot, "draft_mlp": 3, "final_norm": 3}
-    expected = 3 * 64 * size
+    times = {"draft_attention": 3 + anchor_slot, "draft_mlp": 3, "final_norm": 3, "previous_token_correction": 3}
+    expected = 3 * 64 * size + (0 if rank is None else 3 * 5 * size)
     for name, weight in drafter.named_parameters():
         expected += weight.numel() * times.get(name.split(".")[0], 1)
     assert figures["shared_parameters"] == expected

@@ -136,6 +136,14 @@ def test_training_goes_on_from_another_drafter(folders: Path, monkeypatch):
     assert log_of(second)["best"]["tokens_per_pass"] == pytest.approx(best, rel=0.05)
     with pytest.raises(ValueError, match=r"positional_ffn.weight.* do not fit the drafter that is asked for"):
         run(monkeypatch, folders, *EACH_STEP, *options, "--num-draft-tokens", "2", output="third")
+    assert not (first.with_name("third")).exists()
+    every = run(monkeypatch, folders, *EACH_STEP, *few, output="every")
+    some = run(
+        monkeypatch, folders, *EACH_STEP, *few, "--start-from", str(every), "--draft-vocab-size", "9", output="some"
+    )
+    own = SpecFormerModel.from_pretrained(some).draft_token_ids.tolist()
+    assert len(own) == 9
+    assert own != list(range(9))  # the most frequent ones
     with pytest.raises(ValueError, match="--paper and --start-from were both given"):
         run(monkeypatch, folders, *EACH_STEP, *options, "--paper", output="fourth")
 

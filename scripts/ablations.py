@@ -49,8 +49,11 @@ def variants(target_config, other_data: Path | None) -> dict[str, list[str]]:
 
 def main(arguments: argparse.Namespace) -> None:
     name = arguments.target or str(fetch_target())
-    runs = {}
-    for variant, options in variants(AutoConfig.from_pretrained(name), arguments.other_data).items():
+    every, runs = variants(AutoConfig.from_pretrained(name), arguments.other_data), {}
+    if unknown := set(arguments.variants or ()) - every.keys():
+        raise ValueError(f"--variants {sorted(unknown)}: expected some of {', '.join(map(repr, every))}.")
+    for variant in arguments.variants or every:
+        options = every[variant]
         for seed in arguments.seeds:
             folder = arguments.output / f"{variant.replace(' ', '_')}-{seed}"
             runs.setdefault(variant, []).append(folder)
@@ -119,6 +122,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--other-data", type=Path, help="text that the target did not write")
     parser.add_argument("--answers", type=Path, help="folder of distill for evaluation prompts")
     parser.add_argument("--target", help="folder or Hub id of the target; default: the one of fetch_target")
+    parser.add_argument("--variants", nargs="+", help="only these, by their names in the table")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--batch-size", type=int, default=8, help="texts at once in the evaluation on --answers")
     parser.add_argument("train", nargs="*", help="options of specformer.scripts.train, behind --")

@@ -2,8 +2,9 @@
 
     python -m specformer.scripts.benchmark --prompts prompts.jsonl --output benchmarks/results/benchmark_cpu.json
 
-Contenders are in contenders.py. Besides the default drafter (or --drafter) there is one that is always right and one
-that is always wrong, both of which cost nothing: what drafting could give, and what it costs. Every row writes exactly
+Contenders are in contenders.py. Besides the default drafter (or --drafter) there are some that know the text and cost
+nothing: always right and always wrong, what drafting could give and what it costs; right at 7 of 10 tokens, the same
+ones in all rows, which then advance in step, or each row's own: what raggedness costs. Every row writes exactly
 --max-new-tokens tokens, so that all do the same work. Each turn runs every contender once, in an order that moves on;
 figures are medians over the turns, ratios are taken within a turn.
 

@@ -100,8 +100,10 @@ def speed_table() -> list[str]:
         f"{regime['max_new_tokens']} new tokens, {regime['dtype']}, different MT-Bench prompts, medians of "
         f"{contests[0]['turns']} turns in one process, {result['machine']['torch_threads']} threads of "
         f"{result['machine']['device']} ({result['machine']['cpu']}); {identical} of {texts} texts identical to plain "
-        '`generate`. "auto" is the default: it drafts as much as pays, on this machine next to nothing. The drafters '
-        "that are always right or always wrong know the text and cost nothing; a real one takes time of its own.",
+        '`generate`. "auto" is the default: it drafts as much as seems to pay. The drafters that are always right, '
+        "always wrong, or right at 7 of 10 tokens know the text and cost nothing; a real one takes time of its own. "
+        '"In step" all rows are right at the same tokens and advance together, "ragged" each row has its own: beside '
+        "each other they show what raggedness costs.",
     ]
     return lines
 

@@ -314,7 +314,11 @@ def test_ablations(folder: Path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(subprocess, "run", None)
         run(ablations, patch, *arguments, "--answers", folder / "answers", *budget)
-    on_answers = json.loads((folder / "result.json").read_text())
+        on_answers = json.loads((folder / "result.json").read_text())
+        run(ablations, patch, *arguments, "--variants", "paper", *budget)
+    assert list(json.loads((folder / "result.json").read_text())["variants"]) == ["paper"]
+    with pytest.raises(ValueError, match="--variants.*wider.*expected some of 'paper'"):
+        run(ablations, monkeypatch, *arguments, "--variants", "wider", *budget)
     assert on_answers["evaluated_on"] == "answers"
     assert all(runs[0]["answers"] == len(TEXTS) for runs in on_answers["variants"].values())
 

@@ -18,7 +18,10 @@ def training_curves(log: dict, path: Path) -> None:
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
     history = log["history"]
-    for axes, name, label in ((left, "loss", "training"), (left, "eval_loss", "held out")):
+    for axes, name, label in (
+        (left, "loss", "training, as its slots are weighed"),
+        (left, "eval_loss", "held out, all slots alike"),
+    ):
         points = [(entry["step"], entry[name]) for entry in history if name in entry]
         axes.plot(*zip(*points, strict=True), label=label)
     left.set(xlabel="optimiser step", ylabel="cross-entropy per slot (nats)", title="Loss")

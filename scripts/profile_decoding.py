@@ -92,7 +92,8 @@ def main(arguments: argparse.Namespace) -> None:
     folder = fetch_target()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     target = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    drafter = AutoModel.from_pretrained(ROOT, trust_remote_code=True)
+    # in the dtype that it computes in: a copy in another one would not be timed
+    drafter = AutoModel.from_pretrained(ROOT, trust_remote_code=True, dtype=torch.float32)
     inputs = encode(tokenizer, read_prompts(arguments.prompts, arguments.batch_size))
     profile_once(target, drafter, inputs, arguments)  # the probe, and warm-up
     runs = [profile_once(target, drafter, inputs, arguments) for _ in range(arguments.repeats)]

@@ -317,7 +317,7 @@ def test_ablations(folder: Path, monkeypatch):
         on_answers = json.loads((folder / "result.json").read_text())
         run(ablations, patch, *arguments, "--variants", "paper", *budget)
     assert list(json.loads((folder / "result.json").read_text())["variants"]) == ["paper"]
-    with pytest.raises(ValueError, match="--variants.*wider.*expected some of 'paper'"):
+    with pytest.raises(ValueError, match=r"--variants.*wider.*expected some of 'paper'"):
         run(ablations, monkeypatch, *arguments, "--variants", "wider", *budget)
     assert on_answers["evaluated_on"] == "answers"
     assert all(runs[0]["answers"] == len(TEXTS) for runs in on_answers["variants"].values())

@@ -271,10 +271,7 @@ def test_texts_are_distributed_as_the_target_writes_them(rule: str, drafter: str
     rate = sample.accepted / sample.drafted
     print(f"{rule}, {drafter}, {name}: p = {p:.3g}, {rate:.1%} of {sample.drafted} drafts accepted")
     assert p > 1e-3
-    if (drafter, name) == ("some tokens", "two tokens less"):  # all that it would draft is forbidden
-        assert rate < 0.5
-    else:
-        assert 0.05 < rate < 0.9
+    assert 0.05 < rate < 0.9  # of others too where all that "some tokens" would draft is forbidden
 
 
 # ---- faults that the test must find

@@ -270,6 +270,7 @@ def test_experience_is_kept_with_the_models_and_goes_with_them():
     target = llama()
     torch.manual_seed(0)
     network = SpecFormerModel(SpecFormerConfig.from_target_config(target.config)).to(torch.float64)
+    gc.collect()  # what earlier tests left
     before = len(auto_draft_length._experience)
     generate(target, network, **ragged_batch(), max_new_tokens=20)
     known = auto_draft_length.experience_of(target, network)

@@ -111,7 +111,7 @@ def test_number_of_drafts_comes_from_the_assistant_where_nobody_says():
     assistant = llama(seed=11)
     arguments = dict(max_new_tokens=NEW_TOKENS, eos_token_id=None)
     reference = plain(target, batch, **arguments)
-    assert len(check(target, batch, reference, assistant, None, **arguments).drafted_per_slot) == 4
+    assert check(target, batch, reference, assistant, None, **arguments).rounds_per_length[4] >= 1  # "auto" begins so
     assistant.generation_config.num_assistant_tokens = 2
     assert len(check(target, batch, reference, assistant, None, **arguments).drafted_per_slot) == 2
     assert len(check(target, batch, reference, assistant, 3, **arguments).drafted_per_slot) == 3

@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 
 from specformer.scripts.contenders import PLAIN
+from specformer.scripts import ablations
 from specformer.scripts.model_card import regime_text, task_table, training_text
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -136,9 +137,15 @@ def drafter_section() -> str:
     return "\n".join(lines)
 
 
+def ablations_section() -> str:
+    """What variants of the drafter come to under one budget."""
+    return ablations.table(json.loads((RESULTS / "ablations.json").read_text())) + "\n"
+
+
 SECTIONS = {
     "README.md": {"results": results_section, "drafter": drafter_section},
     "docs/profile.md": {"results": profile_section},
+    "docs/experiments.md": {"ablations": ablations_section},
 }
 """By page, what stands between the markers <!-- name --> and <!-- /name -->."""
 

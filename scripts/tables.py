@@ -9,8 +9,8 @@ import json
 import re
 from pathlib import Path
 
-from specformer.scripts.contenders import PLAIN
 from specformer.scripts import ablations
+from specformer.scripts.contenders import PLAIN
 from specformer.scripts.model_card import regime_text, task_table, training_text
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -152,6 +152,11 @@ class BorrowedTarget:
         (..., V)."""
         return self._scaled(self.head(hidden_states))
 
+    def candidates(self, draft_hidden_states: torch.Tensor, count: int) -> torch.Tensor:
+        """The places of the highest `draft_logits`, `count` of them or all that there are: (..., d) -> (..., C)."""
+        logits = self.draft_logits(draft_hidden_states)
+        return logits.topk(min(count, logits.shape[-1])).indices
+
     def candidate_logits(self, draft_hidden_states: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
         """What `draft_logits` has at `places` (..., C), without the others where the head allows: (..., C)."""
         if self._rows is None:

@@ -135,10 +135,9 @@ def choose_drafts(network, borrowed, states: torch.Tensor, newest: torch.Tensor,
 
     With `previous_token_rank` slot by slot: the best candidates of each are scored again, knowing the token in front.
     """
-    logits = borrowed.draft_logits(states)  # (R, k, V')
     if network.config.previous_token_rank is None:
-        return choose(logits, token_ids=borrowed.draft_token_ids)
-    candidates = logits.topk(min(network.config.num_candidates, logits.shape[-1])).indices  # (R, k, C)
+        return choose(borrowed.draft_logits(states), token_ids=borrowed.draft_token_ids)
+    candidates = borrowed.candidates(states, network.config.num_candidates)  # (R, k, C)
     tokens = [newest]
     for slot, (state, places) in enumerate(zip(states.split(1, dim=1), candidates.split(1, dim=1), strict=True)):
         state = network.previous_token_correction(state, embed(borrowed, tokens[-1]))

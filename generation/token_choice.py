@@ -12,7 +12,7 @@ from .acceptance import AcceptanceRule
 from .processors import PrefixFunctionForWantedRows, Processors
 from .step_outputs import StepOutputs
 from .text import Text
-from .verification import NO_TOKEN, count_accepted
+from .verification import NO_TOKEN, best_tokens, count_accepted
 
 
 class TokenChoice:
@@ -49,8 +49,7 @@ class TokenChoice:
         else:
             token_ids = token_ids.to(logits.device).expand(logits.shape)
         if self.rule.takes_the_best and not self.processors.prefix_free:  # no need to look at the other tokens
-            best = logits.argmax(dim=-1, keepdim=True)
-            return (best if token_ids is None else token_ids.gather(-1, best))[..., 0]
+            return best_tokens(logits, token_ids)
         if token_ids is not None:
             # low, not -inf: a processor may forbid all of `token_ids`, and others fail where nothing is left
             everywhere = (logits.amin(dim=-1, keepdim=True) - 1e4).repeat(1, 1, self.vocab_size)

@@ -19,6 +19,13 @@ def sample_with_noise(scores: torch.Tensor, noise: torch.Tensor) -> torch.Tensor
     return torch.where(scores.amax(dim=-1).isfinite(), tokens, NO_TOKEN)
 
 
+def best_tokens(logits: torch.Tensor, token_ids: torch.Tensor | None = None) -> torch.Tensor:
+    """The token of the highest logit: (..., C) -> (...). The logits are of `token_ids`, which broadcast to them, or of
+    the vocabulary in its order."""
+    best = logits.argmax(dim=-1, keepdim=True)
+    return (best if token_ids is None else token_ids.expand(logits.shape).gather(-1, best))[..., 0]
+
+
 def count_accepted(accepted: torch.Tensor) -> torch.Tensor:
     """How many leading positions were accepted: bool (N, q) -> (N,) from 0 to q."""
     return accepted.long().cumprod(dim=1).sum(dim=1)

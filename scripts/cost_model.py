@@ -22,6 +22,7 @@ from specformer.configuration_specformer import SpecFormerConfig
 from specformer.generation.ragged_cache import RaggedCache
 from specformer.generation.specformer_drafter import choose_drafts
 from specformer.generation.target import verify
+from specformer.generation.verification import best_tokens
 from specformer.modeling_specformer import SpecFormerModel
 from specformer.scripts.provenance import provenance
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Qwen3Config
@@ -85,6 +86,9 @@ def time_round(target, drafter: SpecFormerModel, batch_size: int, k: int, contex
     )
     own_cache = full_cache(1, batch_size, context, k + 1, device)
 
+    def greedy(logits, ahead=0, token_ids=None):
+        return best_tokens(logits, token_ids)
+
     def draft():
         positions, anchors = own_cache.prepare(k + 1), borrowed.embed(tokens)
         mask = own_cache.mask(positions)
@@ -93,15 +97,9 @@ def time_round(target, drafter: SpecFormerModel, batch_size: int, k: int, contex
         if config.draft_attends_context:
             seen = dict(position_ids=positions[:, -1:], attention_mask=mask[:, :, -1:], past_key_values=own_cache)
         drafted = drafter.draft(read[:, -1], anchors[:, -1] if config.anchor_slot else None, **seen)
-        return choose_drafts(drafter, borrowed, drafted[:, :k], tokens[:, :1], best_tokens)
+        return choose_drafts(drafter, borrowed, drafted[:, :k], tokens[:, :1], greedy)
 
     return result | {"draft_seconds": median_seconds(draft, device, repeats)}
-
-
-def best_tokens(logits: torch.Tensor, ahead: int = 0, token_ids: torch.Tensor | None = None) -> torch.Tensor:
-    """What the decode loop chooses when it is greedy."""
-    best = logits.argmax(dim=-1, keepdim=True)
-    return (best if token_ids is None else token_ids.expand(logits.shape).gather(-1, best))[..., 0]
 
 
 def tokens_per_pass(acceptance: float, k: int) -> float:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 from specformer.configuration_specformer import SpecFormerConfig
+from specformer.generation.verification import best_tokens
 from specformer.scripts.answers import Answers
 from specformer.scripts.losses import IGNORED, Verifiers, drafter_loss, slot_labels
 from specformer.target_specformer import BorrowedTarget
@@ -81,10 +82,8 @@ def chosen_tokens(drafts: Drafts, borrowed: BorrowedTarget, config: SpecFormerCo
     """What greedy decoding drafts at every slot once the tokens in front of it are right: (..., d) -> (...)."""
     if config.previous_token_rank is None:
         return borrowed.best_tokens(drafts.states)
-    logits = borrowed.draft_logits(drafts.first_states)
-    best = logits.topk(min(config.num_candidates, logits.shape[-1])).indices
-    place = borrowed.candidate_logits(drafts.states, best).argmax(dim=-1, keepdim=True)
-    return borrowed.tokens_at(best.gather(-1, place)[..., 0])
+    places = borrowed.candidates(drafts.first_states, config.num_candidates)
+    return best_tokens(borrowed.candidate_logits(drafts.states, places), borrowed.tokens_at(places))
 
 
 def walk(matches: list[int], first: int, length: int, num_assistant_tokens: int) -> list[int]:

@@ -18,13 +18,17 @@ SIZES = (
     "num_key_value_heads",
     "head_dim",
     "num_draft_tokens",
+    "num_draft_layers",
     "target_num_hidden_layers",
 )
 LARGEST = 2**24
 """No size of a drafter comes near. Beyond it a config is damaged or hostile, and its memory must not be asked for."""
 MOST_PARAMETERS = 20_000_000_000
-MOST_CANDIDATES = 1024
-"""Every slot reads as many rows of the target's head, and again for every row of the batch."""
+MOST = {
+    "num_candidates": 1024,  # every slot reads as many rows of the target's head, and again for every row of the batch
+    "num_draft_layers": 64,  # each is made of modules, which take time even before they have weights
+}
+CONFIDENCE_WIDTH = 64
 LIMITS = {"rms_norm_eps": (0.0, 1.0), "rope_theta": (1e-6, 1e30), "initializer_range": (0.0, 1e3)}
 SWITCHES = (
     "use_anchor_token",
@@ -32,6 +36,7 @@ SWITCHES = (
     "draft_attends_context",
     "causal_draft_attention",
     "use_positional_ffn",
+    "confidence_head",
 )
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 REFUSED = (
@@ -77,10 +82,13 @@ class SpecFormerConfig(PreTrainedConfig):
             paper's see one another.
         use_positional_ffn (`bool`, defaults to `True`): whether every slot has a linear layer of its own, as in the
             paper, or only an embedding that is added to what all slots share.
+        num_draft_layers (`int`, defaults to 1): layers of attention over the draft slots and SwiGLU; one in the paper.
         previous_token_rank (`int`, *optional*): width of the network that corrects each slot by the token in front,
             chosen just before; `None` means there is none, as in the paper.
         num_candidates (`int`, defaults to 16): with `previous_token_rank`, how many of the best tokens of each slot are
             scored again after the correction; at most 1,024.
+        confidence_head (`bool`, defaults to `False`): whether each slot also says how likely its token is accepted,
+            by which "auto" verifies no more than pays.
         target_layer_ids (`list[int]`, *optional*): which of the target's hidden states are inputs: `i` is the state
             that enters layer `i`, and `target_num_hidden_layers` the last one, after the final norm. `None` means the
             paper's `[0, L/2, L-1, L]`, without the first where the anchor token takes its place.
@@ -116,8 +124,10 @@ class SpecFormerConfig(PreTrainedConfig):
         draft_attends_context: bool = False,
         causal_draft_attention: bool = False,
         use_positional_ffn: bool = True,
+        num_draft_layers: int = 1,
         previous_token_rank: int | None = None,
         num_candidates: int = 16,
+        confidence_head: bool = False,
         target_layer_ids: list[int] | None = None,
         target_num_hidden_layers: int = 30,
         target_name_or_path: str | None = None,
@@ -143,8 +153,10 @@ class SpecFormerConfig(PreTrainedConfig):
         self.draft_attends_context = draft_attends_context
         self.causal_draft_attention = causal_draft_attention
         self.use_positional_ffn = use_positional_ffn
+        self.num_draft_layers = num_draft_layers
         self.previous_token_rank = previous_token_rank
         self.num_candidates = num_candidates
+        self.confidence_head = confidence_head
         self.target_num_hidden_layers = target_num_hidden_layers
         self.target_layer_ids = target_layer_ids
         self.target_name_or_path = target_name_or_path
@@ -194,8 +206,10 @@ class SpecFormerConfig(PreTrainedConfig):
         anchor = size + size * size if self.anchor_slot else 0
         rank = self.previous_token_rank
         correction = 0 if rank is None else size + 3 * size * rank
-        feed_forward = size + 3 * size * self.intermediate_size
-        return slices * size * (size + 1) + 2 * attention + slot_layer + anchor + feed_forward + size + correction
+        draft_layer = attention + size + 3 * size * self.intermediate_size
+        layers = attention + self.num_draft_layers * draft_layer
+        confidence = (size + 2) * CONFIDENCE_WIDTH + 1 + 2 * slots if self.confidence_head else 0
+        return slices * size * (size + 1) + layers + slot_layer + anchor + size + correction + confidence
 
     @classmethod
     def from_target_config(cls, target_config: PreTrainedConfig, **overrides) -> SpecFormerConfig:
@@ -262,11 +276,12 @@ class SpecFormerConfig(PreTrainedConfig):
                 f"SpecFormerConfig: default_num_assistant_tokens is {short(default)}; expected an integer from 0 to "
                 f"{LARGEST}."
             )
-        if not is_whole(self.num_candidates, 1) or self.num_candidates > MOST_CANDIDATES:
-            raise ValueError(
-                f"SpecFormerConfig: num_candidates is {short(self.num_candidates)}; expected a positive integer up to "
-                f"{MOST_CANDIDATES}."
-            )
+        for name, highest in MOST.items():
+            value = getattr(self, name)
+            if not is_whole(value, 1) or value > highest:
+                raise ValueError(
+                    f"SpecFormerConfig: {name} is {short(value)}; expected a positive integer up to {highest}."
+                )
         for name in SWITCHES:
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"SpecFormerConfig: {name} is {short(getattr(self, name))}; expected true or false.")

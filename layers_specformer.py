@@ -8,7 +8,7 @@ from torch.nn import functional
 from transformers import Cache
 from transformers.activations import ACT2FN
 
-from .configuration_specformer import SpecFormerConfig
+from .configuration_specformer import CONFIDENCE_WIDTH, SpecFormerConfig
 from .context_specformer import SeenContext
 
 
@@ -95,6 +95,15 @@ class SpecFormerMLP(nn.Module):
         return hidden_states + self.down_proj(self.activation(self.gate_proj(normed)) * self.up_proj(normed))
 
 
+class DraftLayer(nn.Module):
+    """A draft layer behind the first: attention over the slots of one position, and SwiGLU."""
+
+    def __init__(self, config: SpecFormerConfig):
+        super().__init__()
+        self.attention = SpecFormerAttention(config)
+        self.mlp = SpecFormerMLP(config)
+
+
 class AnchorSlot(nn.Module):
     """The token that follows the position drafted from, as a slot in front of the draft slots: its embedding, normed
     and projected, (..., d) -> (..., d)."""
@@ -126,3 +135,24 @@ class PreviousTokenCorrection(nn.Module):
         """States and the embeddings of the tokens in front of their positions, both (..., d) -> (..., d)."""
         hidden = self.token_proj(self.norm(previous_embeds)) + self.state_proj(states)
         return states + self.up_proj(self.activation(hidden))
+
+
+class ConfidenceHead(nn.Module):
+    """How likely a slot's token is accepted once those in front of it are, as a logit: states (..., D, d) -> (..., D).
+
+    `scale` and `shift` of every slot are fitted to held-out answers when everything else has been learnt.
+    """
+
+    def __init__(self, config: SpecFormerConfig):
+        super().__init__()
+        self.in_proj = nn.Linear(config.hidden_size, CONFIDENCE_WIDTH)
+        self.out_proj = nn.Linear(CONFIDENCE_WIDTH, 1)
+        self.activation = ACT2FN[config.hidden_act]
+        self.scale = nn.Parameter(torch.ones(config.num_draft_tokens))
+        self.shift = nn.Parameter(torch.zeros(config.num_draft_tokens))
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        """`states` (..., k, d) may be those of the first k slots."""
+        count = states.shape[-2]
+        logits = self.out_proj(self.activation(self.in_proj(states)))[..., 0]
+        return logits * self.scale[:count] + self.shift[:count]

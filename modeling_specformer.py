@@ -4,15 +4,15 @@
         -> grouped RMSNorm, linear S*d -> d
         -> context causal attention over the T positions           (its keys and values are cached)
         -> positional FFN: one linear d -> D*d                      (B, T, D, d)
-        -> draft bidirectional attention over the D slots, SwiGLU
+        -> draft bidirectional attention over the D slots, SwiGLU; `num_draft_layers` times
         -> final norm, and the target's own LM head
 
 Slot j (0-based) at position n predicts token n + 2 + j; the target's own logits at n give token n + 1. With
 `use_anchor_token` the embedding of token n + 1 is one of the S inputs at position n; with `anchor_slot` it is a slot of
-its own in front of the D, until the attention over the slots is done. With `draft_attends_context` the slots also see
+its own in front of the D, up to the last attention over the slots. With `draft_attends_context` the slots also see
 the keys and values that the context attention holds of tokens 0..n. With `draft_vocab_size` the head scores only the
 tokens of `draft_token_ids`. With `previous_token_rank` a slot's state is corrected by the token in front of it, once
-that is chosen.
+that is chosen. With `confidence_head` it also tells how likely its token is accepted.
 
 Nothing of the decode loop is here: that is `generation/` (`custom_generate/` in a published repository).
 """
@@ -32,6 +32,8 @@ from .configuration_specformer import SpecFormerConfig
 from .context_specformer import SeenContext
 from .layers_specformer import (
     AnchorSlot,
+    ConfidenceHead,
+    DraftLayer,
     PreviousTokenCorrection,
     SpecFormerAttention,
     SpecFormerMLP,
@@ -58,12 +60,16 @@ class SpecFormerOutput(ModelOutput):
             hidden_size)` where only some positions were asked for.
         corrected_hidden_states (`torch.FloatTensor`, *optional*): the same, corrected by the tokens in front of the
             slots, where they were given.
+        confidence_logits (`torch.FloatTensor`, *optional*): of the chance that a slot's token is accepted once those in
+            front of it are, for a drafter with `confidence_head`, of the shape of the states without their last axis.
+            No gradient of them reaches the states: drafts are not bent to please them.
         context_states (`torch.FloatTensor`): output of the context layer, from which the slots are drafted,
             `(batch_size, sequence_length, hidden_size)`.
     """
 
     draft_hidden_states: torch.FloatTensor | None = None
     corrected_hidden_states: torch.FloatTensor | None = None
+    confidence_logits: torch.FloatTensor | None = None
     context_states: torch.FloatTensor | None = None
 
 
@@ -91,9 +97,12 @@ class SpecFormerModel(PreTrainedModel):
             self.anchor_slot = AnchorSlot(config)
         self.draft_attention = SpecFormerAttention(config)
         self.draft_mlp = SpecFormerMLP(config)
+        self.more_draft_layers = nn.ModuleList(DraftLayer(config) for _ in range(config.num_draft_layers - 1))
         self.final_norm = SpecFormerRMSNorm(size, config.rms_norm_eps)
         if config.previous_token_rank is not None:
             self.previous_token_correction = PreviousTokenCorrection(config)
+        if config.confidence_head:
+            self.confidence_head = ConfidenceHead(config)
         # ascending; training chooses them (`choose_draft_tokens`)
         ids = None if config.draft_vocab_size is None else torch.arange(config.draft_vocab_size)
         self.register_buffer("draft_token_ids", ids)
@@ -108,6 +117,14 @@ class SpecFormerModel(PreTrainedModel):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
         elif isinstance(module, SpecFormerRMSNorm):
             nn.init.ones_(module.weight)
+        elif isinstance(module, ConfidenceHead):
+            nn.init.ones_(module.scale)
+            nn.init.zeros_(module.shift)
+
+    @property
+    def draft_layers(self) -> list[tuple[SpecFormerAttention, SpecFormerMLP]]:
+        more = [(layer.attention, layer.mlp) for layer in self.more_draft_layers]
+        return [(self.draft_attention, self.draft_mlp), *more]
 
     def encode_context(
         self,
@@ -184,9 +201,13 @@ class SpecFormerModel(PreTrainedModel):
                 layer.keys[:, :, :width], layer.values[:, :, :width], attention_mask[:, :, 0], positions_per_row
             )
             slot_ids = position_ids + 1 + slot_ids  # (N, D), behind the context; without it only distances count
-        slots = self.draft_attention(slots, slot_ids, is_causal=self.config.causal_draft_attention, context=context)
-        slots = slots[:, -self.config.num_draft_tokens :]  # without the anchor's
-        slots = self.final_norm(self.draft_mlp(slots))
+        layers = self.draft_layers
+        for number, (attention, mlp) in enumerate(layers, 1):
+            slots = attention(slots, slot_ids, is_causal=self.config.causal_draft_attention, context=context)
+            if number == len(layers):
+                slots = slots[:, -self.config.num_draft_tokens :]  # nobody will see the anchor's any more
+            slots = mlp(slots)
+        slots = self.final_norm(slots)
         return slots.view(*context_states.shape[:-1], *slots.shape[1:])
 
     def forward(
@@ -227,7 +248,15 @@ class SpecFormerModel(PreTrainedModel):
         if draft_positions is None:
             drafted = drafted.unflatten(0, (rows, length))
         corrected = None if previous_embeds is None else self.previous_token_correction(drafted, previous_embeds)
-        return SpecFormerOutput(draft_hidden_states=drafted, corrected_hidden_states=corrected, context_states=context)
+        confidences = None
+        if config.confidence_head:
+            confidences = self.confidence_head((drafted if corrected is None else corrected).detach())
+        return SpecFormerOutput(
+            draft_hidden_states=drafted,
+            corrected_hidden_states=corrected,
+            confidence_logits=confidences,
+            context_states=context,
+        )
 
     def _check_anchors(self, anchor_embeds: torch.Tensor | None, field: str) -> None:
         wanted = getattr(self.config, field)
@@ -257,7 +286,8 @@ class SpecFormerModel(PreTrainedModel):
         self.final_norm.weight.copy_(final_norm_scale(target).to(self.final_norm.weight))
         self.config.target_embeddings = some_embeddings(target)
         identity = torch.eye(self.config.hidden_size, device=self.device)
-        for layer in (self.context_attention.o_proj, self.draft_attention.o_proj, self.draft_mlp.down_proj):
+        of_draft_layers = (layer for attention, mlp in self.draft_layers for layer in (attention.o_proj, mlp.down_proj))
+        for layer in (self.context_attention.o_proj, *of_draft_layers):
             layer.weight /= 2
         self.input_proj.weight /= 2
         self.input_proj.weight[:, -len(identity) :] += identity

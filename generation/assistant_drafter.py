@@ -27,6 +27,7 @@ class AssistantDrafter:
 
     max_draft_tokens = 64
     default_num_assistant_tokens = 4
+    confidences = None
 
     def __init__(self, assistant, target, chunk_size: int | None = None):
         check_target(assistant)

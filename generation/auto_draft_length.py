@@ -46,11 +46,18 @@ class Experience:
     Attributes:
         times: `RoundTimes` by what a round's time depends on: the regime, such as the device, and rows of the pass.
         rates: how likely slot j was accepted in the last call once the slots before it were; none at first.
+        expectations: of the last rounds of a drafter that knows how likely its drafts are accepted: the tokens that it
+            expected of verifying 0, 1, ... of them, and the seconds that drafting took.
+        predicted, accepted: how many drafts it expected to be accepted of those verified, and how many were; fading.
     """
+
+    REMEMBERED = 32
 
     def __init__(self):
         self.times: dict = defaultdict(RoundTimes)
         self.rates: list[float] = []
+        self.expectations: deque[tuple[list[float], float]] = deque(maxlen=self.REMEMBERED)
+        self.predicted = self.accepted = 0.0
 
 
 class AutoDraftLength(DraftLength):
@@ -81,6 +88,7 @@ class AutoDraftLength(DraftLength):
         self.best = self.start
         self.waited, self.patience, self.turns = 0, self.FIRST_PATIENCE, 0
         self.planned: list[int] = []
+        self.is_trial = True  # whether a round is there to learn of, and not the best known
         self.is_behind = False  # whether the drafter has yet to read what plain rounds added
 
     def rates(self) -> list[float]:
@@ -97,21 +105,26 @@ class AutoDraftLength(DraftLength):
         """Tokens that a round of 0, 1, ..., `most` drafts adds to a row."""
         return list(accumulate(accumulate([1.0, *self.rates()], mul)))
 
+    def speeds(self, seconds: list[float]) -> list[float]:
+        """Expected tokens per second of a row, of rounds of 0, 1, ..., `most` drafts that take `seconds`."""
+        return [tokens / max(time, 1e-9) for tokens, time in zip(self.expected_tokens(), seconds, strict=True)]
+
     def next(self, num_rows: int) -> int:
+        self.is_trial = True
         times = self.experience.times[self.regime, num_rows]
         for length in (self.start, 0):
             if times.count(length) < self.TRIALS:
                 return length
         if self.planned:
             return self.planned.pop()
-        expected, seconds = self.expected_tokens(), times.estimate(self.most)
-        speeds = [tokens / max(time, 1e-9) for tokens, time in zip(expected, seconds, strict=True)]
+        speeds = self.speeds(times.estimate(self.most))
         speeds[0] *= self.LEAST_GAIN
         best = max(range(self.most + 1), key=speeds.__getitem__)
         if best != self.best:
             self.best, self.waited, self.patience = best, 0, self.FIRST_PATIENCE
         self.waited += 1
         if self.waited <= self.patience:
+            self.is_trial = False
             return best
         self.waited, self.patience = 0, min(2 * self.patience, self.LAST_PATIENCE)
         others = (best + 1, best - 1, 0, *range(min(self.most, self.TRIED) + 1))

@@ -8,6 +8,7 @@ from .acceptance import AcceptanceRule
 from .assistant_drafter import AssistantDrafter
 from .auto_draft_length import AutoDraftLength, experience_of
 from .capabilities import unwrapped
+from .confident_draft_length import ConfidentDraftLength
 from .draft_length import AUTO, DraftLength, check_draft_length
 from .drafter import Drafter, NoDrafter
 from .prompt_lookup_drafter import PromptLookupDrafter
@@ -79,5 +80,6 @@ def choose_draft_length(
     if requested in (None, AUTO):
         most = min(drafter.max_draft_tokens, MOST_WITHOUT_NUMBER)
         start = drafter.default_num_assistant_tokens or most
-        return AutoDraftLength(most, start, experience_of(model, assistant_model), (model.device, model.dtype))
+        kind = AutoDraftLength if rule.text_depends_on_drafts else ConfidentDraftLength
+        return kind(most, start, experience_of(model, assistant_model), (model.device, model.dtype))
     return DraftLength(min(requested, drafter.max_draft_tokens))

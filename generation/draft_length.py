@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 AUTO = "auto"
 
 
@@ -19,8 +21,21 @@ class DraftLength:
         """Tokens to draft in the next round, whose pass carries `num_rows` rows."""
         return self.most
 
+    def keep(
+        self, drafts: torch.Tensor, confidences: torch.Tensor | None, stopped: torch.Tensor, started: float
+    ) -> int:
+        """How many of the drafts (R, k) to verify.
+
+        Args:
+            confidences: how likely each is accepted once those in front of it are, (R, k), if the drafter knows.
+            stopped: rows that are only carried along, bool (R,).
+            started: when the round began, as `perf_counter` tells.
+        """
+        return drafts.shape[1]
+
     def record(self, num_rows: int, drafted: int, outcome: list[tuple[int, int]], seconds: float) -> None:
-        """What became of a round: per row (drafts accepted, tokens added), and how long it took."""
+        """What became of a round that verified `drafted` tokens: per row (drafts accepted, tokens added), and how long
+        it took."""
 
 
 def check_draft_length(value, name: str = "num_assistant_tokens") -> None:

@@ -20,6 +20,9 @@ class Drafter(Protocol):
     max_draft_tokens: int
     default_num_assistant_tokens: int
     """How many to begin with where the caller names no number. 0: nothing is drafted then."""
+    confidences: torch.Tensor | None
+    """Of the last proposal, how likely each token is accepted once those in front of it are, (R, k); `None` where the
+    drafter cannot tell."""
 
     def __enter__(self): ...
 
@@ -51,6 +54,7 @@ class NoDrafter:
     """Plain decoding through the same loop."""
 
     max_draft_tokens = default_num_assistant_tokens = 0
+    confidences = None
 
     def __enter__(self):
         return self

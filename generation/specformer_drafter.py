@@ -30,6 +30,7 @@ class SpecFormerDrafter:
                 self.network = copy.deepcopy(network).to(target.dtype)
         self.max_draft_tokens = network.config.num_draft_tokens
         self.default_num_assistant_tokens = network.config.default_num_assistant_tokens
+        self.confidences: torch.Tensor | None = None
 
     def __enter__(self):
         self.borrowed.__enter__()
@@ -65,7 +66,10 @@ class SpecFormerDrafter:
     def propose(self, num_tokens, choose) -> torch.Tensor:
         self._read()
         states = self._draft()[:, :num_tokens]  # (R, k, d)
-        return choose_drafts(self.network, self.borrowed, states, self.newest, choose)
+        tokens, states = choose_drafts(self.network, self.borrowed, states, self.newest, choose)
+        if self.network.config.confidence_head:
+            self.confidences = self.network.confidence_head(states).float().sigmoid()
+        return tokens
 
     def _draft(self) -> torch.Tensor:
         """States of all slots of every row, (R, D, d)."""
@@ -130,20 +134,24 @@ def newest_tokens(tokens: torch.Tensor, counts: torch.Tensor, before: torch.Tens
     return torch.where(counts[:, None] > 0, last, before)
 
 
-def choose_drafts(network, borrowed, states: torch.Tensor, newest: torch.Tensor, choose) -> torch.Tensor:
-    """Draft tokens (R, k) for the states (R, k, d) of the slots behind the `newest` tokens (R, 1).
+def choose_drafts(
+    network, borrowed, states: torch.Tensor, newest: torch.Tensor, choose
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draft tokens (R, k) for the states (R, k, d) of the slots behind the `newest` tokens (R, 1), and the states that
+    they were chosen from.
 
     With `previous_token_rank` slot by slot: the best candidates of each are scored again, knowing the token in front.
     """
     if network.config.previous_token_rank is None:
-        return choose(borrowed.draft_logits(states), token_ids=borrowed.draft_token_ids)
+        return choose(borrowed.draft_logits(states), token_ids=borrowed.draft_token_ids), states
     candidates = borrowed.candidates(states, network.config.num_candidates)  # (R, k, C)
-    tokens = [newest]
+    tokens, corrected = [newest], []
     for slot, (state, places) in enumerate(zip(states.split(1, dim=1), candidates.split(1, dim=1), strict=True)):
         state = network.previous_token_correction(state, embed(borrowed, tokens[-1]))
         logits = borrowed.candidate_logits(state, places)  # (R, 1, C)
         tokens.append(choose(logits, ahead=slot, token_ids=borrowed.tokens_at(places)))
-    return torch.cat(tokens[1:], dim=1)
+        corrected.append(state)
+    return torch.cat(tokens[1:], dim=1), torch.cat(corrected, dim=1)
 
 
 def embed(borrowed, tokens: torch.Tensor) -> torch.Tensor:

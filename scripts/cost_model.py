@@ -97,7 +97,7 @@ def time_round(target, drafter: SpecFormerModel, batch_size: int, k: int, contex
         if config.draft_attends_context:
             seen = dict(position_ids=positions[:, -1:], attention_mask=mask[:, :, -1:], past_key_values=own_cache)
         drafted = drafter.draft(read[:, -1], anchors[:, -1] if config.anchor_slot else None, **seen)
-        return choose_drafts(drafter, borrowed, drafted[:, :k], tokens[:, :1], greedy)
+        return choose_drafts(drafter, borrowed, drafted[:, :k], tokens[:, :1], greedy)[0]
 
     return result | {"draft_seconds": median_seconds(draft, device, repeats)}
 

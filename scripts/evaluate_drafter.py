@@ -60,16 +60,21 @@ def parameters_at_work(drafter, target) -> dict[str, int]:
     """Parameters of the target and of a SpecFormer drafter, for `paper_measures`: those that one round multiplies with,
     the LM head included. The drafter computes all of its slots whatever the number of tokens that are asked for."""
     slots, head = drafter.config.num_draft_tokens, drafter.config.draft_vocab_size or drafter.config.vocab_size
-    attention, rest = (
-        sum(weight.numel() for part in parts for weight in part.parameters())
-        for parts in ([drafter.draft_attention], [drafter.draft_mlp, drafter.final_norm])
-    )
-    once = drafter.num_parameters() - attention - rest
-    once += attention * drafter.config.anchor_slot  # a slot of the attention alone
-    each = attention + rest + head * drafter.config.hidden_size
+
+    def size(*parts) -> int:
+        return sum(weight.numel() for part in parts for weight in part.parameters())
+
+    last_mlp = drafter.draft_layers[-1][1]
+    layers = size(*(part for layer in drafter.draft_layers for part in layer))
+    at_each_slot = layers + size(drafter.final_norm)
+    once = drafter.num_parameters() - at_each_slot
+    each = at_each_slot + head * drafter.config.hidden_size
     if drafter.config.previous_token_rank is not None:
-        correction = sum(weight.numel() for weight in drafter.previous_token_correction.parameters())
+        correction = size(drafter.previous_token_correction)
         once, each = once - correction, each + correction + drafter.config.num_candidates * drafter.config.hidden_size
+    if drafter.config.confidence_head:
+        once, each = once - size(drafter.confidence_head), each + size(drafter.confidence_head)
+    once += (layers - size(last_mlp)) * drafter.config.anchor_slot  # the anchor's slot ends at the last attention
     unread = 0 if target.config.get_text_config(decoder=True).tie_word_embeddings else target.get_input_embeddings()
     of_target = target.num_parameters() - (unread and unread.weight.numel())
     return {"target_parameters": of_target, "shared_parameters": once + slots * each, "slot_parameters": 0}

@@ -12,6 +12,7 @@ import torch
 from specformer.configuration_specformer import SpecFormerConfig
 from specformer.generation.verification import best_tokens
 from specformer.scripts.answers import Answers
+from specformer.scripts.confidence import BINS, calibration, count_by_confidence
 from specformer.scripts.losses import IGNORED, Verifiers, drafter_loss, slot_labels
 from specformer.target_specformer import BorrowedTarget
 from torch import nn
@@ -41,12 +42,14 @@ class Drafts(NamedTuple):
         labels: (N, D), IGNORED past the end.
         first_states: before the correction, (N, D, d).
         verifiers: of the slots, where the drafter reads the target's last hidden states.
+        confidence_logits: of a drafter with `confidence_head`, (N, D).
     """
 
     states: torch.Tensor
     labels: torch.Tensor
     first_states: torch.Tensor
     verifiers: Verifiers | None = None
+    confidence_logits: torch.Tensor | None = None
 
 
 def in_front(values: torch.Tensor, num_slots: int) -> torch.Tensor:
@@ -75,7 +78,8 @@ def drafts_of_text(drafter: nn.Module, borrowed: BorrowedTarget, batch: dict[str
         verifiers = Verifiers(hidden_states[:, :, -1].flatten(0, 1), in_front(positions, slots)[wanted])
     output = drafter(hidden_states.to(dtype), anchors, draft_positions=wanted, previous_embeds=previous)
     first, corrected = output.draft_hidden_states, output.corrected_hidden_states
-    return Drafts(first if corrected is None else corrected, labels[wanted], first, verifiers)
+    states = first if corrected is None else corrected
+    return Drafts(states, labels[wanted], first, verifiers, output.confidence_logits)
 
 
 def chosen_tokens(drafts: Drafts, borrowed: BorrowedTarget, config: SpecFormerConfig) -> torch.Tensor:
@@ -84,6 +88,17 @@ def chosen_tokens(drafts: Drafts, borrowed: BorrowedTarget, config: SpecFormerCo
         return borrowed.best_tokens(drafts.states)
     places = borrowed.candidates(drafts.first_states, config.num_candidates)
     return best_tokens(borrowed.candidate_logits(drafts.states, places), borrowed.tokens_at(places))
+
+
+def right_drafts(drafts: Drafts, borrowed: BorrowedTarget, config: SpecFormerConfig) -> torch.Tensor:
+    """Which slots greedy decoding gets right, once the tokens in front of them are: bool (N, D)."""
+    kept = drafts.labels != IGNORED
+    in_dtype = (states.to(borrowed.target.dtype) for states in (drafts.states, drafts.first_states))
+    chunks = zip(*(part[kept].split(1024) for part in in_dtype), strict=True)
+    chosen = [chosen_tokens(Drafts(states, None, first), borrowed, config) for states, first in chunks]
+    right = torch.zeros_like(kept)
+    right[kept] = torch.cat(chosen) == drafts.labels[kept]
+    return right
 
 
 def walk(matches: list[int], first: int, length: int, num_assistant_tokens: int) -> list[int]:
@@ -134,24 +149,24 @@ def evaluate_answers(
 def evaluate_offline(drafter: nn.Module, borrowed: BorrowedTarget, loader, draft_lengths: list[int]) -> torch.Tensor:
     """Sums over `loader`, to be added up over processes and read by `summarise`.
 
-    A vector: labels, their loss; positions and hits of each slot; tokens, passes of each draft length.
+    A vector: labels, their loss; positions and hits of each slot; of a drafter with `confidence_head` what
+    `count_by_confidence` counts; tokens, passes of each draft length. The last of these is the number of slots.
     """
     config = drafter_config(drafter)
     slots, device = config.num_draft_tokens, borrowed.device
     head = torch.zeros(2, dtype=torch.float64)
     counts, hits = torch.zeros(slots, dtype=torch.float64), torch.zeros(slots, dtype=torch.float64)
     decoded = torch.zeros(len(draft_lengths), 2, dtype=torch.float64)
+    confidences = torch.zeros(slots if config.confidence_head else 0, BINS, 3, dtype=torch.float64)
     for batch in loader:
         batch = {name: values.to(device) for name, values in batch.items()}
         drafts = drafts_of_text(drafter, borrowed, batch)
         kept = drafts.labels != IGNORED
         count = int((borrowed.draft_labels(drafts.labels) != IGNORED).sum())
         head += torch.tensor([count, count * float(drafter_loss(drafts.states, drafts.labels, borrowed))])
-        in_dtype = (states.to(borrowed.target.dtype) for states in (drafts.states, drafts.first_states))
-        chunks = zip(*(part[kept].split(1024) for part in in_dtype), strict=True)
-        chosen = [chosen_tokens(Drafts(states, None, first), borrowed, config) for states, first in chunks]
-        right = torch.zeros_like(kept)
-        right[kept] = torch.cat(chosen) == drafts.labels[kept]
+        right = right_drafts(drafts, borrowed, config)
+        if drafts.confidence_logits is not None:
+            confidences += count_by_confidence(drafts.confidence_logits, right, drafts.labels)
         counts += kept.sum(dim=0).cpu()
         hits += right.sum(dim=0).cpu()
         answer = batch["labels"] != IGNORED
@@ -163,21 +178,22 @@ def evaluate_offline(drafter: nn.Module, borrowed: BorrowedTarget, loader, draft
                 if length > 1:
                     passes = len(walk(row, first, length, k))
                     decoded[place] += torch.tensor([length - 1, passes], dtype=torch.float64)
-    return torch.cat([head, counts, hits, decoded.flatten()])
+    return torch.cat([head, counts, hits, confidences.flatten(), decoded.flatten()])
 
 
 def summarise(sums: torch.Tensor, draft_lengths: list[int]) -> dict[str, float]:
-    """Loss, share of right choices per slot, and tokens per target pass of greedy decoding per draft length."""
-    sums = sums.double().cpu()
-    slots = (len(sums) - 2 - 2 * len(draft_lengths)) // 2
-    counts, hits = sums[2 : 2 + slots], sums[2 + slots : 2 + 2 * slots]
-    decoded = sums[2 + 2 * slots :].view(-1, 2)
+    """Loss, share of right choices per slot, tokens per target pass of greedy decoding per draft length, and how good
+    confidences are, where the drafter has them."""
+    decoded, slots = 2 * len(draft_lengths), draft_lengths[-1]
+    sizes = [2, slots, slots, len(sums) - 2 - 2 * slots - decoded, decoded]
+    head, counts, hits, confidences, decoded = sums.double().cpu().split(sizes)
     accuracy = (hits / counts.clamp(min=1)).tolist()
     return {
-        "loss": float(sums[1] / sums[0].clamp(min=1)),
+        "loss": float(head[1] / head[0].clamp(min=1)),
         **{f"accuracy_slot_{slot}": value for slot, value in enumerate(accuracy)},
         **{
             f"tokens_per_pass_k{k}": float(tokens / passes.clamp(min=1))
-            for k, (tokens, passes) in zip(draft_lengths, decoded, strict=True)
+            for k, (tokens, passes) in zip(draft_lengths, decoded.view(-1, 2), strict=True)
         },
+        **calibration(confidences.view(-1, BINS, 3)),
     }

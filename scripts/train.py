@@ -28,9 +28,10 @@ from accelerate import PartialState
 from specformer.configuration_specformer import SpecFormerConfig
 from specformer.modeling_specformer import SpecFormerModel
 from specformer.scripts.answers import Answers
+from specformer.scripts.confidence import calibrate, confidence_loss
 from specformer.scripts.losses import acceptance_weights, base_share, decaying_weights, drafter_loss
 from specformer.scripts.model_card import write_model_card
-from specformer.scripts.offline import drafts_of_text, evaluate_offline, summarise
+from specformer.scripts.offline import drafts_of_text, evaluate_offline, right_drafts, summarise
 from specformer.scripts.provenance import provenance
 from specformer.scripts.runs import SETTINGS, begin_or_go_on, writing
 from specformer.scripts.stored_states import StoredStates
@@ -71,10 +72,13 @@ class DrafterTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         drafts = drafts_of_text(model, self.borrowed, inputs)
         loss_of = partial(self.loss, labels=drafts.labels, borrowed=self.borrowed, verifiers=drafts.verifiers)
-        loss = loss_of(drafts.states)
+        right = None if drafts.confidence_logits is None else torch.zeros_like(drafts.labels, dtype=torch.bool)
+        loss = loss_of(drafts.states, right=right)
         # of the Trainer's own count of steps, which goes on where it was
         if share := base_share(self.base_loss, self.state.global_step, self.state.max_steps):
             loss = (1 - share) * loss + share * loss_of(drafts.first_states)
+        if right is not None:  # the gradient reaches the confidence head alone
+            loss = loss + confidence_loss(drafts.confidence_logits, right, drafts.labels)
         return loss
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
@@ -225,6 +229,17 @@ def make_drafter(config: SpecFormerConfig, target, answers: Answers, start_from:
     return drafter
 
 
+@torch.no_grad()
+def calibrate_drafter(drafter: SpecFormerModel, borrowed: BorrowedTarget, answers, batch_size: int) -> None:
+    """Fit the drafter's confidences to what it gets right on `answers`."""
+    outcomes = []
+    for batch in torch.utils.data.DataLoader(answers, batch_size, collate_fn=Answers.collate):
+        batch = {name: values.to(borrowed.device) for name, values in batch.items()}
+        drafts = drafts_of_text(drafter, borrowed, batch)
+        outcomes.append((drafts.confidence_logits, right_drafts(drafts, borrowed, drafter.config), drafts.labels))
+    calibrate(drafter.confidence_head, outcomes)
+
+
 def training_of(drafter: str | None) -> dict | None:
     """How the drafter in a folder was trained, as far as it is known; without the history."""
     path = Path(drafter or "") / "training.json"
@@ -326,9 +341,11 @@ def main(arguments: argparse.Namespace) -> None:
             "before": training_of(arguments.start_from),
             "history": [entry for entry in state.log_history if "train_runtime" not in entry],  # of one session only
         }
-        best = output / f"checkpoint-{state.best_global_step}"
+        best = SpecFormerModel.from_pretrained(output / f"checkpoint-{state.best_global_step}", dtype=torch.float32)
+        if config.confidence_head:
+            calibrate_drafter(best.to(training.device), borrowed, trainer.eval_dataset, arguments.batch_size)
         with writing(output):
-            SpecFormerModel.from_pretrained(best, dtype=getattr(torch, arguments.save_dtype)).save_pretrained(output)
+            best.to(getattr(torch, arguments.save_dtype)).save_pretrained(output)
             (output / "training.json").write_text(json.dumps(log, indent=2) + "\n")
             with suppress(FileExistsError):  # a card of one's own stays
                 write_model_card(output, [])

@@ -41,6 +41,7 @@ class Draft:
     logits: torch.Tensor  # (k, V)
     tokens: list[int]
     proposed: list[int]
+    confidences: torch.Tensor | None  # (k,)
 
 
 @pytest.fixture
@@ -87,7 +88,9 @@ def record_drafts(monkeypatch, answer: torch.Tensor | None = None) -> list[Draft
                 proposed[place, : len(truth)] = truth
                 proposed[place, (row + generated) % (num_tokens + 1) :] += 1
                 proposed[place] %= VOCAB
-            drafts.append(Draft(row, generated, logits[place], tokens[place].tolist(), proposed[place].tolist()))
+            confidences = None if self.confidences is None else self.confidences[place]
+            both = tokens[place].tolist(), proposed[place].tolist()
+            drafts.append(Draft(row, generated, logits[place], *both, confidences))
         return proposed
 
     monkeypatch.setattr(SpecFormerDrafter, "propose", recorded)
@@ -109,10 +112,15 @@ def assert_teacher_forced_agrees(target, network, batch, sequences, drafts, shif
         for draft in (draft for draft in drafts if draft.row == row):
             # the newest token is not read yet: the target read up to the one before it
             position = prompt_width - padding + draft.generated - 2 + shift
-            expected = all_logits(borrowed, states[position, : len(draft.logits)])
+            slots = states[position, : len(draft.logits)]
+            expected = all_logits(borrowed, slots)
             if network.config.previous_token_rank is not None:
                 previous = borrowed.embed(torch.cat([text[0, [position + 1]], torch.tensor(draft.tokens[:-1]).long()]))
-                expected = corrected_logits(network, borrowed, states[position, : len(previous)], previous, expected)
+                expected = corrected_logits(network, borrowed, slots, previous, expected)
+                slots = network.previous_token_correction(slots, previous)
+            if network.config.confidence_head:
+                confidences = network.confidence_head(slots).sigmoid()
+                torch.testing.assert_close(draft.confidences.double(), confidences, rtol=0, atol=1e-6)
             torch.testing.assert_close(draft.logits, expected, rtol=0, atol=1e-9)
             assert draft.tokens == expected.argmax(-1).tolist()
 

@@ -15,6 +15,7 @@ from specformer import SpecFormerConfig, SpecFormerModel, generate
 from specformer.generation import auto_draft_length
 from specformer.generation import generate as entry
 from specformer.generation.auto_draft_length import AutoDraftLength, Experience
+from specformer.generation.confident_draft_length import ConfidentDraftLength
 from specformer.generation.draft_length import DraftLength
 from test_alignment import assert_teacher_forced_agrees, make_network, record_drafts, target
 from tiny import llama, ragged_batch
@@ -283,12 +284,12 @@ def test_experience_is_kept_with_the_models_and_goes_with_them():
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ({}, AutoDraftLength),
-        (dict(num_assistant_tokens="auto"), AutoDraftLength),
+        ({}, ConfidentDraftLength),
+        (dict(num_assistant_tokens="auto"), ConfidentDraftLength),
         (dict(num_assistant_tokens="auto", acceptance="rejection", do_sample=True), AutoDraftLength),
-        (dict(acceptance="rejection"), AutoDraftLength),  # greedy has one text
+        (dict(acceptance="rejection"), ConfidentDraftLength),  # greedy has one text
         (dict(acceptance="rejection", do_sample=True), 3),  # its text depends on the length
-        (dict(acceptance="coupled", do_sample=True), AutoDraftLength),
+        (dict(acceptance="coupled", do_sample=True), ConfidentDraftLength),
         (dict(num_assistant_tokens=2), 2),
         (dict(num_assistant_tokens=100), 4),
     ],

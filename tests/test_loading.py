@@ -62,6 +62,8 @@ def test_fields_that_fit_the_weights_are_taken(loader: type, fields: dict, folde
         (dict(num_draft_tokens=2), r"positional_ffn.weight: \[256, 32\], not \[64, 32\]"),
         (dict(use_anchor_token=False), r"input_proj.weight: \[32, 128\], not \[32, 96\]"),
         (dict(anchor_slot=True), r"'missing_keys': \['anchor_slot.norm.weight', 'anchor_slot.proj.weight'\]"),
+        (dict(num_draft_layers=2), r"'missing_keys': \['more_draft_layers.0.attention.k_proj.weight'"),
+        (dict(confidence_head=True), r"'missing_keys': \['confidence_head.in_proj.bias'"),
         (dict(draft_vocab_size=5), r"'missing_keys': \['draft_token_ids'\]"),
         (dict(use_positional_ffn=False), r"'missing_keys': \['slot_embeddings.weight'\], 'unexpected_keys': \['pos"),
         (dict(hidden_size=10**9), "hidden_size is 1000000000; expected a positive integer"),

@@ -171,7 +171,7 @@ def test_slot_embeddings_and_causal_slots(causal: bool):
 
 def reference_slots(network, hidden_states, anchors, row: int, position: int) -> torch.Tensor:
     """States (D, d) drafted from one position: each head and slot on its own, over a list of keys."""
-    config, context, draft = network.config, network.context_attention, network.draft_attention
+    config, context = network.config, network.context_attention
     inputs = hidden_states[row]  # (T, S, d)
     if config.use_anchor_token:
         inputs = torch.cat([anchors[row][:, None], inputs], dim=1)
@@ -186,34 +186,40 @@ def reference_slots(network, hidden_states, anchors, row: int, position: int) ->
         return parts if at is None else rotate(parts[None], at[None], config.rope_theta)[0]
 
     at = position + 1 + torch.arange(len(slots))
-    queries = heads(draft, draft.q_proj, slots, at)
-    keys, values = heads(draft, draft.k_proj, slots, at), heads(draft, draft.v_proj, slots)
     before = torch.arange(position + 1)
     context_keys = heads(context, context.k_proj, fused[before], before)
     context_values = heads(context, context.v_proj, fused[before])
-    attended = torch.zeros(len(slots), config.num_attention_heads, config.head_dim, dtype=torch.float64)
-    for head in range(config.num_attention_heads):
-        shared = head * config.num_key_value_heads // config.num_attention_heads
-        for slot in range(len(slots)):
-            end = slot + 1 if config.causal_draft_attention else len(slots)
-            seen, weighed = keys[shared, :end], values[shared, :end]
-            if config.draft_attends_context:
-                seen, weighed = torch.cat([context_keys[shared], seen]), torch.cat([context_values[shared], weighed])
-            chances = (seen @ queries[head, slot] / config.head_dim**0.5).softmax(dim=0)
-            attended[slot, head] = chances @ weighed
-    slots = slots + draft.o_proj(attended.flatten(1))
-    return network.final_norm(network.draft_mlp(slots[-D:]))
+    for attention, mlp in network.draft_layers:
+        queries = heads(attention, attention.q_proj, slots, at)
+        keys, values = heads(attention, attention.k_proj, slots, at), heads(attention, attention.v_proj, slots)
+        attended = torch.zeros(len(slots), config.num_attention_heads, config.head_dim, dtype=torch.float64)
+        for head in range(config.num_attention_heads):
+            shared = head * config.num_key_value_heads // config.num_attention_heads
+            for slot in range(len(slots)):
+                end = slot + 1 if config.causal_draft_attention else len(slots)
+                seen, weighed = keys[shared, :end], values[shared, :end]
+                if config.draft_attends_context:
+                    seen = torch.cat([context_keys[shared], seen])
+                    weighed = torch.cat([context_values[shared], weighed])
+                chances = (seen @ queries[head, slot] / config.head_dim**0.5).softmax(dim=0)
+                attended[slot, head] = chances @ weighed
+        slots = mlp(slots + attention.o_proj(attended.flatten(1)))
+    return network.final_norm(slots[-D:])
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("at_once", [2, 16])
+@pytest.mark.parametrize("layers", [1, 3])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("anchor", ["none", "input", "slot", "both"])
 @pytest.mark.parametrize("attends", [False, True])
-def test_slots_are_those_of_plain_loops(attends: bool, anchor: str, causal: bool, at_once: int, monkeypatch):
+def test_slots_are_those_of_plain_loops(
+    attends: bool, anchor: str, causal: bool, layers: int, at_once: int, monkeypatch
+):
     monkeypatch.setattr(context_specformer, "POSITIONS_AT_ONCE", at_once)
     fields = dict(use_anchor_token=anchor in ("input", "both"), anchor_slot=anchor in ("slot", "both"))
-    config = make_config(**fields, draft_attends_context=attends, causal_draft_attention=causal)
+    others = dict(draft_attends_context=attends, causal_draft_attention=causal, num_draft_layers=layers)
+    config = make_config(**fields, **others)
     network = SpecFormerModel(config).to(torch.float64).eval()
     inputs = make_inputs(network)
     drafted = network(*inputs).draft_hidden_states
@@ -263,7 +269,8 @@ def test_gradients_do_not_depend_on_the_blocks(preset: str, monkeypatch):
     for at_once in (1, 3, 100):
         monkeypatch.setattr(context_specformer, "POSITIONS_AT_ONCE", at_once)
         drafted = network(*inputs, draft_positions=wanted).draft_hidden_states
-        parameters = [weight for name, weight in network.named_parameters() if "correction" not in name]
+        behind = ("previous_token_correction", "confidence_head")
+        parameters = [weight for name, weight in network.named_parameters() if not name.startswith(behind)]
         gradients.append(torch.autograd.grad(drafted.square().sum() + drafted[..., 0].sum(), parameters))
     for others in gradients[1:]:
         torch.testing.assert_close(others, gradients[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import cache
 
 import pytest
@@ -14,6 +15,7 @@ from specformer.scripts import offline
 from specformer.scripts.answers import Answers
 from specformer.scripts.losses import IGNORED, drafter_loss, slot_labels
 from specformer.scripts.offline import drafts_of_text, evaluate_offline, summarise, walk
+from specformer.scripts.train import calibrate_drafter
 from tiny import PRESETS, VOCAB, all_logits, llama, ragged_batch
 
 SLOTS, NEW_TOKENS = 4, 24
@@ -118,6 +120,17 @@ def test_offline_figures_are_those_of_decoding(preset: str, with_eos: bool):
         assert figures[f"tokens_per_pass_k{k}"] == statistics.tokens_per_pass
         assert 1.2 < statistics.tokens_per_pass < k + 0.97  # drafts of both kinds
     assert figures["tokens_per_pass_k1"] < figures["tokens_per_pass_k2"] < figures[f"tokens_per_pass_k{SLOTS}"]
+
+
+def test_confidences_are_fitted_to_what_is_right():
+    target, _, _, rows = make_answers(False)
+    drafter = copy.deepcopy(make_drafter("confidence", False))
+    borrowed, error = drafter.borrow(target), "confidence_error_slot_0"
+    before = summarise(offline_sums("confidence", False), LENGTHS)
+    calibrate_drafter(drafter, borrowed, rows, batch_size=3)
+    after = summarise(evaluate_offline(drafter, borrowed, [Answers.collate(rows)], LENGTHS), LENGTHS)
+    assert after[error] < 0.5 * before[error]
+    assert after["tokens_per_pass_k2"] == before["tokens_per_pass_k2"]
 
 
 def shifted_labels(labels, num_slots):

@@ -298,6 +298,8 @@ HOSTILE = [
     *({name: "8"} for name in ("hidden_size", "num_attention_heads", "target_num_hidden_layers", "draft_vocab_size")),
     *({"previous_token_rank": value} for value in (HUGE, -1, 0, "8", 2.0, True, [8])),
     *({"num_candidates": value} for value in (LARGEST, 1025, -1, 0, "8", 2.0, True, None, NAN)),
+    *({"num_draft_layers": value} for value in (LARGEST, 65, -1, 0, "2", 2.0, True, None)),
+    {"confidence_head": 1},
     {"previous_token_rank": LARGEST, "hidden_size": 2**16, "head_dim": 64},
     {"hidden_size": None},
     {"num_attention_heads": 0},

@@ -213,19 +213,24 @@ def test_answers_to_other_prompts_are_refused(folder: Path, monkeypatch):
 
 
 @pytest.mark.parametrize("anchor_slot", [False, True])
+@pytest.mark.parametrize("layers", [1, 3])
 @pytest.mark.parametrize("rank", [None, 8])
-def test_parameters_at_work(rank: int | None, anchor_slot: bool):
+def test_parameters_at_work(rank: int | None, layers: int, anchor_slot: bool):
     target = llama(torch.float32)
     fields = dict(num_draft_tokens=3, anchor_slot=anchor_slot, previous_token_rank=rank, num_candidates=5)
+    fields.update(num_draft_layers=layers, confidence_head=layers > 1)
     drafter = SpecFormerModel(SpecFormerConfig.from_target_config(target.config, **fields))
     figures = evaluate_drafter.parameters_at_work(drafter, target)
     size = target.config.hidden_size
     read_only = 64 * size  # the target's embeddings; its head is a matrix of its own
     assert figures["target_parameters"] == target.num_parameters() - read_only
-    times = {"draft_attention": 3 + anchor_slot, "draft_mlp": 3, "final_norm": 3, "previous_token_correction": 3}
+    times = {"draft_attention": 3 + anchor_slot, "draft_mlp": 3 + (anchor_slot and layers > 1), "final_norm": 3}
+    times.update(previous_token_correction=3, confidence_head=3)
+    times.update({"more_draft_layers.0": 3 + anchor_slot, "more_draft_layers.1.attention": 3 + anchor_slot})
+    times["more_draft_layers.1.mlp"] = 3
     expected = 3 * 64 * size + (0 if rank is None else 3 * 5 * size)
     for name, weight in drafter.named_parameters():
-        expected += weight.numel() * times.get(name.split(".")[0], 1)
+        expected += weight.numel() * next((often for part, often in times.items() if name.startswith(part)), 1)
     assert figures["shared_parameters"] == expected
 
 

@@ -28,7 +28,8 @@ from tiny import VOCAB, llama, ragged_batch
 
 SMALL = ("--num-draft-tokens", "3", "--default-num-assistant-tokens", "2", "--held-out", "4", "--save-dtype", "float32")
 RUN = (*SMALL, "--epochs", "4", "--batch-size", "4", "--learning-rate", "1e-2", "--evaluations", "4", "--logging-steps")
-OTHER_LOSSES = ("--distance-loss", "0.9", "--base-loss", "1", "--config", "previous_token_rank=8")
+MORE_PARTS = ("--config", "previous_token_rank=8", "num_draft_layers=2", "confidence_head=true")
+OTHER_LOSSES = ("--distance-loss", "0.9", "--base-loss", "1", *MORE_PARTS)
 EACH_STEP, SELDOM = (*RUN, "1"), (*RUN, "7")
 
 
@@ -181,6 +182,22 @@ def test_training_end_to_end(preset: tuple, folders: Path, monkeypatch):
     target, batch = llama(torch.float32), ragged_batch()
     texts = generate(target, drafter, **batch, max_new_tokens=8)
     assert texts.tolist() == target.generate(**batch, max_new_tokens=8).tolist()
+
+
+def test_confidences_are_learnt_and_calibrated(folders: Path, monkeypatch):
+    """With the drafts of a run without them: they change nothing else that is learnt, but by the limit of gradients."""
+    calibrated = []
+    fit = train.calibrate_drafter
+    monkeypatch.setattr(train, "calibrate_drafter", lambda *args: calibrated.append(args) or fit(*args))
+    folder = run(monkeypatch, folders, *EACH_STEP, "--config", "confidence_head=true")
+    ((drafter, _, answers, _),) = calibrated
+    assert len(answers) == log_of(folder)["held_out_answers"]
+    saved = SpecFormerModel.from_pretrained(folder)
+    assert all(torch.equal(weight, drafter.state_dict()[name]) for name, weight in saved.state_dict().items())
+    figures = [entry for entry in log_of(folder)["history"] if "eval_loss" in entry]
+    assert all(0 <= entry[f"eval_confidence_error_slot_{slot}"] <= 1 for entry in figures for slot in range(3))
+    assert figures[-1]["eval_confidence_error_slot_0"] < 0.3
+    assert figures[-1]["eval_accuracy_slot_0"] > 0.3
 
 
 def test_the_best_checkpoint_ends_up_in_the_output(folders: Path, monkeypatch):

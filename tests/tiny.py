@@ -22,6 +22,8 @@ PRESETS = {
     "previous token": partial(SpecFormerConfig.from_target_config, previous_token_rank=8, num_candidates=5),
     "context": partial(SpecFormerConfig.from_target_config, draft_attends_context=True),
     "anchor slot": partial(SpecFormerConfig.paper, anchor_slot=True),
+    "two layers": partial(SpecFormerConfig.from_target_config, num_draft_layers=2),
+    "confidence": partial(SpecFormerConfig.from_target_config, confidence_head=True),
     "all of it": partial(
         SpecFormerConfig.from_target_config,
         anchor_slot=True,
@@ -29,6 +31,8 @@ PRESETS = {
         draft_vocab_size=24,
         previous_token_rank=8,
         num_candidates=5,
+        num_draft_layers=2,
+        confidence_head=True,
     ),
 }
 """Makers of drafter configs: the default, the paper's, one for each field that changes the network, and several."""

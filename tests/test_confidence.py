@@ -1,0 +1,228 @@
+"""Confidences: what they learn, their calibration, and what "auto" makes of them."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from dataclasses import dataclass
+from time import perf_counter
+
+import pytest
+import torch
+from exactness import plain
+from specformer import SpecFormerConfig, SpecFormerModel, generate
+from specformer.generation.auto_draft_length import Experience
+from specformer.generation.confident_draft_length import ConfidentDraftLength
+from specformer.scripts.confidence import BINS, calibrate, calibration, confidence_loss, count_by_confidence
+from specformer.scripts.losses import IGNORED
+from test_draft_length import World, live
+from tiny import llama, ragged_batch
+
+N, D = 400, 3
+
+
+def make_outcomes(seed: int = 0, scale: float = 1.0, shift: float = 0.0, count: int = N):
+    """Logits of the true chances, moved and stretched; whether drafts are right; labels, some of them ignored."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(count, D, generator=generator, dtype=torch.float64) * 2
+    right = torch.rand(count, D, generator=generator, dtype=torch.float64) < logits.sigmoid()
+    labels = torch.where(torch.rand(count, D, generator=generator) < 0.1, IGNORED, 7)
+    return logits * scale + shift, right & (labels != IGNORED), labels
+
+
+def pairs_of(logits, right, labels, slot: int) -> list[tuple[float, bool]]:
+    """Confidence and outcome of a slot wherever it is reached, by plain loops."""
+    found = []
+    for row in range(len(logits)):
+        if right[row, :slot].all() and labels[row, slot] != IGNORED:
+            found.append((float(logits[row, slot].sigmoid()), bool(right[row, slot])))
+    return found
+
+
+# ---- what is learnt
+
+
+def test_the_loss_is_that_of_plain_loops():
+    logits, right, labels = make_outcomes()
+    pairs = [pair for slot in range(D) for pair in pairs_of(logits, right, labels, slot)]
+    assert len(pairs) < N * D  # slots behind a wrong one do not count
+    losses = [-torch.tensor(chance if hit else 1 - chance).log() for chance, hit in pairs]
+    torch.testing.assert_close(confidence_loss(logits, right, labels), torch.stack(losses).mean(), check_dtype=False)
+    assert confidence_loss(logits, right, torch.full_like(labels, IGNORED)) == 0
+
+
+def test_no_gradient_reaches_the_drafts():
+    target = llama()
+    network = SpecFormerModel(SpecFormerConfig.from_target_config(target.config, confidence_head=True)).double()
+    states = torch.randn(2, 5, len(network.config.target_layer_ids), 32, dtype=torch.float64)
+    network(states, torch.randn(2, 5, 32, dtype=torch.float64)).confidence_logits.sum().backward()
+    learning = {name for name, weight in network.named_parameters() if weight.grad is not None}
+    assert learning == {name for name, _ in network.named_parameters() if name.startswith("confidence_head")}
+
+
+# ---- calibration
+
+
+def head_of(target=None) -> torch.nn.Module:
+    config = SpecFormerConfig.from_target_config(llama().config, num_draft_tokens=D, confidence_head=True)
+    return SpecFormerModel(config).double().confidence_head
+
+
+def test_calibration_undoes_what_was_done_to_confidences():
+    head = head_of()
+    stretched, right, labels = make_outcomes(scale=3.0, shift=-1.0, count=20_000)
+    halves = [tuple(part[place] for part in (stretched, right, labels)) for place in (slice(9000), slice(9000, None))]
+    calibrate(head, halves)
+    fitted = stretched * head.scale + head.shift
+    before, after = (calibration(count_by_confidence(logits, right, labels)) for logits in (stretched, fitted.detach()))
+    for slot in range(D):
+        name = f"confidence_error_slot_{slot}"
+        assert before[name] > 0.1 > 4 * after[name]
+        assert head.scale[slot].item() == pytest.approx(1 / 3, rel=0.15)
+        assert head.shift[slot].item() == pytest.approx(1 / 3, abs=0.15)
+
+
+def test_a_head_that_is_calibrated_again_stays_as_it_is():
+    head, states = head_of(), torch.randn(3000, D, 32, dtype=torch.float64) * 5
+    with torch.no_grad():
+        right = torch.rand(3000, D) < (head(states) * 2 + 0.5).sigmoid()
+    labels = torch.full((3000, D), 7)
+    calibrate(head, [(head(states).detach(), right, labels)])
+    first = head.scale.tolist() + head.shift.tolist()
+    assert first[0] != 1
+    calibrate(head, [(head(states).detach(), right, labels)])
+    assert head.scale.tolist() + head.shift.tolist() == pytest.approx(first, abs=1e-4)
+
+
+def test_a_slot_without_outcomes_keeps_what_it_learnt():
+    head = head_of()
+    logits, right, labels = make_outcomes()
+    right[:, 0], labels[:, 0] = True, 7  # never wrong
+    labels[:, 2] = IGNORED  # never reached
+    calibrate(head, [(logits, right, labels)])
+    moved = (head.scale != 1) | (head.shift != 0)
+    assert moved.tolist() == [False, True, False]
+
+
+def test_figures_are_those_of_plain_loops():
+    logits, right, labels = make_outcomes(scale=2.0)
+    parts = [tuple(part[place] for part in (logits, right, labels)) for place in (slice(150), slice(150, None))]
+    figures = calibration(sum(count_by_confidence(*part) for part in parts))
+    for slot in range(D):
+        pairs = pairs_of(logits, right, labels, slot)
+        bins: dict[int, list] = {}
+        for chance, hit in pairs:
+            bins.setdefault(min(int(chance * BINS), BINS - 1), []).append((chance, hit))
+        error = sum(abs(sum(chance for chance, _ in one) - sum(hit for _, hit in one)) for one in bins.values())
+        assert figures[f"confidence_error_slot_{slot}"] == pytest.approx(error / len(pairs))
+        above = [
+            (at > other) + (at == other) / 2
+            for at in (int(chance * BINS) for chance, hit in pairs if hit)
+            for other in (int(chance * BINS) for chance, hit in pairs if not hit)
+        ]
+        assert figures[f"confidence_auc_slot_{slot}"] == pytest.approx(sum(above) / len(above))
+
+
+# ---- what "auto" makes of them, in worlds whose costs are known
+
+
+@dataclass
+class UnevenWorld:
+    """Where all slots of a round are right with one chance, and it is another one each round. See `World`."""
+
+    slope: float
+    draft: float
+    rows: int = 8
+    rates: tuple = (0.9, 0.05, 0.05)
+    knows: bool = True  # whether confidences are those chances; otherwise they are all high
+
+
+def live_confidently(length: ConfidentDraftLength, world: UnevenWorld, rounds: int, most: int) -> tuple[float, Counter]:
+    """Tokens per second and row, and how often each (drafted, verified) was chosen."""
+    chance, tokens, seconds, chosen = random.Random(0), 0, 0.0, Counter()
+    for _ in range(rounds):
+        k, rate = length.next(world.rows), chance.choice(world.rates)
+        verified, stopped = k, torch.zeros(world.rows, dtype=torch.bool)
+        if k:
+            confidences = torch.full((world.rows, k), rate if world.knows else 0.95)
+            began = perf_counter() - world.draft
+            verified = length.keep(torch.zeros(world.rows, k), confidences, stopped, began)
+        now = World([rate] * most, world.slope, world.draft, world.rows)
+        outcome, spent = now.round(verified, chance)
+        spent += world.draft if k and not verified else 0
+        length.record(world.rows, verified, outcome, spent)
+        tokens, seconds = tokens + sum(added for _, added in outcome) / world.rows, seconds + spent
+        chosen[k, verified] += 1
+    return tokens / seconds, chosen
+
+
+UNEVEN = {
+    "pays in some rounds": (UnevenWorld(slope=0.25, draft=0.05, rows=1), 1.1),
+    "pays in some rounds of a batch": (UnevenWorld(slope=0.25, draft=0.05, rows=8), 1.1),
+    "always pays": (UnevenWorld(slope=0.01, draft=0.05, rates=(0.9, 0.8)), 0.97),
+    "never pays": (UnevenWorld(slope=0.3, draft=0.3, rates=(0.2, 0.1)), 0.97),
+    "knows nothing, and never pays": (UnevenWorld(slope=0.1, draft=0.1, rates=(0.0,), knows=False), 0.97),
+    "knows nothing": (UnevenWorld(slope=0.05, draft=0.05, rates=(0.6,), knows=False), 0.97),
+}
+
+
+@pytest.mark.parametrize("name", UNEVEN)
+def test_beside_the_best_fixed_length(name: str):
+    (world, least), most = UNEVEN[name], 4
+    mean = [
+        sum(rate ** (slot + 1) for rate in world.rates) / sum(rate**slot for rate in world.rates)
+        if any(world.rates) else 0.0 for slot in range(most)
+    ]  # fmt: skip
+    fixed = World(mean, world.slope, world.draft).best()
+    length = ConfidentDraftLength(most, 2, Experience())
+    live_confidently(length, world, 100, most)
+    speed, chosen = live_confidently(length, world, 1500, most)
+    assert speed > least * fixed, (speed, fixed, chosen)
+    if "some rounds" in name:
+        assert chosen[4, 0] > 300 and chosen[4, 4] > 300  # it has drafted, and verified nothing, or everything
+    if "never" in name:
+        assert chosen[0, 0] > 1300
+
+
+def test_without_confidences_it_is_the_length_that_counts():
+    world = World([0.6, 0.5, 0.4, 0.3], 0.05, 0.1)
+    lengths = [ConfidentDraftLength(4, 2, Experience()), ConfidentDraftLength.__base__(4, 2, Experience())]
+    assert live(lengths[0], world, 300) == live(lengths[1], world, 300)
+
+
+def test_rows_that_are_carried_along_do_not_count():
+    length = ConfidentDraftLength(2, 1, Experience())
+    confidences = torch.tensor([[0.5, 0.5], [1.0, 1.0], [0.25, 1.0]])
+    length.keep(torch.zeros(3, 2), confidences, torch.tensor([False, True, False]), perf_counter())
+    assert length.expected == pytest.approx([1, 1.375, 1.625])
+
+
+# ---- in real calls
+
+
+@pytest.mark.parametrize(
+    "sampling", [dict(do_sample=False), dict(do_sample=True), dict(acceptance="rejection")], ids=str
+)
+def test_the_text_does_not_depend_on_what_is_verified(sampling: dict, monkeypatch):
+    """Whatever is cut, at random; under "rejection", whose text would depend on it, nothing is."""
+    target, batch = llama(), ragged_batch()
+    config = SpecFormerConfig.from_target_config(target.config, confidence_head=True, previous_token_rank=4)
+    torch.manual_seed(0)
+    drafter, chance, cuts = SpecFormerModel(config).double().eval(), random.Random(0), Counter()
+
+    def keep(self, drafts, confidences, stopped, started):
+        assert confidences.shape == drafts.shape
+        assert ((confidences > 0) & (confidences < 1)).all()
+        cuts[width := chance.randint(0, drafts.shape[1])] += 1
+        return width
+
+    monkeypatch.setattr(ConfidentDraftLength, "keep", keep)
+    settings = dict(max_new_tokens=30, eos_token_id=None, num_assistant_tokens="auto")
+    torch.manual_seed(3)
+    output = generate(target, drafter, **batch, **{"do_sample": True, **sampling}, **settings)
+    if "acceptance" in sampling:
+        assert not cuts
+        return
+    settings.pop("num_assistant_tokens")
+    assert output.tolist() == plain(target, batch, **sampling, **settings).sequences.tolist()
+    assert len(cuts) > 2

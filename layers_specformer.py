@@ -138,7 +138,8 @@ class PreviousTokenCorrection(nn.Module):
 
 
 class ConfidenceHead(nn.Module):
-    """How likely a slot's token is accepted once those in front of it are, as a logit: states (..., D, d) -> (..., D).
+    """How likely a slot's best token is accepted once those in front of it are, as a logit: by how much its candidates
+    differ, and by the slot's state.
 
     `scale` and `shift` of every slot are fitted to held-out answers when everything else has been learnt.
     """
@@ -151,8 +152,9 @@ class ConfidenceHead(nn.Module):
         self.scale = nn.Parameter(torch.ones(config.num_draft_tokens))
         self.shift = nn.Parameter(torch.zeros(config.num_draft_tokens))
 
-    def forward(self, states: torch.Tensor) -> torch.Tensor:
-        """`states` (..., k, d) may be those of the first k slots."""
+    def forward(self, states: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """States (..., k, d) of the first k slots and logits (..., k, C) of their candidates -> (..., k)."""
         count = states.shape[-2]
-        logits = self.out_proj(self.activation(self.in_proj(states)))[..., 0]
-        return logits * self.scale[:count] + self.shift[:count]
+        odds = torch.logit(logits.float().softmax(dim=-1).amax(dim=-1), eps=1e-4).to(states.dtype)
+        odds = odds + self.out_proj(self.activation(self.in_proj(states)))[..., 0]
+        return odds * self.scale[:count] + self.shift[:count]

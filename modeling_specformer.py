@@ -12,7 +12,7 @@ Slot j (0-based) at position n predicts token n + 2 + j; the target's own logits
 its own in front of the D, up to the last attention over the slots. With `draft_attends_context` the slots also see
 the keys and values that the context attention holds of tokens 0..n. With `draft_vocab_size` the head scores only the
 tokens of `draft_token_ids`. With `previous_token_rank` a slot's state is corrected by the token in front of it, once
-that is chosen. With `confidence_head` it also tells how likely its token is accepted.
+that is chosen. With `confidence_head` it is told how likely each slot's token is accepted.
 
 Nothing of the decode loop is here: that is `generation/` (`custom_generate/` in a published repository).
 """
@@ -60,16 +60,12 @@ class SpecFormerOutput(ModelOutput):
             hidden_size)` where only some positions were asked for.
         corrected_hidden_states (`torch.FloatTensor`, *optional*): the same, corrected by the tokens in front of the
             slots, where they were given.
-        confidence_logits (`torch.FloatTensor`, *optional*): of the chance that a slot's token is accepted once those in
-            front of it are, for a drafter with `confidence_head`, of the shape of the states without their last axis.
-            No gradient of them reaches the states: drafts are not bent to please them.
         context_states (`torch.FloatTensor`): output of the context layer, from which the slots are drafted,
             `(batch_size, sequence_length, hidden_size)`.
     """
 
     draft_hidden_states: torch.FloatTensor | None = None
     corrected_hidden_states: torch.FloatTensor | None = None
-    confidence_logits: torch.FloatTensor | None = None
     context_states: torch.FloatTensor | None = None
 
 
@@ -248,15 +244,7 @@ class SpecFormerModel(PreTrainedModel):
         if draft_positions is None:
             drafted = drafted.unflatten(0, (rows, length))
         corrected = None if previous_embeds is None else self.previous_token_correction(drafted, previous_embeds)
-        confidences = None
-        if config.confidence_head:
-            confidences = self.confidence_head((drafted if corrected is None else corrected).detach())
-        return SpecFormerOutput(
-            draft_hidden_states=drafted,
-            corrected_hidden_states=corrected,
-            confidence_logits=confidences,
-            context_states=context,
-        )
+        return SpecFormerOutput(draft_hidden_states=drafted, corrected_hidden_states=corrected, context_states=context)
 
     def _check_anchors(self, anchor_embeds: torch.Tensor | None, field: str) -> None:
         wanted = getattr(self.config, field)

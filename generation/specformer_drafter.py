@@ -66,9 +66,7 @@ class SpecFormerDrafter:
     def propose(self, num_tokens, choose) -> torch.Tensor:
         self._read()
         states = self._draft()[:, :num_tokens]  # (R, k, d)
-        tokens, states = choose_drafts(self.network, self.borrowed, states, self.newest, choose)
-        if self.network.config.confidence_head:
-            self.confidences = self.network.confidence_head(states).float().sigmoid()
+        tokens, self.confidences = choose_drafts(self.network, self.borrowed, states, self.newest, choose)
         return tokens
 
     def _draft(self) -> torch.Tensor:
@@ -136,22 +134,30 @@ def newest_tokens(tokens: torch.Tensor, counts: torch.Tensor, before: torch.Tens
 
 def choose_drafts(
     network, borrowed, states: torch.Tensor, newest: torch.Tensor, choose
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draft tokens (R, k) for the states (R, k, d) of the slots behind the `newest` tokens (R, 1), and the states that
-    they were chosen from.
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Draft tokens (R, k) for the states (R, k, d) of the slots behind the `newest` tokens (R, 1), and how likely each
+    is accepted once those in front of it are (R, k), where the network has a head for it.
 
     With `previous_token_rank` slot by slot: the best candidates of each are scored again, knowing the token in front.
     """
-    if network.config.previous_token_rank is None:
-        return choose(borrowed.draft_logits(states), token_ids=borrowed.draft_token_ids), states
-    candidates = borrowed.candidates(states, network.config.num_candidates)  # (R, k, C)
-    tokens, corrected = [newest], []
-    for slot, (state, places) in enumerate(zip(states.split(1, dim=1), candidates.split(1, dim=1), strict=True)):
-        state = network.previous_token_correction(state, embed(borrowed, tokens[-1]))
-        logits = borrowed.candidate_logits(state, places)  # (R, 1, C)
-        tokens.append(choose(logits, ahead=slot, token_ids=borrowed.tokens_at(places)))
-        corrected.append(state)
-    return torch.cat(tokens[1:], dim=1), torch.cat(corrected, dim=1)
+    config = network.config
+    if config.previous_token_rank is None:
+        logits = borrowed.draft_logits(states)
+        tokens = choose(logits, token_ids=borrowed.draft_token_ids)
+        if config.confidence_head:
+            logits = logits.topk(min(config.num_candidates, logits.shape[-1])).values  # (R, k, C)
+    else:
+        places = borrowed.candidates(states, config.num_candidates)  # (R, k, C)
+        tokens, corrected, scored = [newest], [], []
+        for slot, (state, place) in enumerate(zip(states.split(1, dim=1), places.split(1, dim=1), strict=True)):
+            corrected.append(network.previous_token_correction(state, embed(borrowed, tokens[-1])))
+            scored.append(borrowed.candidate_logits(corrected[-1], place))  # (R, 1, C)
+            tokens.append(choose(scored[-1], ahead=slot, token_ids=borrowed.tokens_at(place)))
+        tokens, states, logits = (torch.cat(parts, dim=1) for parts in (tokens[1:], corrected, scored))
+    confidences = None
+    if config.confidence_head:
+        confidences = network.confidence_head(states, logits).float().sigmoid()
+    return tokens, confidences
 
 
 def embed(borrowed, tokens: torch.Tensor) -> torch.Tensor:

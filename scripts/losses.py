@@ -115,7 +115,6 @@ def drafter_loss(
     chunk_size: int = 1024,
     distance_share: float = 0.0,
     verifiers: Verifiers | None = None,
-    right: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Weighted mean of the losses of all labelled slots: (1 - distance_share) * cross-entropy + distance_share *
     distance from the target's own distribution (see `distances`). DSpark (arXiv 2607.05147) has a share of 0.9.
@@ -128,12 +127,10 @@ def drafter_loss(
         chunk_size: rows of logits that are held at once.
         distance_share: from 0, the paper's loss, to 1.
         verifiers: of the slots; needed for the distance alone.
-        right: bool (..., D), where to set the slots whose best token is their label.
     """
     dtype, precise = borrowed.target.dtype, torch.promote_types(draft_hidden_states.dtype, torch.float32)
     states, labels = draft_hidden_states.flatten(0, -3), borrowed.draft_labels(labels).flatten(0, -2)
     places = verifiers.places.flatten(0, -2) if distance_share else None
-    hits = None if right is None else right.flatten(0, -2)  # a view
 
     def target_chances(places: torch.Tensor) -> torch.Tensor:
         """What the target gives the drafted tokens: (M,) -> (M, V')."""
@@ -144,8 +141,6 @@ def drafter_loss(
     def losses_of(states: torch.Tensor, slots: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, torch.Tensor]:
         logits = borrowed.draft_logits(states.to(dtype)).to(precise)
         entropies = functional.cross_entropy(logits, labels[slots], reduction="none")
-        if hits is not None:
-            hits[slots] = logits.detach().argmax(dim=-1) == labels[slots]
         if not distance_share:
             return entropies, entropies
         with torch.no_grad():

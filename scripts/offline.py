@@ -42,14 +42,12 @@ class Drafts(NamedTuple):
         labels: (N, D), IGNORED past the end.
         first_states: before the correction, (N, D, d).
         verifiers: of the slots, where the drafter reads the target's last hidden states.
-        confidence_logits: of a drafter with `confidence_head`, (N, D).
     """
 
     states: torch.Tensor
     labels: torch.Tensor
     first_states: torch.Tensor
     verifiers: Verifiers | None = None
-    confidence_logits: torch.Tensor | None = None
 
 
 def in_front(values: torch.Tensor, num_slots: int) -> torch.Tensor:
@@ -78,27 +76,36 @@ def drafts_of_text(drafter: nn.Module, borrowed: BorrowedTarget, batch: dict[str
         verifiers = Verifiers(hidden_states[:, :, -1].flatten(0, 1), in_front(positions, slots)[wanted])
     output = drafter(hidden_states.to(dtype), anchors, draft_positions=wanted, previous_embeds=previous)
     first, corrected = output.draft_hidden_states, output.corrected_hidden_states
-    states = first if corrected is None else corrected
-    return Drafts(states, labels[wanted], first, verifiers, output.confidence_logits)
+    return Drafts(first if corrected is None else corrected, labels[wanted], first, verifiers)
 
 
-def chosen_tokens(drafts: Drafts, borrowed: BorrowedTarget, config: SpecFormerConfig) -> torch.Tensor:
-    """What greedy decoding drafts at every slot once the tokens in front of it are right: (..., d) -> (...)."""
-    if config.previous_token_rank is None:
-        return borrowed.best_tokens(drafts.states)
-    places = borrowed.candidates(drafts.first_states, config.num_candidates)
-    return best_tokens(borrowed.candidate_logits(drafts.states, places), borrowed.tokens_at(places))
+@torch.no_grad()
+def choices(drafts: Drafts, borrowed: BorrowedTarget, config: SpecFormerConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which slots greedy decoding gets right once the tokens in front of them are, bool (N, D), and the logits of their
+    candidates (N, D, C), 0 where there is no label."""
+    kept, dtype = drafts.labels != IGNORED, borrowed.target.dtype
+    tokens, logits = [], []
+    chunks = (part[kept].to(dtype).split(1024) for part in (drafts.states, drafts.first_states))
+    for states, first in zip(*chunks, strict=True):
+        places = borrowed.candidates(first, config.num_candidates)  # the best one first
+        tokens.append(borrowed.tokens_at(places[..., 0]))
+        logits.append(borrowed.candidate_logits(states, places))
+        if config.previous_token_rank is not None:
+            tokens[-1] = best_tokens(logits[-1], borrowed.tokens_at(places))
+    right, logits = torch.zeros_like(kept), torch.cat(logits)
+    right[kept] = torch.cat(tokens) == drafts.labels[kept]
+    return right, logits.new_zeros(*kept.shape, logits.shape[-1]).masked_scatter(kept[..., None], logits)
 
 
-def right_drafts(drafts: Drafts, borrowed: BorrowedTarget, config: SpecFormerConfig) -> torch.Tensor:
-    """Which slots greedy decoding gets right, once the tokens in front of them are: bool (N, D)."""
-    kept = drafts.labels != IGNORED
-    in_dtype = (states.to(borrowed.target.dtype) for states in (drafts.states, drafts.first_states))
-    chunks = zip(*(part[kept].split(1024) for part in in_dtype), strict=True)
-    chosen = [chosen_tokens(Drafts(states, None, first), borrowed, config) for states, first in chunks]
-    right = torch.zeros_like(kept)
-    right[kept] = torch.cat(chosen) == drafts.labels[kept]
-    return right
+def confidences(
+    drafter: nn.Module, drafts: Drafts, borrowed: BorrowedTarget, every: int = 1
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Logits of a drafter's confidences, whether the drafts are right, and the labels, (N, D) each; of every so many of
+    the positions. No gradient of them reaches the drafts: these are not bent to please them."""
+    some = Drafts(*(part[::every].detach() for part in drafts[:3]))
+    right, logits = choices(some, borrowed, drafter_config(drafter))
+    head = getattr(drafter, "module", drafter).confidence_head
+    return head(some.states, logits), right, some.labels
 
 
 def walk(matches: list[int], first: int, length: int, num_assistant_tokens: int) -> list[int]:
@@ -157,16 +164,18 @@ def evaluate_offline(drafter: nn.Module, borrowed: BorrowedTarget, loader, draft
     head = torch.zeros(2, dtype=torch.float64)
     counts, hits = torch.zeros(slots, dtype=torch.float64), torch.zeros(slots, dtype=torch.float64)
     decoded = torch.zeros(len(draft_lengths), 2, dtype=torch.float64)
-    confidences = torch.zeros(slots if config.confidence_head else 0, BINS, 3, dtype=torch.float64)
+    confident = torch.zeros(slots if config.confidence_head else 0, BINS, 3, dtype=torch.float64)
     for batch in loader:
         batch = {name: values.to(device) for name, values in batch.items()}
         drafts = drafts_of_text(drafter, borrowed, batch)
         kept = drafts.labels != IGNORED
         count = int((borrowed.draft_labels(drafts.labels) != IGNORED).sum())
         head += torch.tensor([count, count * float(drafter_loss(drafts.states, drafts.labels, borrowed))])
-        right = right_drafts(drafts, borrowed, config)
-        if drafts.confidence_logits is not None:
-            confidences += count_by_confidence(drafts.confidence_logits, right, drafts.labels)
+        if config.confidence_head:
+            predicted, right, _ = confidences(drafter, drafts, borrowed)
+            confident += count_by_confidence(predicted, right, drafts.labels)
+        else:
+            right, _ = choices(drafts, borrowed, config)
         counts += kept.sum(dim=0).cpu()
         hits += right.sum(dim=0).cpu()
         answer = batch["labels"] != IGNORED
@@ -178,7 +187,7 @@ def evaluate_offline(drafter: nn.Module, borrowed: BorrowedTarget, loader, draft
                 if length > 1:
                     passes = len(walk(row, first, length, k))
                     decoded[place] += torch.tensor([length - 1, passes], dtype=torch.float64)
-    return torch.cat([head, counts, hits, confidences.flatten(), decoded.flatten()])
+    return torch.cat([head, counts, hits, confident.flatten(), decoded.flatten()])
 
 
 def summarise(sums: torch.Tensor, draft_lengths: list[int]) -> dict[str, float]:
@@ -186,7 +195,7 @@ def summarise(sums: torch.Tensor, draft_lengths: list[int]) -> dict[str, float]:
     confidences are, where the drafter has them."""
     decoded, slots = 2 * len(draft_lengths), draft_lengths[-1]
     sizes = [2, slots, slots, len(sums) - 2 - 2 * slots - decoded, decoded]
-    head, counts, hits, confidences, decoded = sums.double().cpu().split(sizes)
+    head, counts, hits, confident, decoded = sums.double().cpu().split(sizes)
     accuracy = (hits / counts.clamp(min=1)).tolist()
     return {
         "loss": float(head[1] / head[0].clamp(min=1)),
@@ -195,5 +204,5 @@ def summarise(sums: torch.Tensor, draft_lengths: list[int]) -> dict[str, float]:
             f"tokens_per_pass_k{k}": float(tokens / passes.clamp(min=1))
             for k, (tokens, passes) in zip(draft_lengths, decoded.view(-1, 2), strict=True)
         },
-        **calibration(confidences.view(-1, BINS, 3)),
+        **calibration(confident.view(-1, BINS, 3)),
     }

@@ -31,7 +31,7 @@ from specformer.scripts.answers import Answers
 from specformer.scripts.confidence import calibrate, confidence_loss
 from specformer.scripts.losses import acceptance_weights, base_share, decaying_weights, drafter_loss
 from specformer.scripts.model_card import write_model_card
-from specformer.scripts.offline import drafts_of_text, evaluate_offline, right_drafts, summarise
+from specformer.scripts.offline import confidences, drafter_config, drafts_of_text, evaluate_offline, summarise
 from specformer.scripts.provenance import provenance
 from specformer.scripts.runs import SETTINGS, begin_or_go_on, writing
 from specformer.scripts.stored_states import StoredStates
@@ -50,6 +50,8 @@ WHOLE = "whole"
 """Marks a checkpoint that was written to its end."""
 CHECKPOINTS = "checkpoint-[0-9]*"
 STATES_FILE = "hidden_states.bin"
+CONFIDENCE_EVERY = 4
+"""Positions, of which one teaches the confidence head, which is small. Each takes another pass of the LM head."""
 
 
 class DrafterTrainer(Trainer):
@@ -72,13 +74,12 @@ class DrafterTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         drafts = drafts_of_text(model, self.borrowed, inputs)
         loss_of = partial(self.loss, labels=drafts.labels, borrowed=self.borrowed, verifiers=drafts.verifiers)
-        right = None if drafts.confidence_logits is None else torch.zeros_like(drafts.labels, dtype=torch.bool)
-        loss = loss_of(drafts.states, right=right)
+        loss = loss_of(drafts.states)
         # of the Trainer's own count of steps, which goes on where it was
         if share := base_share(self.base_loss, self.state.global_step, self.state.max_steps):
             loss = (1 - share) * loss + share * loss_of(drafts.first_states)
-        if right is not None:  # the gradient reaches the confidence head alone
-            loss = loss + confidence_loss(drafts.confidence_logits, right, drafts.labels)
+        if drafter_config(model).confidence_head:
+            loss = loss + confidence_loss(*confidences(model, drafts, self.borrowed, CONFIDENCE_EVERY))
         return loss
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
@@ -236,7 +237,7 @@ def calibrate_drafter(drafter: SpecFormerModel, borrowed: BorrowedTarget, answer
     for batch in torch.utils.data.DataLoader(answers, batch_size, collate_fn=Answers.collate):
         batch = {name: values.to(borrowed.device) for name, values in batch.items()}
         drafts = drafts_of_text(drafter, borrowed, batch)
-        outcomes.append((drafts.confidence_logits, right_drafts(drafts, borrowed, drafter.config), drafts.labels))
+        outcomes.append(confidences(drafter, drafts, borrowed))
     calibrate(drafter.confidence_head, outcomes)
 
 

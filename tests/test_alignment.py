@@ -119,7 +119,8 @@ def assert_teacher_forced_agrees(target, network, batch, sequences, drafts, shif
                 expected = corrected_logits(network, borrowed, slots, previous, expected)
                 slots = network.previous_token_correction(slots, previous)
             if network.config.confidence_head:
-                confidences = network.confidence_head(slots).sigmoid()
+                best = expected.topk(network.config.num_candidates).values
+                confidences = network.confidence_head(slots, best).sigmoid()
                 torch.testing.assert_close(draft.confidences.double(), confidences, rtol=0, atol=1e-6)
             torch.testing.assert_close(draft.logits, expected, rtol=0, atol=1e-9)
             assert draft.tokens == expected.argmax(-1).tolist()

@@ -13,8 +13,10 @@ from exactness import plain
 from specformer import SpecFormerConfig, SpecFormerModel, generate
 from specformer.generation.auto_draft_length import Experience
 from specformer.generation.confident_draft_length import ConfidentDraftLength
+from specformer.scripts.answers import Answers
 from specformer.scripts.confidence import BINS, calibrate, calibration, confidence_loss, count_by_confidence
 from specformer.scripts.losses import IGNORED
+from specformer.scripts.offline import confidences, drafts_of_text
 from test_draft_length import World, live
 from tiny import llama, ragged_batch
 
@@ -39,6 +41,24 @@ def pairs_of(logits, right, labels, slot: int) -> list[tuple[float, bool]]:
     return found
 
 
+def make_drafter() -> SpecFormerModel:
+    torch.manual_seed(0)
+    fields = dict(num_draft_tokens=D, confidence_head=True, previous_token_rank=4)
+    return SpecFormerModel(SpecFormerConfig.from_target_config(llama().config, **fields)).double()
+
+
+def head_of() -> torch.nn.Module:
+    return make_drafter().confidence_head
+
+
+def drafted() -> tuple:
+    """A drafter and what it drafts of a text of its target."""
+    target, drafter = llama(), make_drafter()
+    tokens = target.generate(**ragged_batch(padding=(0,)), max_new_tokens=40, eos_token_id=None)[0]
+    batch = Answers.collate([(tokens, torch.where(torch.arange(len(tokens)) < 9, IGNORED, tokens))])
+    return drafter, drafts_of_text(drafter, drafter.borrow(target), batch)
+
+
 # ---- what is learnt
 
 
@@ -52,20 +72,30 @@ def test_the_loss_is_that_of_plain_loops():
 
 
 def test_no_gradient_reaches_the_drafts():
-    target = llama()
-    network = SpecFormerModel(SpecFormerConfig.from_target_config(target.config, confidence_head=True)).double()
-    states = torch.randn(2, 5, len(network.config.target_layer_ids), 32, dtype=torch.float64)
-    network(states, torch.randn(2, 5, 32, dtype=torch.float64)).confidence_logits.sum().backward()
-    learning = {name for name, weight in network.named_parameters() if weight.grad is not None}
-    assert learning == {name for name, _ in network.named_parameters() if name.startswith("confidence_head")}
+    target, (drafter, drafts) = llama(), drafted()
+    predicted, right, labels = confidences(drafter, drafts, drafter.borrow(target))
+    assert predicted.shape == right.shape == labels.shape == (len(drafts.labels), D)
+    confidence_loss(predicted, right, labels).backward()
+    learning = {name for name, weight in drafter.named_parameters() if weight.grad is not None}
+    assert learning == {name for name, _ in drafter.named_parameters() if name.startswith("confidence_head")}
+
+
+def test_some_of_the_positions():
+    target, (drafter, drafts) = llama(), drafted()
+    every, some = (confidences(drafter, drafts, drafter.borrow(target), count) for count in (1, 3))
+    for one, other in zip(every, some, strict=True):
+        torch.testing.assert_close(one[::3], other)
+
+
+def test_what_is_sure_is_likely():
+    head = head_of()
+    states, logits = torch.randn(1, D, 32, dtype=torch.float64), torch.zeros(1, D, 4, dtype=torch.float64)
+    unsure, logits[..., 2] = head(states, logits), 3.0
+    assert (head(states, logits) > unsure + 1).all()
+    assert head(states[:, :1], logits[:, :1]).shape == (1, 1)
 
 
 # ---- calibration
-
-
-def head_of(target=None) -> torch.nn.Module:
-    config = SpecFormerConfig.from_target_config(llama().config, num_draft_tokens=D, confidence_head=True)
-    return SpecFormerModel(config).double().confidence_head
 
 
 def test_calibration_undoes_what_was_done_to_confidences():
@@ -83,14 +113,14 @@ def test_calibration_undoes_what_was_done_to_confidences():
 
 
 def test_a_head_that_is_calibrated_again_stays_as_it_is():
-    head, states = head_of(), torch.randn(3000, D, 32, dtype=torch.float64) * 5
+    head, inputs = head_of(), (torch.randn(3000, D, 32).double(), torch.randn(3000, D, 4).double() * 2)
     with torch.no_grad():
-        right = torch.rand(3000, D) < (head(states) * 2 + 0.5).sigmoid()
+        right = torch.rand(3000, D) < (head(*inputs) * 2 + 0.5).sigmoid()
     labels = torch.full((3000, D), 7)
-    calibrate(head, [(head(states).detach(), right, labels)])
+    calibrate(head, [(head(*inputs).detach(), right, labels)])
     first = head.scale.tolist() + head.shift.tolist()
     assert first[0] != 1
-    calibrate(head, [(head(states).detach(), right, labels)])
+    calibrate(head, [(head(*inputs).detach(), right, labels)])
     assert head.scale.tolist() + head.shift.tolist() == pytest.approx(first, abs=1e-4)
 
 

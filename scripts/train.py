@@ -286,6 +286,7 @@ def main(arguments: argparse.Namespace) -> None:
         report_to=arguments.report_to,
         dataloader_pin_memory=torch.cuda.is_available(),
         remove_unused_columns=False,
+        ddp_find_unused_parameters=False,  # the confidence head is used, but behind the forward pass
         label_names=["labels"],
     )
     set_seed(arguments.seed)

@@ -27,7 +27,6 @@ class AssistantDrafter:
 
     max_draft_tokens = 64
     default_num_assistant_tokens = 4
-    confidences = None
 
     def __init__(self, assistant, target, chunk_size: int | None = None):
         check_target(assistant)
@@ -64,7 +63,8 @@ class AssistantDrafter:
         layout, input_ids = layout.to(self.device), self._known(input_ids)
         kwargs = prompt_arguments(self.assistant, layout)
         limit = min(max_length, last_position + width - layout.longest)
-        _, self.cache = prefill(self.assistant, input_ids, layout, limit, 2, kwargs, self.chunk_size)
+        # rounds without a proposal are caught up with at once, however many there were
+        _, self.cache = prefill(self.assistant, input_ids, layout, limit, None, kwargs, self.chunk_size)
         self.newest = self._known(first_tokens)  # (R, 1), not read yet
 
     @torch.no_grad()

@@ -57,7 +57,8 @@ def decode(
             k = round_draft_length(draft_length.next(len(text.rows)), min(text.running_lengths()), text.limit)
             if k:
                 drafts = drafter.propose(k, choice.of_drafter).to(input_ids.device)  # (R, k) or fewer
-                drafts = drafts[:, : draft_length.keep(drafts, drafter.confidences, text.device_stopped, started)]
+                confidences = getattr(drafter, "confidences", None)
+                drafts = drafts[:, : draft_length.keep(drafts, confidences, text.device_stopped, started)]
             else:
                 drafts = input_ids.new_empty(len(text.rows), 0)
             drafts = text.pad_stopped(drafts)

@@ -21,8 +21,8 @@ class Drafter(Protocol):
     default_num_assistant_tokens: int
     """How many to begin with where the caller names no number. 0: nothing is drafted then."""
     confidences: torch.Tensor | None
-    """Of the last proposal, how likely each token is accepted once those in front of it are, (R, k); `None` where the
-    drafter cannot tell."""
+    """Of the last proposal, how likely each token is accepted once those in front of it are, (R, k). A drafter that
+    cannot tell has `None`, or no such attribute."""
 
     def __enter__(self): ...
 
@@ -54,7 +54,6 @@ class NoDrafter:
     """Plain decoding through the same loop."""
 
     max_draft_tokens = default_num_assistant_tokens = 0
-    confidences = None
 
     def __enter__(self):
         return self

@@ -18,7 +18,6 @@ class PromptLookupDrafter:
     """
 
     max_draft_tokens = 64
-    confidences = None
 
     def __init__(self, max_matching_ngram_size: int = 2):
         self.max_matching_ngram_size = max_matching_ngram_size

@@ -3,9 +3,15 @@
 Row b's real tokens occupy slots 0..lengths[b]-1 of one buffer per layer, so that a slot's number is the token's
 position. New keys and values are scattered behind each row's length; those of rejected tokens are overwritten by the
 next pass. Nothing is cropped, shifted or padded again: cached data moves only when the buffer grows or rows leave.
+
+Layers with a sliding window keep a ring of slots: position p is in slot p modulo its size. With window - 1 slots for
+what the next token sees, and one for each token that may be written before the row's length is known, a slot is
+overwritten only once no later token sees it.
 """
 
 from __future__ import annotations
+
+from collections.abc import Collection
 
 import torch
 from torch.nn import functional
@@ -16,21 +22,34 @@ KV_LENGTH_STEP = 64
 
 class RaggedLayer(CacheLayerMixin):
     """Keys and values of one layer, (B, kv heads, capacity + 1, head_dim). The last slot is spare: it takes what must
-    not be kept."""
+    not be kept.
+
+    Args:
+        ring: most slots of the layer, if they are a ring.
+    """
 
     is_compileable = False
     is_sliding = False
     is_croppable = False
 
-    def __init__(self, owner: RaggedCache):
+    def __init__(self, owner: RaggedCache, ring: int | None = None):
         super().__init__()
-        self.owner = owner
+        self.owner, self.ring = owner, ring
+
+    @property
+    def capacity(self) -> int:
+        return self.owner.capacity if self.ring is None else min(self.owner.capacity, self.ring)
+
+    @property
+    def kv_length(self) -> int:
+        """Slots that attention sees."""
+        return min(self.owner.kv_length, self.capacity)
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
         # Zeros, not empty: a masked slot still enters 0 * value, and 0 * NaN is NaN.
         self.keys, self.values = (
-            states.new_zeros(*states.shape[:2], self.owner.capacity + 1, states.shape[-1])
+            states.new_zeros(*states.shape[:2], self.capacity + 1, states.shape[-1])
             for states in (key_states, value_states)
         )
         self.is_initialized = True
@@ -39,22 +58,27 @@ class RaggedLayer(CacheLayerMixin):
         """Write this pass's states (B, kv heads, q, head_dim) at the owner's slots; return the slots in use."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        rows, slots = self.owner.rows.to(self.device), self.owner.slots.to(self.device)  # (B, 1), (B, q)
+        slots = self.owner.slots if self.ring is None else self.owner.ring_slots
+        rows, slots = self.owner.rows.to(self.device), slots.to(self.device)  # (B, 1), (B, q)
         # Under torch.autocast a pass may leave other dtypes than the prompt's did.
         self.keys[rows, :, slots] = key_states.transpose(1, 2).to(self.keys.dtype)
         self.values[rows, :, slots] = value_states.transpose(1, 2).to(self.values.dtype)
-        return self.keys[:, :, : self.owner.kv_length], self.values[:, :, : self.owner.kv_length]
+        return self.keys[:, :, : self.kv_length], self.values[:, :, : self.kv_length]
 
     def load(self, key_states: torch.Tensor, value_states: torch.Tensor, columns: torch.Tensor) -> None:
-        """Fill the first slots with prompt states: slot s of row b takes column columns[b, s]."""
+        """Fill the slots with prompt states: position p of row b takes column columns[b, p], p < owner.lengths[b]."""
         self.lazy_initialization(key_states, value_states)
+        if self.ring is not None:
+            held = positions_held(self.owner.lengths[:, None] - 1, self.capacity, self.ring)
+            columns = columns.gather(1, held.clamp(0, columns.shape[1] - 1))
         index = columns.to(self.device)[:, None, :, None]  # (B, 1, P, 1)
         for buffer, states in ((self.keys, key_states), (self.values, value_states)):
             buffer[:, :, : columns.shape[1]] = states.gather(2, index.expand(-1, states.shape[1], -1, states.shape[-1]))
 
-    def resize(self, capacity: int) -> None:
-        if self.is_initialized:
-            extra = capacity + 1 - (self.keys.shape[2] - 1)
+    def resize(self) -> None:
+        """Follow the owner's capacity."""
+        if self.is_initialized and self.keys.shape[2] <= self.capacity:
+            extra = self.capacity + 1 - (self.keys.shape[2] - 1)
             self.keys, self.values = (
                 functional.pad(buffer[:, :, :-1], (0, 0, 0, extra)) for buffer in (self.keys, self.values)
             )
@@ -73,7 +97,7 @@ class RaggedLayer(CacheLayerMixin):
         return self.owner.longest
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.owner.kv_length, 0
+        return self.kv_length, 0
 
     def get_max_length(self) -> int:
         return -1
@@ -92,15 +116,29 @@ class RaggedCache(Cache):
         capacity: slots to start with. They double when the longest row needs more.
         max_length: positions at or past it are never kept. They go to the spare slot, and their position ids are
             clamped below it, since models with a position table fail past its end.
+        ring: most slots of the layers that are rings: their window - 1, and the most tokens that are written behind a
+            row's length before it is known which of them are kept.
+        ring_layers: indices of these layers.
     """
 
-    def __init__(self, num_layers: int, lengths: torch.Tensor, longest: int, capacity: int, max_length: int):
+    def __init__(
+        self,
+        num_layers: int,
+        lengths: torch.Tensor,
+        longest: int,
+        capacity: int,
+        max_length: int,
+        ring: int | None = None,
+        ring_layers: Collection[int] = (),
+    ):
         self.lengths, self.longest = lengths, longest
-        self.capacity, self.max_length = capacity, max_length
+        self.capacity, self.max_length, self.ring = capacity, max_length, ring
         self.kv_length = longest
         self.slots: torch.Tensor | None = None
+        self.ring_slots: torch.Tensor | None = None
         self.rows: torch.Tensor | None = None
-        super().__init__(layers=[RaggedLayer(self) for _ in range(num_layers)])
+        layers = [RaggedLayer(self, ring if layer in ring_layers else None) for layer in range(num_layers)]
+        super().__init__(layers=layers)
 
     def prepare(self, query_length: int) -> torch.Tensor:
         """Choose the slots of the next pass; returns its position ids (B, q)."""
@@ -108,10 +146,13 @@ class RaggedCache(Cache):
         if needed > self.capacity:
             self.capacity = min(max(2 * self.capacity, needed), self.max_length)
             for layer in self.layers:
-                layer.resize(self.capacity)
+                layer.resize()
         self.kv_length = min(-(-needed // KV_LENGTH_STEP) * KV_LENGTH_STEP, self.capacity)
         positions = self.lengths[:, None] + torch.arange(query_length, device=self.lengths.device)
-        self.slots = torch.where(positions < self.max_length, positions, self.capacity)
+        is_kept = positions < self.max_length
+        self.slots = torch.where(is_kept, positions, self.capacity)
+        if self.ring is not None:
+            self.ring_slots = torch.where(is_kept, positions % self.ring, min(self.ring, self.capacity))
         self.rows = torch.arange(len(positions), device=positions.device)[:, None]
         return positions.clamp(max=self.max_length - 1)
 
@@ -130,7 +171,7 @@ class RaggedCache(Cache):
         if other.capacity > self.capacity:
             self.capacity = other.capacity
             for layer in self.layers:
-                layer.resize(self.capacity)
+                layer.resize()
         for layer, theirs in zip(self.layers, other.layers, strict=True):
             layer.replace_rows(index, theirs)
         self.lengths = self.lengths.index_copy(0, index, other.lengths)
@@ -143,10 +184,30 @@ class RaggedCache(Cache):
         slot = torch.arange(self.kv_length, device=position_ids.device)
         visible = slot <= query
         if window is not None:
+            if self.ring is not None:
+                newest = position_ids[:, -1:]  # of this pass; what is behind it was rejected before
+                slot = positions_held(newest, min(self.kv_length, self.ring), self.ring)[:, None, None]
+                visible = (slot >= 0) & (slot <= query)
             visible = visible & (slot > query - window)
         if chunk is not None:
             visible = visible & (slot // chunk == query // chunk)
         return visible
+
+
+def positions_held(newest: torch.Tensor, count: int, ring: int) -> torch.Tensor:
+    """The position that each of the first `count` slots of a ring holds where `newest` (B, 1) is the last one written:
+    (B, count), negative where there is none."""
+    slot = torch.arange(count, device=newest.device)
+    return newest - (newest - slot) % ring
+
+
+def sliding_layers(config, num_layers: int) -> tuple[int | None, list[int]]:
+    """The window of a model's sliding layers, and their indices."""
+    config = config.get_text_config(decoder=True)
+    window, layer_types = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
+    if layer_types is None:
+        return window, [] if window is None else list(range(num_layers))
+    return window, [layer for layer in range(num_layers) if layer_types[layer] == "sliding_attention"]
 
 
 def attention_masks(config, cache: RaggedCache, position_ids: torch.Tensor, dtype: torch.dtype):

@@ -9,7 +9,7 @@ from transformers import DynamicCache
 
 from .grouped_heads import folded_heads
 from .prompt import PromptLayout
-from .ragged_cache import RaggedCache, attention_masks
+from .ragged_cache import RaggedCache, attention_masks, sliding_layers
 
 FIRST_CAPACITY = 256
 """New tokens that the cache has room for at first. Not max_length: few texts get there."""
@@ -30,7 +30,7 @@ def prefill(
     input_ids: torch.Tensor,
     layout: PromptLayout,
     max_length: int,
-    block_size: int,
+    block_size: int | None,
     model_kwargs: dict,
     chunk_size: int | None = None,
 ) -> tuple[torch.Tensor, RaggedCache]:
@@ -38,7 +38,7 @@ def prefill(
 
     Args:
         max_length: tokens, padding included, at which generate() stops.
-        block_size: most tokens of one later pass.
+        block_size: most tokens that are written before it is known which of them are kept; `None` if any number may be.
         model_kwargs: what generate() prepared: attention_mask, position_ids, past_key_values, logits_to_keep.
         chunk_size: tokens of one pass (`prefill_chunk_size`); default all.
 
@@ -71,8 +71,13 @@ def prefill(
         )
     # Rows are counted without their padding, so the longest ends max_length - (width - longest) tokens on.
     longest_text = layout.longest + max_length - width
-    capacity = min(layout.longest + FIRST_CAPACITY + block_size, longest_text)
-    cache = RaggedCache(len(prompt_cache.layers), layout.lengths, layout.longest, capacity, longest_text)
+    capacity = min(layout.longest + FIRST_CAPACITY + (block_size or 1), longest_text)
+    num_layers = len(prompt_cache.layers)
+    window, sliding = sliding_layers(model.config, num_layers)
+    ring = window - 1 + block_size if sliding and block_size else longest_text
+    # Where no text grows out of the window, slots are those of full attention.
+    rings = (ring, sliding) if ring < longest_text else ()
+    cache = RaggedCache(num_layers, layout.lengths, layout.longest, capacity, longest_text, *rings)
     columns = layout.columns[:, : layout.longest]
     for ragged, dynamic in zip(cache.layers, prompt_cache.layers, strict=True):
         if dynamic.is_initialized:

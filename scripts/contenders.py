@@ -30,7 +30,6 @@ class KnownText(NoDrafter):
     """
 
     default_num_assistant_tokens = 2
-    confidences = None
 
     def __init__(self, answer: torch.Tensor, is_right: torch.Tensor, most: int):
         self.drafts, self.max_draft_tokens = answer ^ (~is_right).long(), most

@@ -11,7 +11,7 @@ from specformer.generation import generate as entry
 from specformer.generation import probe, ragged_cache
 from specformer.generation import target as target_passes
 from specformer.generation.capabilities import UnsupportedTargetError
-from specformer.generation.ragged_cache import RaggedCache
+from specformer.generation.ragged_cache import RaggedCache, sliding_layers
 from test_exactness import NEW_TOKENS, meaningful_target
 
 mask, prepare, advance, masks = (
@@ -23,7 +23,12 @@ mask, prepare, advance, masks = (
 
 
 def ignore_the_window(monkeypatch) -> None:
-    monkeypatch.setattr(RaggedCache, "mask", lambda self, ids, window=None, chunk=None: mask(self, ids, None, chunk))
+    """A ring still holds tokens that have just left it."""
+
+    def fault(self, ids, window=None, chunk=None):
+        return mask(self, ids, window and 10**6, chunk)
+
+    monkeypatch.setattr(RaggedCache, "mask", fault)
 
 
 def count_padding_as_positions(monkeypatch) -> None:
@@ -51,7 +56,17 @@ def count_one_token_too_many(monkeypatch) -> None:
     monkeypatch.setattr(RaggedCache, "advance", fault)
 
 
+def keep_one_slot_less_of_the_window(monkeypatch) -> None:
+    def fault(*args):
+        window, layers = sliding_layers(*args)
+        return window and window - 1, layers
+
+    monkeypatch.setattr(target_passes, "sliding_layers", fault)
+
+
 FAULTS = [
+    ("mistral-sliding", keep_one_slot_less_of_the_window),
+    ("gemma3", keep_one_slot_less_of_the_window),
     ("mistral-sliding", ignore_the_window),
     ("gemma3", ignore_the_window),
     ("gpt2", count_padding_as_positions),  # rotary embeddings do not notice a constant offset
@@ -79,7 +94,8 @@ def test_planted_fault_is_found(name: str, plant: Callable, monkeypatch):
     monkeypatch.setattr(entry, "probe_target", lambda model: None)
     run(name)
     plant(monkeypatch)
-    with pytest.raises(AssertionError):
+    # The mask of another layer type has another shape than a ring.
+    with pytest.raises((AssertionError, RuntimeError) if plant is use_one_mask_for_all_layer_types else AssertionError):
         run(name)
 
 

@@ -72,7 +72,6 @@ class Informed(Oracle):
     """An oracle that need not be right about the first token: where plain generate() raised, it makes up its answer."""
 
     default_num_assistant_tokens = 3
-    confidences = None
 
     def begin(self, input_ids, layout, first_tokens, max_length) -> None:
         pass

@@ -89,7 +89,8 @@ def test_growth_leaves_the_old_spare_slot_behind():
     keys = states(2, 1)
     cache.update(keys, keys, 0)
     cache.layers[0].keys[:, :, 4] = torch.nan
-    cache.layers[0].resize(8)
+    cache.capacity = 8
+    cache.layers[0].resize()
     assert cache.layers[0].keys.shape[2] == 9
     assert cache.layers[0].keys.isfinite().all()
 
@@ -124,6 +125,71 @@ def test_mask_is_the_brute_force_one(window: int | None, chunk: int | None):
                 and (chunk is None or slot // chunk == query // chunk)
             ]
             assert mask[row, 0, i].nonzero().flatten().tolist() == visible
+
+
+def visible_states(seen: torch.Tensor, mask: torch.Tensor) -> list[torch.Tensor]:
+    """The keys that each query of each row sees, in no order that counts: sorted by their first number."""
+    found = []
+    for row in range(len(mask)):
+        for i in range(mask.shape[2]):
+            keys = seen[row][:, mask[row, 0, i]].transpose(0, 1).flatten(1)
+            found.append(keys[keys[:, 0].argsort()])
+    return found
+
+
+@pytest.mark.parametrize("too_small", [False, True])
+@pytest.mark.parametrize("window", [1, 3, 6])
+def test_a_ring_shows_what_a_whole_buffer_does(window: int, too_small: bool):
+    """Over ragged rounds of different lengths, many times around. A ring of one slot less does not."""
+    torch.manual_seed(window)
+    block, lengths, max_length = 4, [5, 1, 9], 70
+    columns = torch.arange(9).expand(3, -1)
+    ring = window - 1 + block - too_small
+    sizes = torch.tensor(lengths), max(lengths), 12, max_length
+    caches = [RaggedCache(2, *sizes, ring, [1]), RaggedCache(2, *sizes)]
+    prompt = states(3, 9)
+    for cache in caches:
+        for layer in cache.layers:
+            layer.load(prompt, -prompt, columns)
+    assert caches[0].layers[1].keys.shape[2] == min(ring, 12) + 1
+    equal = []
+    while caches[0].longest < max_length:
+        q = int(torch.randint(1, block + 1, ()))
+        new, shown = states(3, q), []
+        for cache in caches:
+            positions = cache.prepare(q)
+            cache.update(new, -new, 0)
+            seen, values = cache.update(new, -new, 1)
+            assert torch.equal(seen, -values)
+            mask = cache.mask(positions, window=window)
+            assert seen.shape[2] == mask.shape[3] == cache.get_mask_sizes(q, 1)[0]
+            running = [row for row in range(3) if int(cache.lengths[row]) + q <= max_length]
+            shown.append(visible_states(seen[running], mask[running]))
+        equal.append(all(torch.equal(*pair) for pair in zip(*shown, strict=True)))
+        counts = torch.randint(0, q + 1, (3,))
+        counts = torch.minimum(counts, max_length - caches[0].lengths)
+        for cache in caches:
+            cache.advance(counts, int((cache.lengths + counts).max()))
+    assert caches[0].layers[1].keys.shape[2] == ring + 1
+    assert all(equal) is not too_small
+
+
+def test_rows_of_a_ring_leave_and_are_replaced():
+    """The order of a ring's slots depends on its row alone."""
+    window, block = 3, 2
+    make = lambda lengths: RaggedCache(1, torch.tensor(lengths), max(lengths), 8, 50, window - 1 + block, [0])  # noqa: E731
+    first, other = make([7, 4, 6]), make([5])
+    for cache, prompt in ((first, states(3, 7)), (other, states(1, 5))):
+        cache.layers[0].load(prompt, prompt, torch.arange(prompt.shape[2]).expand(len(prompt), -1))
+    first.select_rows(torch.tensor([0, 2]), 7)
+    first.replace_rows(torch.tensor([1]), other, 7)
+    seen = []
+    for cache, new in ((first, torch.ones(2, HEADS, 1, HEAD_DIM)), (other, torch.ones(1, HEADS, 1, HEAD_DIM))):
+        positions = cache.prepare(1)
+        keys, _ = cache.update(new, new, 0)
+        seen.append(keys[-1][:, cache.mask(positions, window=window)[-1, 0, 0]])
+    assert seen[0].shape == (HEADS, window, HEAD_DIM)
+    assert torch.equal(*seen)
 
 
 def test_select_rows():

@@ -9,7 +9,8 @@ from itertools import pairwise
 
 import pytest
 import torch
-from exactness import choose_eos, oracle, plain
+from architectures import make_target
+from exactness import check, choose_eos, oracle, plain
 from specformer import SpecFormerConfig, SpecFormerModel, generate
 from specformer.generation import decoding
 from specformer.generation import specformer_drafter as drafter_module
@@ -184,6 +185,26 @@ def test_memory_is_not_for_more_than_max_length(target):
         generate(target, make_network(target), **batch, eos_token_id=None, max_new_tokens=10, num_assistant_tokens=4)
     caches = [passes for passes in seen.values() if len(passes) > 3]
     assert {buffer.shape[2] for passes in caches for *_, kept in passes for buffer in kept} == {9 + 10 + 1}
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral-sliding", "gemma3"])
+def test_memory_beside_the_static_cache_of_plain_generate(name: str):
+    """Within 5 %, once texts are as long as they may get."""
+    overrides = {} if name == "llama" else dict(sliding_window=200)
+    target = make_target(name, max_position_embeddings=1000, **overrides)
+    batch = ragged_batch(padding=(0, 300, 20), width=600)
+    arguments = dict(max_new_tokens=40, eos_token_id=None)
+    output = target.generate(**batch, **arguments, cache_implementation="static", return_dict_in_generate=True)
+    of_plain = [buffer for layer in output.past_key_values.layers for buffer in (layer.keys, layer.values)]
+    reference = plain(target, batch, **arguments)
+    with watched_caches() as seen:
+        check(target, batch, reference, oracle(reference, batch, "sometimes", None), 4, **arguments)
+    every = [buffers for passes in seen.values() for _, rows, buffers in passes if rows == 3]
+    ours = max(every, key=lambda buffers: sum(buffer.numel() for buffer in buffers))
+    sizes = [sum(buffer.numel() for buffer in buffers) for buffers in (of_plain, ours)]
+    assert sizes[1] <= 1.05 * sizes[0]
+    if name != "llama":  # nor is it for whole texts in every layer
+        assert sizes[1] < 0.75 * 3 * 2 * len(target.get_decoder().layers) * 640 * ours[0][0, :, 0].numel()
 
 
 @pytest.mark.parametrize("kind", ["specformer", "sometimes", "always"])

@@ -297,6 +297,23 @@ def test_plots(tmp_path: Path):
         plots.main([other])
 
 
+@pytest.mark.parametrize("family", ablations.FAMILIES)
+def test_every_variant_is_another_drafter_or_training(family: str, folder: Path, monkeypatch):
+    target_config, found = llama().config, []
+    for name, options in ablations.FAMILIES[family](target_config, folder / "other.jsonl").items():
+        common = ["--data", folder, "--output", folder / "run", "--target", folder / "target"]
+        budget = ["--num-draft-tokens", 3, "--draft-vocab-size", 40, "--slot-decay", 0.8]
+        monkeypatch.setattr(sys, "argv", list(map(str, ["train", *common, *budget, *options])))
+        arguments = train.parse()
+        config = train.make_config(arguments)
+        train.make_loss(arguments, config)
+        losses = (arguments.acceptance_weights, arguments.distance_loss, arguments.base_loss, arguments.data)
+        found.append((name, config.to_json_string(), losses))
+    for place, (name, *what) in enumerate(found):
+        same = {other for other, *rest in found[:place] if rest == what}
+        assert not same, f"{name} is {same}"
+
+
 @pytest.mark.slow
 def test_ablations(folder: Path, monkeypatch):
     """On the target's answers and on other text, evaluated on held-out answers and on others; nothing is run twice."""
@@ -311,6 +328,7 @@ def test_ablations(folder: Path, monkeypatch):
     result = json.loads((folder / "result.json").read_text())
     assert result["trial"] is True
     assert len(result["variants"]) == 8
+    assert all(times["draft_seconds"] > 0 for runs in result["variants"].values() for times in runs[0]["rounds"])
     weights = {name: runs[0]["parameters"] for name, runs in result["variants"].items()}
     assert (
         weights["no positional FFN"] < weights["paper"] == weights["causal draft attention"] < weights["twice as wide"]

@@ -55,7 +55,8 @@ def paper_variants(target_config, other_data: Path | None) -> dict[str, list[str
 def beyond_variants(target_config, other_data: Path | None) -> dict[str, list[str]]:
     """Name and training options of each variant; all but the first and the last differ from "with the anchor token" in
     one thing."""
-    layers = target_config.get_text_config(decoder=True).num_hidden_layers
+    text_config = target_config.get_text_config(decoder=True)
+    layers, few = text_config.num_hidden_layers, text_config.vocab_size // 24
     all_states = sorted({0, layers // 2, layers - 1, layers})
     corrected, weighed = "previous_token_rank=256", ["--slot-decay", "1", "--acceptance-weights", "0.5"]
     return {
@@ -72,7 +73,7 @@ def beyond_variants(target_config, other_data: Path | None) -> dict[str, list[st
         "weighed by acceptance": weighed,
         "distance from the target": ["--distance-loss", "0.9"],
         "all tokens drafted": ["--draft-vocab-size", str(2**24)],
-        "2,048 tokens drafted": ["--draft-vocab-size", "2048"],
+        f"{few:,} tokens drafted": ["--draft-vocab-size", str(few)],
         "stacked": ["--config", corrected, "num_draft_layers=2", "draft_attends_context=true", *weighed],
     }
 

@@ -199,7 +199,8 @@ def main(arguments: argparse.Namespace) -> None:
     name = arguments.target or str(fetch_target())
     tokenizer = AutoTokenizer.from_pretrained(name, revision=arguments.revision)
     encoded = [encode(tokenizer, [prompt])["input_ids"][0].tolist() for prompt in tqdm(prompts, desc="tokenize")]
-    kept = [index for index, ids in enumerate(encoded) if len(ids) <= arguments.max_prompt_tokens]
+    asked = range(arguments.skip, len(encoded))
+    kept = [index for index in asked if len(encoded[index]) <= arguments.max_prompt_tokens]
     dtype = arguments.dtype or ("float32" if process.device.type == "cpu" else "bfloat16")
     target = AutoModelForCausalLM.from_pretrained(name, revision=arguments.revision, dtype=getattr(torch, dtype))
     target = target.eval().to(process.device)
@@ -210,7 +211,8 @@ def main(arguments: argparse.Namespace) -> None:
         "chat_template": digest(tokenizer.chat_template),
         "prompts": digest(encoded),
         "max_prompt_tokens": arguments.max_prompt_tokens,
-        "prompts_left_out_as_longer": len(encoded) - len(kept),
+        "skip": arguments.skip,
+        "prompts_left_out_as_longer": len(asked) - len(kept),
         "max_new_tokens": arguments.max_new_tokens,
         "temperature": arguments.temperature,
         "seed": arguments.seed,
@@ -257,6 +259,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--target", help="folder or Hub id; default: the one of fetch_target")
     parser.add_argument("--revision", help="branch, tag or commit of the target")
     parser.add_argument("--limit", type=int, help="only the first so many prompts")
+    parser.add_argument("--skip", type=int, default=0, help="not the first so many of these")
     parser.add_argument("--max-prompt-tokens", type=int, default=512, help="longer prompts are left out")
     parser.add_argument("--max-new-tokens", type=int, default=256)
     parser.add_argument("--batch-size", type=int, default=32, help="rows of each process; hundreds on a GPU")

@@ -34,10 +34,13 @@ def training_text(log: dict, config: dict) -> str:
     vocabulary = f" that draft the {vocabulary:,} most frequent tokens" if vocabulary else ""
     inputs = "with" if config["use_anchor_token"] or config.get("anchor_slot") else "without"
     rank = config.get("previous_token_rank")
-    correction = f", and a correction of rank {rank} by the token in front" if rank else ""
+    correction = f", a correction of rank {rank} by the token in front" if rank else ""
+    layers = f", {config['num_draft_layers']} draft layers" if config.get("num_draft_layers", 1) > 1 else ""
+    confidence = ", and a head that tells how sure each slot is" if config.get("confidence_head") else ""
     return (
         f"{log['parameters'] / 1e6:.1f} million weights ({config['dtype']}), {config['num_draft_tokens']} draft "
-        f"slots{vocabulary}, {inputs} the anchor token as input{correction}. {run_text(log)} On the held-out answers "
+        f"slots{vocabulary}, {inputs} the anchor token as input{layers}{correction}{confidence}. {run_text(log)} On "
+        "the held-out answers "
         f"the best checkpoint comes to {log['best']['tokens_per_pass']:.2f} tokens per target pass, greedy, at "
         f"{config['num_draft_tokens']} drafted."
     )

@@ -19,22 +19,26 @@ from pathlib import Path
 
 import torch
 from specformer.scripts.model_card import write_model_card
+from specformer.scripts.prompts import read_prompts
 
 RECIPES = {
     "gpu": {
         "distill": ["--batch-size", "768", "--max-new-tokens", "256"],
+        "prompts": [(0, None)],
         "train": [
             [
                 *("--epochs", "4", "--batch-size", "64", "--learning-rate", "1e-3", "--max-length", "768"),
                 *("--num-draft-tokens", "8", "--default-num-assistant-tokens", "4", "--mixed-precision", "bf16"),
-                *("--draft-vocab-size", "16384", "--acceptance-weights", "0.5", "--config", "previous_token_rank=256"),
+                *("--draft-vocab-size", "16384", "--acceptance-weights", "0.5"),
+                *("--config", "previous_token_rank=256", "confidence_head=true"),
                 *("--held-out", "512", "--evaluations", "12", "--logging-steps", "50"),
             ]
         ],
         "evaluate": ["--batch-size", "40", "--dtype", "bfloat16", "--max-new-tokens", "256"],
     },
     "cpu": {
-        "distill": ["--batch-size", "96", "--max-new-tokens", "160", "--limit", "4000", "--max-prompt-tokens", "128"],
+        "distill": ["--batch-size", "96", "--max-new-tokens", "160", "--max-prompt-tokens", "128"],
+        "prompts": [(0, 4000), (4000, 8500)],
         "train": [
             [
                 *("--epochs", "5", "--batch-size", "8", "--learning-rate", "1.5e-3", "--max-length", "512"),
@@ -43,14 +47,16 @@ RECIPES = {
                 *("--held-out", "64", "--evaluations", "5"),
             ],
             [
-                *("--epochs", "2", "--batch-size", "8", "--learning-rate", "8e-4", "--max-length", "512"),
-                *("--acceptance-weights", "0.5", "--config", "previous_token_rank=256", "--store-hidden-states"),
-                *("--held-out", "64", "--evaluations", "4"),
+                *("--epochs", "2", "--batch-size", "8", "--learning-rate", "1e-3", "--max-length", "512"),
+                *("--config", "previous_token_rank=256", "confidence_head=true", "--acceptance-weights", "0.5"),
+                *("--store-hidden-states", "--held-out", "64", "--evaluations", "4"),
             ],
         ],
         "evaluate": ["--batch-size", "8", "--max-new-tokens", "64"],
     },
 }
+"""Options of the steps. Each training has the answers to prompts of its own, and begins with the drafter of the one
+before; it is left out where there are no such prompts."""
 # glibc gives the memory of large tensors back to the system, which clears it before it hands it out again: half of the
 # time of distilling on a CPU.
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "10000000000", "MALLOC_TOP_PAD_": "200000000"}
@@ -59,18 +65,22 @@ OUT_OF_TIME = 75
 
 
 def commands(arguments: argparse.Namespace) -> list[list[str]]:
-    """The steps, each a module of specformer.scripts and its arguments. A second training begins with the drafter of
-    the first."""
+    """The steps, each a module of specformer.scripts and its arguments."""
     recipe = RECIPES[arguments.recipe]
     target = ["--target", arguments.target] if arguments.target else []
-    answers, drafter = str(arguments.output / "answers"), str(arguments.output / "drafter")
-    steps = [["distill", "--prompts", arguments.prompts, "--output", answers, *target, *recipe["distill"]]]
     name = ["--target-id", arguments.target_id] if arguments.target_id else []
-    for number, options in enumerate(recipe["train"], 1):
-        is_last = number == len(recipe["train"])
-        folder = drafter if is_last else str(arguments.output / f"drafter-{number}")
-        begin = ["--start-from", str(arguments.output / f"drafter-{number - 1}")] if number > 1 else []
-        steps.append(["train", "--data", answers, "--output", folder, *target, *name, *begin, *options])
+    count = len(read_prompts(arguments.prompts, recipe["prompts"][-1][1]))
+    stages = [each for each in zip(recipe["prompts"], recipe["train"], strict=True) if each[0][0] < count]
+    drafter, begin, steps = str(arguments.output / "drafter"), [], []
+    for number, ((first, end), train) in enumerate(stages, 1):
+        answers = str(arguments.output / f"answers-{number}")
+        part = [*(["--skip", str(first)] if first else []), *(["--limit", str(end)] if end else [])]
+        steps.append(
+            ["distill", "--prompts", arguments.prompts, "--output", answers, *target, *part, *recipe["distill"]]
+        )
+        folder = drafter if number == len(stages) else str(arguments.output / f"drafter-{number}")
+        steps.append(["train", "--data", answers, "--output", folder, *target, *name, *begin, *train])
+        begin = ["--start-from", folder]
     for prompts in arguments.evaluate:
         for k in ("4", "7"):
             result = arguments.output / f"{Path(prompts).stem}_k{k}.json"

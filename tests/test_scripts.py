@@ -350,6 +350,7 @@ def test_ablations(folder: Path, monkeypatch):
 def test_one_command_from_prompts_to_a_drafter(folder: Path, monkeypatch):
     """Cut into pieces on the way."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setitem(reproduce.RECIPES["cpu"], "prompts", [(0, 5), (5, 8500)])
     output = folder / "run"
     arguments = [
         *("--prompts", folder / "prompts.jsonl", "--evaluate", folder / "prompts.jsonl", "--output", output),
@@ -362,8 +363,16 @@ def test_one_command_from_prompts_to_a_drafter(folder: Path, monkeypatch):
     assert status == 0
     drafter = SpecFormerModel.from_pretrained(output / "drafter")
     assert drafter.config.target_name_or_path == "some/target"
-    assert len((output / "answers" / "answers-00000.jsonl").read_text().splitlines()) == len(TEXTS)
+    for number, ids in enumerate((range(5), range(5, len(TEXTS))), 1):
+        lines = (output / f"answers-{number}" / "answers-00000.jsonl").read_text().splitlines()
+        assert {json.loads(line)["id"] for line in lines} == set(ids)
+    assert json.loads((output / "drafter" / "training.json").read_text())["before"]["answers"] == 4
     for k in (4, 7):
         assert json.loads((output / f"prompts_k{k}.json").read_text())["identical"] == len(TEXTS)
     monkeypatch.setattr(subprocess, "Popen", None)
     assert run(reproduce, monkeypatch, *arguments) == 0  # nothing is left to do
+    few = reproduce.RECIPES["cpu"] | {"prompts": [(0, 50), (50, 100)]}
+    monkeypatch.setitem(reproduce.RECIPES, "cpu", few)
+    steps = reproduce.commands(reproduce.parse())
+    assert [step[0] for step in steps] == ["distill", "train", "evaluate_drafter", "evaluate_drafter"]
+    assert steps[1][steps[1].index("--output") + 1] == str(output / "drafter")

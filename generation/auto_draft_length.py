@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict, deque
+from dataclasses import dataclass
 from itertools import accumulate
 from operator import mul
 from statistics import median_low
@@ -40,12 +41,30 @@ class RoundTimes:
         return times
 
 
+@dataclass
+class Pace:
+    """When lengths other than the best known one have their turns.
+
+    Attributes:
+        best: the best length known.
+        waited: rounds since the last turn.
+        patience: rounds between two turns; it grows as long as the best length stays the best.
+        turns: how many there were.
+    """
+
+    best: int
+    waited: int = 0
+    patience: int = 0
+    turns: int = 0
+
+
 class Experience:
     """What is known of one model that drafts for another, from call to call.
 
     Attributes:
         times: `RoundTimes` by what a round's time depends on: the regime, such as the device, and rows of the pass.
         rates: how likely slot j was accepted in the last call once the slots before it were; none at first.
+        pace: of the last call's turns, which the next one keeps up.
         expectations: of the last rounds of a drafter that knows how likely its drafts are accepted: the tokens that it
             expected of verifying 0, 1, ... of them, and the seconds that drafting took.
         predicted, accepted: how many drafts it expected to be accepted of those verified, and how many were; fading.
@@ -56,6 +75,7 @@ class Experience:
     def __init__(self):
         self.times: dict = defaultdict(RoundTimes)
         self.rates: list[float] = []
+        self.pace: Pace | None = None
         self.expectations: deque[tuple[list[float], float]] = deque(maxlen=self.REMEMBERED)
         self.predicted = self.accepted = 0.0
 
@@ -76,6 +96,7 @@ class AutoDraftLength(DraftLength):
     TRIED = 8  # all lengths up to it have turns, others only beside the best: more rows are not always slower
     TRIALS = 2  # rounds of a length before its time counts
     FIRST_PATIENCE, LAST_PATIENCE = 8, 128  # rounds between two turns of other lengths
+    PATIENCE_OF_A_CALL = 64  # at its beginning, at most: its text may be of another kind
     FADING = 0.995  # weight of what was seen before, one row's drafts later
     LEAST_GAIN = 1.05  # tokens per second that drafting must promise, in units of plain decoding: rows end unevenly
     FIRST_RATE, FIRST_WEIGHT = 0.6, 4.0  # acceptance to begin with, and how many drafts experience is worth
@@ -85,8 +106,8 @@ class AutoDraftLength(DraftLength):
         self.start, self.experience, self.regime = min(start, most), experience, regime
         self.first_rates = list(experience.rates)
         self.drafted, self.accepted = [0.0] * most, [0.0] * most  # per slot, where the slots before it were accepted
-        self.best = self.start
-        self.waited, self.patience, self.turns = 0, self.FIRST_PATIENCE, 0
+        self.pace = experience.pace = experience.pace or Pace(self.start, patience=self.FIRST_PATIENCE)
+        self.pace.patience = min(self.pace.patience, self.PATIENCE_OF_A_CALL)
         self.planned: list[int] = []
         self.is_trial = True  # whether a round is there to learn of, and not the best known
         self.is_behind = False  # whether the drafter has yet to read what plain rounds added
@@ -120,17 +141,18 @@ class AutoDraftLength(DraftLength):
         speeds = self.speeds(times.estimate(self.most))
         speeds[0] *= self.LEAST_GAIN
         best = max(range(self.most + 1), key=speeds.__getitem__)
-        if best != self.best:
-            self.best, self.waited, self.patience = best, 0, self.FIRST_PATIENCE
-        self.waited += 1
-        if self.waited <= self.patience:
+        pace = self.pace
+        if best != pace.best:
+            pace.best, pace.waited, pace.patience = best, 0, self.FIRST_PATIENCE
+        pace.waited += 1
+        if pace.waited <= pace.patience:
             self.is_trial = False
             return best
-        self.waited, self.patience = 0, min(2 * self.patience, self.LAST_PATIENCE)
+        pace.waited, pace.patience = 0, min(2 * pace.patience, self.LAST_PATIENCE)
         others = (best + 1, best - 1, 0, *range(min(self.most, self.TRIED) + 1))
         others = [length for length in dict.fromkeys(others) if 0 <= length <= self.most and length != best]
-        other = others[self.turns % len(others)]
-        self.turns += 1
+        other = others[pace.turns % len(others)]
+        pace.turns += 1
         self.planned = [] if best else [other]  # the first of two rounds catches up, and is not timed
         return other
 

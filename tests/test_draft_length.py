@@ -110,6 +110,15 @@ def test_a_useless_drafter_is_soon_left_alone(name: str):
     assert 380 <= chosen[0] < 400  # and asked again, now and then
 
 
+def test_calls_keep_up_the_pace():
+    """Many short calls with a useless drafter ask no more often than a long one does."""
+    world, experience, asked = World([0.0] * 4, 0.2, 0.15), Experience(), 0
+    for call in range(60):
+        _, chosen = live(AutoDraftLength(4, 2, experience), world, 20, seed=call)
+        asked += (20 - chosen[0]) if call >= 10 else 0
+    assert 10 <= asked <= 50  # of 1,000 rounds, two each time
+
+
 def test_a_fixed_length_would_fail_these_worlds():
     """The worlds differ: no fixed length comes within 4 % of the best in all of them."""
     for fixed in range(5):

@@ -27,7 +27,7 @@ class ConfidentDraftLength(AutoDraftLength):
         super().__init__(*args, **kwargs)
         self.speed = 0.0  # tokens per second of a row
         self.expected: list[float] | None = None  # this round's, of 0, 1, ... verified drafts
-        self.seconds: list[float] | None = None
+        self.seconds: list[float] | None = None  # of a round that verifies 0, 1, ..., once something was expected
 
     def keep(
         self, drafts: torch.Tensor, confidences: torch.Tensor | None, stopped: torch.Tensor, started: float
@@ -40,7 +40,7 @@ class ConfidentDraftLength(AutoDraftLength):
         self.expected = list(accumulate(chances.tolist(), initial=1.0))
         drafting = perf_counter() - started
         self.experience.expectations.append((self.expected, drafting))
-        if self.is_trial:
+        if self.is_trial or self.seconds is None:
             return width
         return self._worthy(self.expected, drafting, self.seconds[: width + 1], self.speed)
 

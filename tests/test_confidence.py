@@ -11,7 +11,7 @@ import pytest
 import torch
 from exactness import plain
 from specformer import SpecFormerConfig, SpecFormerModel, generate
-from specformer.generation.auto_draft_length import Experience
+from specformer.generation.auto_draft_length import AutoDraftLength, Experience
 from specformer.generation.confident_draft_length import ConfidentDraftLength
 from specformer.scripts.answers import Answers
 from specformer.scripts.confidence import BINS, calibrate, calibration, confidence_loss, count_by_confidence
@@ -216,8 +216,23 @@ def test_beside_the_best_fixed_length(name: str):
 
 def test_without_confidences_it_is_the_length_that_counts():
     world = World([0.6, 0.5, 0.4, 0.3], 0.05, 0.1)
-    lengths = [ConfidentDraftLength(4, 2, Experience()), ConfidentDraftLength.__base__(4, 2, Experience())]
+    lengths = [ConfidentDraftLength(4, 2, Experience()), AutoDraftLength(4, 2, Experience())]
     assert live(lengths[0], world, 300) == live(lengths[1], world, 300)
+
+
+def test_times_may_be_known_before_confidences():
+    """As after calls with "rejection", which do not look at these."""
+    experience, world = Experience(), World([0.9] * 4, 0.01, 0.05)
+    live(AutoDraftLength(4, 2, experience), world, 50)
+    length = ConfidentDraftLength(4, 2, experience)
+    assert length.next(world.rows) == 4
+    assert not length.is_trial
+    assert (
+        length.keep(torch.zeros(8, 4), torch.full((8, 4), 0.01), torch.zeros(8, dtype=torch.bool), perf_counter()) == 4
+    )
+    length.record(8, 4, [(4, 5)] * 8, world.seconds(4))
+    while length.next(world.rows) != 4:
+        length.record(8, 0, [(0, 1)] * 8, world.seconds(0))
 
 
 def test_rows_that_are_carried_along_do_not_count():

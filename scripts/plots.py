@@ -18,8 +18,9 @@ def training_curves(log: dict, path: Path) -> None:
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
     history = log["history"]
+    beside = ", and of confidences" if any("eval_confidence_error_slot_0" in entry for entry in history) else ""
     for axes, name, label in (
-        (left, "loss", "training, as its slots are weighed"),
+        (left, "loss", f"training, as its slots are weighed{beside}"),
         (left, "eval_loss", "held out, all slots alike"),
     ):
         points = [(entry["step"], entry[name]) for entry in history if name in entry]

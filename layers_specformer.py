@@ -28,7 +28,7 @@ def rotate(states: torch.Tensor, position_ids: torch.Tensor, theta: float) -> to
     """Rotary position embedding of `states` (B, heads, T, head_dim) at `position_ids` (B or 1, T)."""
     half = states.shape[-1] // 2
     exponents = torch.arange(half, device=states.device, dtype=torch.float32) / half
-    angles = position_ids[:, None, :, None].float() * theta**-exponents  # (B, 1, T, head_dim / 2)
+    angles = position_ids[:, None, :, None].float() * float(theta) ** -exponents  # (B, 1, T, head_dim / 2)
     cos, sin = angles.cos().to(states.dtype), angles.sin().to(states.dtype)
     first, second = states[..., :half], states[..., half:]
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)

@@ -85,8 +85,8 @@ class SpecFormerConfig(PreTrainedConfig):
         num_draft_layers (`int`, defaults to 1): layers of attention over the draft slots and SwiGLU; one in the paper.
         previous_token_rank (`int`, *optional*): width of the network that corrects each slot by the token in front,
             chosen just before; `None` means there is none, as in the paper.
-        num_candidates (`int`, defaults to 16): with `previous_token_rank`, how many of the best tokens of each slot are
-            scored again after the correction; at most 1,024.
+        num_candidates (`int`, defaults to 16): how many of the best tokens of each slot are scored again after the
+            correction of `previous_token_rank`, and compared by `confidence_head`; at most 1,024.
         confidence_head (`bool`, defaults to `False`): whether each slot also says how likely its token is accepted,
             by which "auto" verifies no more than pays.
         target_layer_ids (`list[int]`, *optional*): which of the target's hidden states are inputs: `i` is the state

@@ -124,10 +124,6 @@ class BorrowedTarget:
         embeddings = self.target.get_input_embeddings()
         return embeddings(token_ids.to(device_of(embeddings))).to(self.device)
 
-    def best_tokens(self, draft_hidden_states: torch.Tensor) -> torch.Tensor:
-        """The most likely token of each state: (..., d) -> (...)."""
-        return self.tokens_at(self.draft_logits(draft_hidden_states).argmax(dim=-1))
-
     def tokens_at(self, places: torch.Tensor) -> torch.Tensor:
         """The tokens that `draft_logits` has at `places`, of any shape."""
         return places if self.draft_token_ids is None else self.draft_token_ids[places]

@@ -72,6 +72,8 @@ def profile_once(target, drafter, inputs, arguments) -> dict[str, float]:
         stack.enter_context(timed_calls(seconds, "drafter", drafter, "encode_context", "draft"))
         if drafter.config.previous_token_rank is not None:
             stack.enter_context(timed_calls(seconds, "drafter", drafter.previous_token_correction, "forward"))
+        if drafter.config.confidence_head:
+            stack.enter_context(timed_calls(seconds, "drafter", drafter.confidence_head, "forward"))
         drafter.borrow = borrow_timed
         started = time.perf_counter()
         output = specformer.generate(

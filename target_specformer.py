@@ -27,6 +27,9 @@ class BorrowedTarget:
     Args:
         draft_token_ids: the only tokens that are drafted, ascending; `None` means all.
 
+    Attributes:
+        rows: the LM head's rows of the drafted tokens, as a layer; `None` where they cannot be taken out.
+
     Raises:
         ValueError: the target is another model than the drafter was made for.
     """
@@ -55,7 +58,7 @@ class BorrowedTarget:
         if self.head is None:
             raise ValueError(f"{type(target).__name__} has no LM head (get_output_embeddings() is None).")
         self.draft_token_ids = None if draft_token_ids is None else draft_token_ids.to(self.device)
-        self._rows = SomeRows(self.head, self.draft_token_ids) if is_plain_linear(self.head) else None
+        self.rows: nn.Linear | None = some_rows(self.head, self.draft_token_ids) if is_plain_linear(self.head) else None
         self._seen: dict[int, list[torch.Tensor]] = {}
         self._exit = ExitStack()
 
@@ -139,9 +142,9 @@ class BorrowedTarget:
         """Logits of the tokens that are drafted, with the family's scale and soft cap: (..., d) -> (..., V')."""
         if self.draft_token_ids is None:
             return self.target_logits(draft_hidden_states)
-        if self._rows is None:
+        if self.rows is None:
             return self._scaled(self.head(draft_hidden_states)[..., self.draft_token_ids])
-        return self._scaled(self._rows(draft_hidden_states))
+        return self._scaled(self.rows(draft_hidden_states))
 
     def target_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """The target's logits of all tokens, of its last hidden states or of what resembles them: (..., d) ->
@@ -155,9 +158,9 @@ class BorrowedTarget:
 
     def candidate_logits(self, draft_hidden_states: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
         """What `draft_logits` has at `places` (..., C), without the others where the head allows: (..., C)."""
-        if self._rows is None:
+        if self.rows is None:
             return self.draft_logits(draft_hidden_states).gather(-1, places)
-        return self._scaled(self._rows.at(draft_hidden_states, places))
+        return self._scaled(outputs_at(self.rows, draft_hidden_states, places))
 
     def _scaled(self, logits: torch.Tensor) -> torch.Tensor:
         if (scale := getattr(self.text_config, "logit_scale", None)) is not None:  # Cohere
@@ -214,22 +217,20 @@ def is_plain_linear(head: nn.Module) -> bool:
     return type(head) is nn.Linear and type(head.weight.data) is torch.Tensor and is_there
 
 
-class SomeRows:
-    """Some rows of a plain linear layer (C, d), all of them for `None`, as a function of states."""
+def some_rows(head: nn.Linear, rows: torch.Tensor | None = None) -> nn.Linear:
+    """Some rows of a linear layer as a layer of their own, which is not trained; itself if `rows` is `None`."""
+    if rows is None:
+        return head
+    part = nn.Linear(head.in_features, len(rows), bias=head.bias is not None, device="meta")
+    for name, parameter in head.named_parameters():
+        setattr(part, name, nn.Parameter(parameter.detach()[rows], requires_grad=False))
+    return part
 
-    def __init__(self, head: nn.Linear, rows: torch.Tensor | None = None):
-        self.weight, self.bias = head.weight, head.bias
-        if rows is not None:
-            with torch.no_grad():
-                self.weight, self.bias = head.weight[rows], None if head.bias is None else head.bias[rows]
 
-    def __call__(self, states: torch.Tensor) -> torch.Tensor:
-        return functional.linear(states, self.weight, self.bias)
-
-    def at(self, states: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-        """The outputs at `places` alone: (..., d) and (..., C) -> (..., C)."""
-        outputs = (self.weight[places] @ states[..., None])[..., 0]
-        return outputs if self.bias is None else outputs + self.bias[places]
+def outputs_at(layer: nn.Linear, states: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """The outputs of a linear layer at `places` alone: (..., d) and (..., C) -> (..., C)."""
+    outputs = (layer.weight[places] @ states[..., None])[..., 0]
+    return outputs if layer.bias is None else outputs + layer.bias[places]
 
 
 def device_of(module: nn.Module) -> torch.device:

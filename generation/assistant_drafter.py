@@ -8,6 +8,7 @@ import torch
 
 from .attention import usable_attention
 from .capabilities import check_target, input_device
+from .fast_linear import fast_linears
 from .probe import probe_target
 from .target import prefill, prompt_arguments, verify
 
@@ -44,6 +45,7 @@ class AssistantDrafter:
     def __enter__(self):
         with ExitStack() as stack:
             stack.enter_context(usable_attention(self.assistant))
+            stack.enter_context(fast_linears(self.assistant))
             probe_target(self.assistant)
             self._attached = stack.pop_all()
         return self

@@ -12,6 +12,7 @@ import torch
 
 from .draft_length import DraftLength, round_draft_length
 from .drafter import Drafter
+from .fast_linear import fast_linears
 from .prompt import PromptLayout
 from .statistics import GenerationStatistics
 from .target import prefill, verify
@@ -37,7 +38,7 @@ def decode(
     input_ids, max_length = text.ids, text.rules.max_length
     statistics = GenerationStatistics(text.batch_size)
 
-    with drafter, choice.rule:
+    with drafter, choice.rule, fast_linears(model):
         block_size = draft_length.most + 1
         logits, cache = prefill(model, input_ids, layout, max_length, block_size, model_kwargs, prefill_chunk_size)
         drafts = input_ids.new_empty(text.batch_size, 0)  # (B, 0): the prompt pass verifies nothing

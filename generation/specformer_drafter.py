@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+from contextlib import ExitStack
 
 import torch
 
+from .fast_linear import fast_linears
 from .ragged_cache import RaggedCache
 from .target import FIRST_CAPACITY
 
@@ -33,11 +35,14 @@ class SpecFormerDrafter:
         self.confidences: torch.Tensor | None = None
 
     def __enter__(self):
-        self.borrowed.__enter__()
+        with ExitStack() as stack:
+            stack.enter_context(self.borrowed)
+            stack.enter_context(fast_linears(self.network, self.borrowed.rows))
+            self._attached = stack.pop_all()
         return self
 
     def __exit__(self, *exception) -> None:
-        self.borrowed.__exit__(*exception)
+        self._attached.__exit__(*exception)
 
     def begin(self, input_ids, layout, first_tokens, max_length) -> None:
         device = self.borrowed.device

@@ -1,12 +1,13 @@
-"""Time plain generate() and this package on the same different prompts, in turn, in one process.
+"""Time plain generate() and this package on the same prompts, in turn, in one process.
 
     python -m specformer.scripts.benchmark --prompts prompts.jsonl --output benchmarks/results/benchmark_cpu.json
 
 Contenders are in contenders.py. Besides the default drafter (or --drafter) there are some that know the text and cost
 nothing: always right and always wrong, what drafting could give and what it costs; right at 7 of 10 tokens, the same
 ones in all rows, which then advance in step, or each row's own: what raggedness costs. Every row writes exactly
---max-new-tokens tokens, so that all do the same work. Each turn runs every contender once, in an order that moves on;
-figures are medians over the turns, ratios are taken within a turn.
+--max-new-tokens tokens, so that all do the same work. Each turn has a batch of its own, spread over the prompts, and
+runs every contender once, in an order that moves on. Times and ratios are medians over the turns, and ratios are taken
+within a turn.
 
 The output is written after every turn. A stopped run goes on where it was when the same command is given again.
 """
@@ -18,9 +19,12 @@ import itertools
 import json
 import statistics
 import time
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from specformer.generation.statistics import GenerationStatistics
 from specformer.scripts.contenders import PLAIN, Way, ways
 from specformer.scripts.fetch_target import HUB_ID, fetch_target
 from specformer.scripts.prompts import encode, read_prompts
@@ -46,73 +50,104 @@ def timed(device: torch.device, way: Way, batch: dict):
 
 
 class Contest:
-    """All contenders on one batch.
+    """All contenders on the batches of one kind.
 
     Args:
-        batch: input_ids, attention_mask and generate()'s other arguments.
-        found: the contenders, by name.
-        expected: what plain generate() writes, (B, P + T).
+        ways_of: from a batch, and what plain generate() writes (B, P + T), to the contenders by name.
     """
 
-    def __init__(self, batch: dict, found: dict[str, Way], expected: torch.Tensor):
-        self.batch, self.ways, self.expected = batch, found, expected
-        self.width = batch["input_ids"].shape[1]
-        self.seconds: dict[str, list[float]] = {name: [] for name in found}
+    def __init__(self, ways_of: Callable[[dict, torch.Tensor], dict[str, Way]]):
+        self.ways_of = ways_of
+        self.lengths: list[int] = []  # of prompts
+        self.tokens = self.texts = 0  # of a turn's answers
+        self.plain: list[str] = []
         self.first_call: dict[str, float] = {}
-        self.figures: dict[str, dict] = {}
+        self.turns: dict[str, list[dict]] = {}  # by contender, what came of each turn
 
-    def run(self, name: str) -> None:
-        """One call; the first one of each contender is kept apart."""
-        sequences, counts, seconds, peak = timed(self.expected.device, self.ways[name], self.batch)
-        if name not in self.first_call:
-            self.first_call[name] = seconds
-            return
-        self.seconds[name].append(seconds)
-        self.figures[name] = {"identical": int((sequences == self.expected).all(dim=1).sum())}
-        if counts is not None:
-            parts = {part: value / seconds for part, value in counts.seconds.items()}
-            self.figures[name] |= {
-                "tokens_per_pass": counts.tokens_per_pass,
-                "rounds_per_length": {str(length): n for length, n in sorted(counts.rounds_per_length.items())},
-                "share_of_time": {**parts, "other": 1 - sum(parts.values())},
-            }
-        if peak is not None:
-            self.figures[name]["peak_gib"] = peak
+    def run(self, batch: dict, expected: torch.Tensor, first: int, is_first_call: bool) -> Iterator[str]:
+        """A turn: `batch` with every contender from the one at place `first` on. Yields the name of each that is
+        through. First calls, which compile, measure and fill caches, are kept apart."""
+        found = self.ways_of(batch, expected)
+        names = list(found)
+        self.plain = [name for name in names if found[name].is_plain]
+        for place in range(len(names)):
+            name = names[(first + place) % len(names)]
+            sequences, counts, seconds, peak = timed(expected.device, found[name], batch)
+            if is_first_call:
+                self.first_call[name] = seconds
+            else:
+                figures = {"seconds": seconds, "identical": int((sequences == expected).all(dim=1).sum())}
+                self.turns.setdefault(name, []).append({**figures, "counts": counts, "peak": peak})
+            yield name
+        if not is_first_call:
+            self.lengths += batch["attention_mask"].sum(dim=1).tolist()
+            self.tokens, self.texts = expected[:, batch["input_ids"].shape[1] :].numel(), len(expected)
 
     def result(self) -> dict:
-        """Figures of every contender that has had a turn after its first call."""
-        done = [name for name, times in self.seconds.items() if times]
-        turns = min((len(times) for times in self.seconds.values()), default=0)
-        medians = {name: statistics.median(self.seconds[name]) for name in done}
-        tokens = self.expected[:, self.width :].numel()
-        best_plain = min((name for name in done if self.ways[name].is_plain), key=medians.get, default=None)
+        """Figures of the turns so far."""
+        seconds = {name: [turn["seconds"] for turn in turns] for name, turns in self.turns.items()}
+        best_plain = min(self.plain, key=lambda name: statistics.median(seconds[name]))
         table = {}
-        for name in done:
-            table[name] = {"tokens_per_second": tokens / medians[name], "first_call_seconds": self.first_call[name]}
+        for name, turns in self.turns.items():
+            figures = {
+                "tokens_per_second": self.tokens / statistics.median(seconds[name]),
+                "first_call_seconds": self.first_call[name],
+            }
             for reference, key in ((PLAIN, "ratio_to_plain"), (best_plain, "ratio_to_best_plain")):
-                ratios = [base / own for base, own in zip(self.seconds[reference], self.seconds[name], strict=False)]
-                table[name][key] = {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
-            table[name] |= self.figures[name]
-        lengths = self.batch["attention_mask"].sum(dim=1).tolist()
+                ratios = [base / own for base, own in zip(seconds[reference], seconds[name], strict=True)]
+                figures[key] = {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
+            figures["identical"] = sum(turn["identical"] for turn in turns)
+            counted = [turn["counts"] for turn in turns]
+            if counted[0] is not None:
+                figures |= rounds_of(counted, sum(seconds[name]))
+            if turns[0]["peak"] is not None:
+                figures["peak_gib"] = max(turn["peak"] for turn in turns)
+            table[name] = figures
+        turns = len(seconds[PLAIN])
         return {
-            "batch_size": len(self.expected),
-            "prompt_tokens": {"shortest": min(lengths), "longest": max(lengths)},
+            "batch_size": self.texts,
+            "prompt_tokens": {"shortest": min(self.lengths), "longest": max(self.lengths)},
             "turns": turns,
+            "texts": turns * self.texts,
             "best_plain": best_plain,
             "contenders": table,
         }
 
 
-def make_batch(tokenizer, prompts: list[str], batch_size: int, prompt_tokens: int | None, device) -> dict:
-    """The first `batch_size` prompts, or as many pieces of `prompt_tokens` tokens of all prompts in a row."""
+def rounds_of(counted: list[GenerationStatistics], seconds: float) -> dict:
+    """Tokens per target pass, rounds of each draft length and where the time went, of several calls that took
+    `seconds` together."""
+    passes = sum(sum(counts.target_passes_per_row) for counts in counted)
+    tokens = sum(sum(counts.tokens_per_row) - counts.batch_size for counts in counted)
+    lengths, parts = Counter(), Counter()
+    for counts in counted:
+        lengths.update(counts.rounds_per_length)
+        parts.update(counts.seconds)
+    shares = {part: spent / seconds for part, spent in parts.items()}
+    return {
+        "tokens_per_pass": tokens / passes,
+        "rounds_per_length": {str(length): lengths[length] for length in sorted(lengths)},
+        "share_of_time": {**shares, "other": 1 - sum(shares.values())},
+    }
+
+
+def make_batches(
+    tokenizer, prompts: list[str], batch_size: int, turns: int, prompt_tokens: int | None, device
+) -> list[dict]:
+    """A batch for every turn, each spread over all prompts; or of pieces of `prompt_tokens` tokens of all prompts in a
+    row."""
     if prompt_tokens is None:
         if batch_size > len(prompts):
             raise ValueError(f"a batch of {batch_size} was asked for, and there are {len(prompts)} prompts.")
-        return dict(encode(tokenizer, prompts[:batch_size]).to(device))
+        spread = [
+            [(turn + turns * row) * len(prompts) // (batch_size * turns) for row in range(batch_size)]
+            for turn in range(turns)
+        ]
+        return [dict(encode(tokenizer, [prompts[place] for place in places]).to(device)) for places in spread]
     stream = itertools.chain.from_iterable(tokenizer(prompt)["input_ids"] for prompt in itertools.cycle(prompts))
-    ids = torch.tensor(list(itertools.islice(stream, batch_size * prompt_tokens)), device=device)
-    ids = ids.view(batch_size, prompt_tokens)
-    return dict(input_ids=ids, attention_mask=torch.ones_like(ids))
+    ids = torch.tensor(list(itertools.islice(stream, turns * batch_size * prompt_tokens)), device=device)
+    batches = ids.view(turns, batch_size, prompt_tokens)
+    return [dict(input_ids=ids, attention_mask=torch.ones_like(ids)) for ids in batches]
 
 
 def begin(output: Path | None, result: dict) -> dict:
@@ -162,25 +197,31 @@ def main(arguments: argparse.Namespace) -> None:
     result = begin(arguments.output, new)
     every = list(itertools.product(arguments.prompt_tokens or [None], arguments.decoding, arguments.batch_sizes))
     whole = [contest for contest in result["contests"] if contest["turns"] == arguments.repeats]
-    for number, (prompt_tokens, decoding, batch_size) in enumerate(every[len(whole) :], len(whole) + 1):
-        batch = make_batch(tokenizer, prompts, batch_size, prompt_tokens, target.device)
-        batch |= dict(DECODING[decoding], max_new_tokens=arguments.max_new_tokens, eos_token_id=None)
-        torch.manual_seed(0)
-        expected = target.generate(**batch)
+
+    def ways_of(batch: dict, expected: torch.Tensor) -> dict[str, Way]:
         answer = expected[:, batch["input_ids"].shape[1] :]
         found = ways(target, drafter, answer, arguments.num_assistant_tokens, assistant)
-        found = {
+        wanted = arguments.contenders
+        return {
             name: way
             for name, way in found.items()
-            if name == PLAIN or not arguments.contenders or any(part in name for part in arguments.contenders)
+            if way.is_plain or not wanted or any(part in name for part in wanted)
         }
-        contest, names = Contest(batch, found, expected), list(found)
-        progress = tqdm(total=(arguments.repeats + 1) * len(names), desc=f"{number} of {len(every)}", unit="call")
-        for turn in range(arguments.repeats + 1):  # the first one is each contender's first call
-            for place in range(len(names)):
-                contest.run(names[(turn + place) % len(names)])
+
+    for number, (prompt_tokens, decoding, batch_size) in enumerate(every[len(whole) :], len(whole) + 1):
+        batches = make_batches(tokenizer, prompts, batch_size, arguments.repeats, prompt_tokens, target.device)
+        settings = dict(DECODING[decoding], max_new_tokens=arguments.max_new_tokens, eos_token_id=None)
+        contest, progress = Contest(ways_of), tqdm(desc=f"{number} of {len(every)}", unit="call")
+        for turn in range(-1, arguments.repeats):  # the first batch comes twice, first for the first calls
+            batch = batches[max(0, turn)] | settings
+            torch.manual_seed(0)
+            expected = target.generate(**batch)
+            for _ in contest.run(batch, expected, first=turn + 1, is_first_call=turn < 0):
                 progress.update()
-            if turn:
+            if turn < 0:
+                progress.reset(total=(arguments.repeats + 1) * progress.n)
+                progress.update(len(contest.first_call))
+            else:
                 result["contests"] = [*whole, {"decoding": decoding, **contest.result()}]
                 save(arguments.output, result)
         progress.close()
@@ -205,7 +246,7 @@ def table(contest: dict) -> list[str]:
         rate = f"{figures['tokens_per_pass']:.2f}" if "tokens_per_pass" in figures else ""
         lines.append(
             f"| {name} | {figures['tokens_per_second']:.1f} | {ratio['median']:.2f} ({ratio['min']:.2f}-"
-            f"{ratio['max']:.2f}) | {rate} | {figures['identical']} of {contest['batch_size']} |"
+            f"{ratio['max']:.2f}) | {rate} | {figures['identical']} of {contest['texts']} |"
         )
     return lines
 
@@ -227,9 +268,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--num-assistant-tokens", type=length, nargs="+", default=["auto", 4])
-    parser.add_argument(
-        "--contenders", nargs="+", help="only plain generate and those with one of these in their names"
-    )
+    parser.add_argument("--contenders", nargs="+", help="only plain ones and those with one of these in their names")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--dtype", default="float32", choices=["float32", "float64", "bfloat16", "float16"])
     parser.add_argument("--output", type=Path, help="JSON file for the result")

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 
 import torch
 from specformer.generation.drafter import NoDrafter
+from specformer.generation.fast_linear import fast_linears, onednn_is_faster
 from specformer.generation.generate import generate
 from specformer.generation.statistics import GenerationStatistics
 
 PLAIN = "plain generate"
+PLAIN_ONEDNN = "plain generate, oneDNN"
 STATIC = "plain generate, static cache"
 CONTINUOUS = "transformers' continuous batching"
 CONTINUOUS_BLOCK = 256
@@ -66,6 +68,17 @@ def plain_way(target, **settings) -> Way:
     return Way(lambda **batch: (target.generate(**batch, **settings), None), is_plain=True)
 
 
+def onednn_way(target) -> Way:
+    """Plain generate() with the products of this package's passes (see `fast_linears`): what is left beside it is what
+    drafting gains."""
+
+    def call(**batch):
+        with fast_linears(target):
+            return target.generate(**batch), None
+
+    return Way(call, is_plain=True)
+
+
 def continuous_way(target) -> Way:
     """With as much cache as the batch needs: by itself it takes nine tenths of the memory that is free."""
 
@@ -114,6 +127,9 @@ def ways(target, drafter, answer: torch.Tensor, lengths: list[int | str], assist
     """Every way that can run this batch, by name; `answer` (B, T) is what plain generate() answers."""
     batch_size, on_gpu = len(answer), target.device.type == "cuda"
     found = {PLAIN: plain_way(target)}
+    on_cpu = target.device.type == "cpu" and target.dtype == torch.float32
+    if on_cpu and onednn_is_faster(True, torch.get_num_threads()):
+        found[PLAIN_ONEDNN] = onednn_way(target)
     if on_gpu:
         found[STATIC] = plain_way(target, cache_implementation="static")
         found[CONTINUOUS] = continuous_way(target)

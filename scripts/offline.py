@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 from specformer.configuration_specformer import SpecFormerConfig
+from specformer.generation.fast_linear import fast_linears
 from specformer.generation.verification import best_tokens
 from specformer.scripts.answers import Answers
 from specformer.scripts.confidence import BINS, calibration, count_by_confidence
@@ -137,14 +138,15 @@ def evaluate_answers(
 
     lengths = list(range(1, drafter_config(drafter).num_draft_tokens + 1))
     progress, sums = tqdm(total=len(answers), unit="answer"), {}
-    for task in dict.fromkeys(tasks):
-        rows = [index for index, other in enumerate(tasks) if other == task]
-        rows.sort(key=lambda index: len(answers[index][0]))  # texts of one length waste no padding
-        loader = torch.utils.data.DataLoader(
-            torch.utils.data.Subset(answers, rows), batch_size, collate_fn=Answers.collate
-        )
-        sums[task] = evaluate_offline(drafter, borrowed, loader, lengths)
-        progress.update(len(rows))
+    with fast_linears(borrowed.target, drafter, borrowed.rows):
+        for task in dict.fromkeys(tasks):
+            rows = [index for index, other in enumerate(tasks) if other == task]
+            rows.sort(key=lambda index: len(answers[index][0]))  # texts of one length waste no padding
+            loader = torch.utils.data.DataLoader(
+                torch.utils.data.Subset(answers, rows), batch_size, collate_fn=Answers.collate
+            )
+            sums[task] = evaluate_offline(drafter, borrowed, loader, lengths)
+            progress.update(len(rows))
     progress.close()
     figures = {task: summarise(each, lengths) for task, each in sums.items()}
     for task, each in figures.items():

@@ -26,6 +26,7 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from specformer.configuration_specformer import SpecFormerConfig
+from specformer.generation.fast_linear import fast_linears
 from specformer.modeling_specformer import SpecFormerModel
 from specformer.scripts.answers import Answers
 from specformer.scripts.confidence import calibrate, confidence_loss
@@ -321,10 +322,11 @@ def main(arguments: argparse.Namespace) -> None:
     if resume_from:
         trainer.state = TrainerState.load_from_json(str(resume_from / "trainer_state.json"))
     if not resume_from or trainer.state.global_step < trainer.state.max_steps:
-        if arguments.store_hidden_states:
-            learnt.fill(training.process_index, training.world_size)
-            PartialState().wait_for_everyone()
-        trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+        with fast_linears(target, drafter, borrowed.rows):
+            if arguments.store_hidden_states:
+                learnt.fill(training.process_index, training.world_size)
+                PartialState().wait_for_everyone()
+            trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
 
     if trainer.is_world_process_zero():
         state = trainer.state

@@ -1,0 +1,210 @@
+"""Linear layers through oneDNN compute the same, in the models of a call and nowhere else, and only where that pays."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+import torch
+from exactness import check, plain
+from specformer import generate
+from specformer.generation import fast_linear
+from specformer.generation.fast_linear import fast_linears, linear, onednn_is_faster, plain_linears, with_rows
+from test_alignment import make_network
+from tiny import llama, ragged_batch
+from torch import nn
+from torch.nn import functional
+
+needs_onednn = pytest.mark.skipif(
+    not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="torch was built without oneDNN"
+)
+
+
+@pytest.fixture
+def products(monkeypatch) -> list[tuple[int, ...]]:
+    """oneDNN is taken to be faster; the shapes of the states of all its products."""
+    seen, product = [], fast_linear.product
+
+    def counted(states, *args):
+        seen.append(tuple(states.shape))
+        return product(states, *args)
+
+    monkeypatch.setattr(fast_linear, "onednn_is_faster", lambda few_rows, num_threads: True)
+    monkeypatch.setattr(fast_linear, "product", counted)
+    return seen
+
+
+def forwards(model: nn.Module) -> int:
+    """Modules of `model` with a forward of their own."""
+    return sum("forward" in vars(module) for module in model.modules())
+
+
+@needs_onednn
+@pytest.mark.parametrize("shape", [(24,), (1, 24), (1, 1, 24), (3, 5, 24), (2, 1, 33, 24), (200, 24)])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_same_products(shape: tuple[int, ...], has_bias: bool, products):
+    states, weight = torch.randn(shape), torch.randn(40, 24)
+    bias = torch.randn(40) if has_bias else None
+    found = linear(states, weight, bias)
+    assert found.shape == (*shape[:-1], 40) and len(products) == 1
+    torch.testing.assert_close(found, functional.linear(states, weight, bias), rtol=1e-5, atol=1e-5)
+
+
+@needs_onednn
+def test_states_that_are_not_contiguous(products):
+    states, weight = torch.randn(6, 24, 5).transpose(1, 2)[:, ::2], torch.randn(24, 40).t()
+    torch.testing.assert_close(linear(states, weight), functional.linear(states, weight), rtol=1e-5, atol=1e-5)
+    assert products
+
+
+@needs_onednn
+@pytest.mark.parametrize("frozen", ["states", "weight", "bias", None])
+@pytest.mark.parametrize("rows", [5, 37])
+def test_same_gradients(frozen: str | None, rows: int, products):
+    torch.manual_seed(0)
+    parts = {"states": torch.randn(rows, 24), "weight": torch.randn(40, 24), "bias": torch.randn(40)}
+    upstream = torch.randn(rows, 40)
+
+    def gradients(function):
+        leaves = {name: part.clone().requires_grad_(name != frozen) for name, part in parts.items()}
+        (function(**leaves) * upstream).sum().backward()
+        return {name: leaf.grad for name, leaf in leaves.items()}
+
+    expected = gradients(lambda states, weight, bias: functional.linear(states, weight, bias))
+    found = gradients(linear)
+    assert len(products) > 1
+    for name, gradient in expected.items():
+        assert (gradient is None) == (name == frozen) == (found[name] is None)
+        if gradient is not None:
+            torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "states",
+    [torch.randn(3, 24, dtype=torch.float64), torch.randn(0, 24), torch.randn(3, 24, device="meta")],
+    ids=["float64", "no rows", "meta"],
+)
+def test_others_are_left_to_torch(states: torch.Tensor, products):
+    weight = torch.zeros(40, 24, dtype=states.dtype, device=states.device)
+    assert linear(states, weight).shape == (len(states), 40)
+    assert not products
+
+
+def test_autocast_is_left_to_torch(products):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert linear(torch.randn(3, 24), torch.randn(40, 24)).dtype == torch.bfloat16
+    assert not products
+
+
+def test_few_kinds_of_products():
+    """oneDNN generates code for every number of rows."""
+    kinds = {len(with_rows(torch.zeros(rows, 1))) for rows in range(1, 1025)}
+    assert len(kinds) < 70 and set(range(1, 16)) <= kinds
+    for rows in range(1, 1025):
+        assert rows <= len(with_rows(torch.zeros(rows, 1))) <= rows * 1.125
+
+
+def test_models_are_left_as_they_were(products):
+    target = llama(torch.float32)
+    with pytest.raises(KeyboardInterrupt), fast_linears(target, None, target):
+        assert forwards(target) == len(plain_linears(llama(torch.float32))) > 0
+        raise KeyboardInterrupt
+    assert forwards(target) == 0
+
+
+def test_one_within_another(products):
+    target = llama(torch.float32)
+    with fast_linears(target):
+        many = forwards(target)
+        with fast_linears(target):
+            assert forwards(target) == many
+        assert forwards(target) == many
+    assert forwards(target) == 0
+
+
+def test_threads_leave_and_enter(products):
+    """Whoever leaves first takes away only what is its own; the other's layers go on computing the same."""
+    target, inside, leave = llama(torch.float32), threading.Event(), threading.Event()
+
+    def other():
+        with fast_linears(target):
+            inside.set()
+            leave.wait(10)
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    inside.wait(10)
+    with fast_linears(target):
+        leave.set()
+        thread.join()
+        assert target(torch.ones(1, 3, dtype=torch.long)).logits.isfinite().all()
+    assert forwards(target) == 0
+
+
+class Adapter(nn.Linear):
+    def forward(self, states):
+        return super().forward(states) + 1
+
+
+def test_only_plain_layers():
+    hooked = nn.Linear(4, 4)
+    hooked.forward = lambda states: states
+    model = nn.Sequential(nn.Linear(4, 4), Adapter(4, 4), nn.Linear(4, 4, dtype=torch.float64), hooked)
+    assert plain_linears(model) == [model[0]]
+    assert plain_linears(model.bfloat16()) == []
+
+
+@pytest.mark.parametrize("part", [lambda model: model, lambda model: model.model.layers[1]], ids=["whole", "a layer"])
+def test_compiled_models_stay_as_they_are(part):
+    target = llama(torch.float32)
+    part(target).compile(backend="eager")
+    assert plain_linears(target) == []
+
+
+@needs_onednn
+@pytest.mark.parametrize("sample", [False, True])
+@pytest.mark.parametrize("drafted", [0, 3])
+def test_same_text(drafted: int, sample: bool, products):
+    target, batch = llama(torch.float32), ragged_batch()
+    reference = plain(target, batch, max_new_tokens=16, do_sample=sample)
+    assert not products
+    network = make_network("anchor", target)
+    check(target, batch, reference, network, drafted, max_new_tokens=16, do_sample=sample)
+    widths = {shape[1] for shape in products}
+    assert {target.config.hidden_size, target.config.intermediate_size} <= widths
+    assert forwards(target) == forwards(network) == 0
+
+
+@needs_onednn
+def test_the_drafter_and_assistants_too(products):
+    target, batch = llama(torch.float32), ragged_batch()
+    small = llama(torch.float32, hidden_size=16, seed=1)
+    generate(target, small, **batch, max_new_tokens=6, num_assistant_tokens=2)
+    assert 16 in {shape[1] for shape in products}
+    network = make_network("anchor", target)
+    layer, seen = next(module for module in network.modules() if type(module) is nn.Linear), []
+    layer.register_forward_hook(lambda module, *_: seen.append("forward" in vars(module)))
+    generate(target, network, **batch, max_new_tokens=6, num_assistant_tokens=2)
+    assert seen and all(seen)
+
+
+@pytest.mark.parametrize(("delay", "expected"), [(0.0, True), (0.002, False)])
+def test_the_faster_one(delay: float, expected: bool, monkeypatch):
+    """Negative control and its opposite: products that take no time, and some that take too long."""
+    monkeypatch.setattr(fast_linear, "product", lambda *args: time.sleep(delay))
+    onednn_is_faster.cache_clear()
+    try:
+        if hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+            assert onednn_is_faster(True, 1) is expected
+        monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+        assert onednn_is_faster(True, 2) is False
+    finally:
+        onednn_is_faster.cache_clear()
+
+
+def test_where_it_does_not_pay_nothing_is_touched(products, monkeypatch):
+    monkeypatch.setattr(fast_linear, "onednn_is_faster", lambda few_rows, num_threads: False)
+    target, batch = llama(torch.float32), ragged_batch()
+    check(target, batch, plain(target, batch, max_new_tokens=8), make_network("anchor", target), 3, max_new_tokens=8)
+    assert not products

@@ -18,6 +18,8 @@ from torch.nn import functional
 
 FEW_ROWS = 32
 """Up to here a product waits for the weights to come from memory, and behind it for the arithmetic."""
+PADDED = 256
+"""Up to here numbers of rows are rounded up."""
 LEAST_GAIN = 1.3
 """How many times faster oneDNN has to be. Machines are far from it, on one side or the other, so that two processes on
 one machine come to the same answer."""
@@ -105,11 +107,11 @@ def with_rows(states: torch.Tensor) -> torch.Tensor:
     """Rows of zeros behind `states` (rows, in), up to a number with few binary digits.
 
     oneDNN generates code for every number of rows that it sees, in some milliseconds each, and keeps a limited number
-    of them; a ragged batch and a draft length that varies lead to any number.
+    of them; a ragged batch and a draft length that varies lead to any number. Larger products take longer than that.
     """
     rows = len(states)
     step = 1 << max(0, rows.bit_length() - 4)  # 1 to 15, 16, 18, ... 30, 32, 36, ...: at most an eighth more
-    missing = -rows % step
+    missing = -rows % step if rows < PADDED else 0
     return functional.pad(states, (0, 0, 0, missing)) if missing else states
 
 

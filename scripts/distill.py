@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 from specformer.generation.attention import usable_attention
 from specformer.generation.capabilities import check_target, input_device
+from specformer.generation.fast_linear import fast_linears
 from specformer.generation.noise import HashedNoise
 from specformer.generation.probe import probe_target
 from specformer.generation.prompt import PromptLayout
@@ -69,7 +70,7 @@ class Answering:
     @torch.no_grad()
     def run(self, prompts: Iterator[Answer]) -> Iterator[Answer]:
         """Yield answers as they are complete."""
-        with usable_attention(self.target):
+        with usable_attention(self.target), fast_linears(self.target):
             probe_target(self.target)
             waiting = deque(prompts)
             self.cache, self.rows = None, []  # rows: the Answer in each row of the batch, None where it is complete

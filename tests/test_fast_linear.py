@@ -99,8 +99,8 @@ def test_autocast_is_left_to_torch(products):
 
 def test_few_kinds_of_products():
     """oneDNN generates code for every number of rows."""
-    kinds = {len(with_rows(torch.zeros(rows, 1))) for rows in range(1, 1025)}
-    assert len(kinds) < 70 and set(range(1, 16)) <= kinds
+    kinds = {len(with_rows(torch.zeros(rows, 1))) for rows in range(1, 257)}
+    assert len(kinds) < 50 and set(range(1, 16)) <= kinds
     for rows in range(1, 1025):
         assert rows <= len(with_rows(torch.zeros(rows, 1))) <= rows * 1.125
 

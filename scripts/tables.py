@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 
 from specformer.scripts import ablations
-from specformer.scripts.contenders import PLAIN
+from specformer.scripts.contenders import PLAIN, PLAIN_ONEDNN
 from specformer.scripts.model_card import regime_text, task_table, training_text
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -92,17 +92,18 @@ def speed_table() -> list[str]:
     identical, texts = (
         sum(numbers)
         for numbers in zip(
-            *((f["identical"], c["batch_size"]) for c in contests for f in c["contenders"].values()), strict=True
+            *((f["identical"], c["texts"]) for c in contests for f in c["contenders"].values()), strict=True
         )
     )
     lines += [
         "",
         f"Times the speed of plain `generate`, and in brackets tokens per target pass. Greedy, "
-        f"{regime['max_new_tokens']} new tokens, {regime['dtype']}, different MT-Bench prompts, medians of "
-        f"{contests[0]['turns']} turns in one process, {result['machine']['torch_threads']} threads of "
+        f"{regime['max_new_tokens']} new tokens, {regime['dtype']}, MT-Bench prompts, medians of "
+        f"{contests[0]['turns']} turns with other prompts each, {result['machine']['torch_threads']} threads of "
         f"{result['machine']['device']} ({result['machine']['cpu']}); {identical} of {texts} texts identical to plain "
-        '`generate`. "auto" is the default: it drafts as much as seems to pay. The drafters that are always right, '
-        "always wrong, or right at 7 of 10 tokens know the text and cost nothing; a real one takes time of its own. "
+        f'`generate`. "{PLAIN_ONEDNN}" is that with the matrix products of this package\'s passes: what is gained '
+        'beside it, drafting gains. "auto" is the default: it drafts as much as seems to pay. The drafters that are '
+        "always right, always wrong, or right at 7 of 10 tokens know the text and cost nothing; a real one takes time. "
         '"In step" all rows are right at the same tokens and advance together, "ragged" each row has its own: beside '
         "each other they show what raggedness costs. Drawn in benchmarks/results/benchmark_cpu.png.",
     ]

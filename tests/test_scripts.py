@@ -72,14 +72,15 @@ def test_benchmark(folder: Path, monkeypatch):
     for contest in contests:
         table = contest["contenders"]
         assert contest["turns"] == 2 and contest["best_plain"] == "plain generate"
+        assert contest["texts"] == 2 * contest["batch_size"]
         assert table["plain generate"]["ratio_to_plain"]["median"] == 1
         sampled_elsewhere = {"transformers' prompt lookup"} if contest["decoding"] == "sampling" else set()
         for name in set(table) - sampled_elsewhere:
-            assert table[name]["identical"] == contest["batch_size"], name
+            assert table[name]["identical"] == contest["texts"], name
         assert ("transformers' prompt lookup" in table) == (contest["batch_size"] == 1)
         assert table["always wrong, k = 4"]["tokens_per_pass"] == 1
         assert table["always right, k = 4"]["tokens_per_pass"] == 5  # 15 tokens behind the prompt's, k + 1 a pass
-        assert table["always right, k = 4"]["rounds_per_length"] == {"4": 3}
+        assert table["always right, k = 4"]["rounds_per_length"] == {"4": 2 * 3}
         assert 1 <= table["default, auto"]["tokens_per_pass"] < 5
         for figures in table.values():
             ratio = figures["ratio_to_plain"]
@@ -91,7 +92,7 @@ def test_benchmark(folder: Path, monkeypatch):
 def test_a_stopped_benchmark_keeps_what_it_measured_and_goes_on(folder: Path, monkeypatch, capsys):
     output = folder / "benchmark.json"
     arguments = ["--prompts", folder / "prompts.jsonl", "--target", folder / "target", "--drafter", folder / "drafter"]
-    arguments += [*BENCHMARK, "--contenders", "always", "--output", output]
+    arguments += [*BENCHMARK, "--dtype", "float64", "--contenders", "always", "--output", output]
     calls, timed = [], benchmark.timed
 
     def stopping(*of):
@@ -114,13 +115,17 @@ def test_a_stopped_benchmark_keeps_what_it_measured_and_goes_on(folder: Path, mo
     assert json.loads(output.read_text())["contests"][0] != stopped["contests"][0]
 
 
-def test_cut_prompts_and_too_large_batches(folder: Path, monkeypatch):
+def test_batches_of_the_turns():
     tokenizer = tiny_tokenizer()
-    batch = benchmark.make_batch(tokenizer, TEXTS, 3, 37, "cpu")
-    assert batch["input_ids"].shape == (3, 37) and batch["attention_mask"].all()
-    assert len({tuple(row) for row in batch["input_ids"].tolist()}) == 3
+    batches = benchmark.make_batches(tokenizer, TEXTS, 3, 2, 37, "cpu")
+    assert all(batch["input_ids"].shape == (3, 37) and batch["attention_mask"].all() for batch in batches)
+    assert len({tuple(row) for batch in batches for row in batch["input_ids"].tolist()}) == 6
+    for batch_size, turns in ((2, 4), (1, 8), (8, 1)):  # as many as there are prompts: each of them once
+        batches = benchmark.make_batches(tokenizer, TEXTS, batch_size, turns, None, "cpu")
+        texts = [ids[mask.bool()] for batch in batches for ids, mask in zip(*batch.values(), strict=True)]
+        assert len({tuple(ids.tolist()) for ids in texts}) == len(texts) == len(TEXTS)
     with pytest.raises(ValueError, match="a batch of 9 was asked for, and there are 8 prompts"):
-        benchmark.make_batch(tokenizer, TEXTS, 9, None, "cpu")
+        benchmark.make_batches(tokenizer, TEXTS, 9, 2, None, "cpu")
 
 
 @pytest.mark.parametrize("name", ["static", "continuous"])

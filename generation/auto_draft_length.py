@@ -153,7 +153,8 @@ class AutoDraftLength(DraftLength):
         others = [length for length in dict.fromkeys(others) if 0 <= length <= self.most and length != best]
         other = others[pace.turns % len(others)]
         pace.turns += 1
-        self.planned = [] if best else [other]  # the first of two rounds catches up, and is not timed
+        # Two rounds: the first one behind plain rounds catches up, and is not timed; that of a new shape is a slow one.
+        self.planned = [other] if best == 0 or times.count(other) < self.TRIALS else []
         return other
 
     def record(self, num_rows: int, drafted: int, outcome: list[tuple[int, int]], seconds: float) -> None:

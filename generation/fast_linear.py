@@ -9,49 +9,76 @@ of its own: results differ as much as those of two batch shapes do.
 from __future__ import annotations
 
 import functools
+import threading
 import time
 from contextlib import contextmanager
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 from torch.nn import functional
 
-FEW_ROWS = 32
-"""Up to here a product waits for the weights to come from memory, and behind it for the arithmetic."""
 PADDED = 256
 """Up to here numbers of rows are rounded up."""
 LEAST_GAIN = 1.3
 """How many times faster oneDNN has to be. Machines are far from it, on one side or the other, so that two processes on
 one machine come to the same answer."""
 
-
-def linear(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """`functional.linear`: states (..., in), weight (out, in) and bias (out,) -> (..., out)."""
-    rows = states.numel() // max(1, states.shape[-1])
-    if not (is_plain(states) and is_plain(weight) and rows) or torch.is_autocast_enabled("cpu"):
-        return functional.linear(states, weight, bias)
-    if not onednn_is_faster(rows <= FEW_ROWS, torch.get_num_threads()):
-        return functional.linear(states, weight, bias)
-    flat = states.reshape(rows, -1)
-    wanted = torch.is_grad_enabled() and any(part is not None and part.requires_grad for part in (states, weight, bias))
-    return (OneDNNLinear.apply if wanted else product)(flat, weight, bias).reshape(*states.shape[:-1], -1)
+_here = threading.local()  # `inside`: whether this thread is
+_lock = threading.Lock()
+_users: WeakKeyDictionary[nn.Linear, int] = WeakKeyDictionary()  # calls of all threads that have changed a layer
 
 
 @contextmanager
 def fast_linears(*models: nn.Module | None):
-    """Every plain linear layer of `models` computes what `linear` does, for all threads.
+    """Every plain linear layer of `models` computes what `linear` does in what this thread runs inside, where that is
+    the faster way.
 
     Layers with a forward of their own (adapters, quantised or offloaded weights) stay as they are, and so does all of a
     model of which a part is compiled, as that would be compiled again.
     """
-    plain = [module for model in models if model is not None for module in plain_linears(model)]
+    layers = []
+    if torch.backends.mkldnn.enabled:
+        layers = [layer for model in models if model is not None for layer in plain_linears(model)]
+    if layers and not onednn_is_faster(torch.get_num_threads()):
+        layers = []
+    entered, outer = [], getattr(_here, "inside", False)
     try:
-        for module in plain:
-            vars(module)["forward"] = functools.partial(_forward, module)  # setattr would search submodules first
+        for layer in layers:
+            entered.append(layer)
+            _use(layer)
+        _here.inside = True
         yield
     finally:
-        for module in plain:
-            vars(module).pop("forward", None)
+        _here.inside = outer
+        for layer in entered:
+            _leave(layer)
+
+
+def _use(layer: nn.Linear) -> None:
+    with _lock:
+        _users[layer] = _users.get(layer, 0) + 1
+        vars(layer).setdefault("forward", FastForward(layer))  # setattr would search its submodules first
+
+
+def _leave(layer: nn.Linear) -> None:
+    with _lock:
+        _users[layer] = _users.get(layer, 1) - 1
+        if _users[layer] <= 0:
+            del _users[layer]
+            if isinstance(vars(layer).get("forward"), FastForward):  # and not what somebody else put there meanwhile
+                del vars(layer)["forward"]
+
+
+class FastForward:
+    """The forward of a plain linear layer that some thread is using."""
+
+    def __init__(self, layer: nn.Linear):
+        self.layer = layer
+
+    def __call__(self, input: torch.Tensor) -> torch.Tensor:
+        multiply = linear if getattr(_here, "inside", False) else functional.linear
+        return multiply(input, self.layer.weight, self.layer.bias)
 
 
 def plain_linears(model: nn.Module) -> list[nn.Linear]:
@@ -62,17 +89,32 @@ def plain_linears(model: nn.Module) -> list[nn.Linear]:
     return [
         module
         for module in modules
-        if type(module) is nn.Linear and "forward" not in vars(module) and is_plain(module.weight)
+        if type(module) is nn.Linear
+        and ("forward" not in vars(module) or isinstance(module.forward, FastForward))
+        and is_plain(module.weight)
     ]
-
-
-def _forward(module: nn.Linear, states: torch.Tensor) -> torch.Tensor:
-    return linear(states, module.weight, module.bias)
 
 
 def is_plain(tensor: torch.Tensor) -> bool:
     """Whether it is of the kind that oneDNN may be faster for."""
-    return tensor.device.type == "cpu" and tensor.dtype == torch.float32 and type(tensor.data) is torch.Tensor
+    return (
+        tensor.dtype == torch.float32
+        and tensor.device.type == "cpu"
+        and tensor.layout == torch.strided
+        and type(tensor) in (torch.Tensor, nn.Parameter)
+    )
+
+
+def linear(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """`functional.linear`, by oneDNN where it can: states (..., in), weight (out, in), bias (out,) -> (..., out)."""
+    plain_bias = bias is None or (is_plain(bias) and bias.shape == weight.shape[:1])
+    if not (is_plain(states) and is_plain(weight) and plain_bias and states.numel()):
+        return functional.linear(states, weight, bias)
+    if torch.is_autocast_enabled("cpu"):
+        return functional.linear(states, weight, bias)
+    flat = states.reshape(-1, states.shape[-1])
+    wanted = torch.is_grad_enabled() and any(part is not None and part.requires_grad for part in (states, weight, bias))
+    return (OneDNNLinear.apply if wanted else product)(flat, weight, bias).reshape(*states.shape[:-1], -1)
 
 
 class OneDNNLinear(torch.autograd.Function):
@@ -80,27 +122,27 @@ class OneDNNLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        ctx.save_for_backward(states, weight)
-        return product(states, weight, bias)
+        of_states, of_weight, _ = ctx.needs_input_grad
+        ctx.save_for_backward(states if of_weight else None, weight if of_states else None)
+        return product(states, weight, bias).clone()  # a part of the padded one could not be changed in place
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, gradient: torch.Tensor):
         states, weight = ctx.saved_tensors
         of_states, of_weight, of_bias = ctx.needs_input_grad
-        if of_weight:  # rows of zeros change no sum over the rows
-            states, padded = with_rows(states), with_rows(gradient)
         return (
             product(gradient, weight.t()) if of_states else None,
-            product(padded.t(), states.t()) if of_weight else None,
+            # rows of zeros change no sum over the rows
+            product(with_rows(gradient).t(), with_rows(states).t()) if of_weight else None,
             gradient.sum(dim=0) if of_bias else None,
         )
 
 
 def product(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """`functional.linear` of states (rows, in), by oneDNN."""
-    padded = with_rows(states)
-    return torch.ops.mkldnn._linear_pointwise(padded, weight, bias, "none", [], "")[: len(states)]
+    bias = None if bias is None else bias.contiguous()  # it does not look at the bias's strides
+    return torch.ops.mkldnn._linear_pointwise(with_rows(states), weight, bias, "none", [], "")[: len(states)]
 
 
 def with_rows(states: torch.Tensor) -> torch.Tensor:
@@ -116,20 +158,24 @@ def with_rows(states: torch.Tensor) -> torch.Tensor:
 
 
 @functools.cache
-def onednn_is_faster(few_rows: bool, num_threads: int) -> bool:
+def onednn_is_faster(num_threads: int) -> bool:
     """Whether oneDNN is at hand and multiplies float32 matrices faster than torch does by itself. It takes about a
-    tenth of a second to find out, once in a process."""
-    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        return False
+    tenth of a second to find out, once in a process.
+
+    Many rows are multiplied: their time is that of arithmetic, and hardly depends on what else uses the memory.
+    """
     with torch.inference_mode(), torch.device("cpu"):
-        # more than caches hold between two uses of one of them, as a model's weights are
-        weights = torch.full((8, 1024, 1024), 0.5, dtype=torch.float32)
-        states = torch.full((4 if few_rows else 4 * FEW_ROWS, 1024), 0.5, dtype=torch.float32)
+        weights = torch.full((4, 1024, 1024), 0.5, dtype=torch.float32)
+        states = torch.full((128, 1024), 0.5, dtype=torch.float32)
         seconds = {product: [], functional.linear: []}
-        for _ in range(4):
-            for multiply, times in seconds.items():
-                started = time.perf_counter()
-                for weight in weights:
-                    multiply(states, weight)
-                times.append(time.perf_counter() - started)
+        try:
+            for _ in range(5):
+                for multiply, times in seconds.items():
+                    started = time.perf_counter()
+                    results = [multiply(states, weight) for weight in weights]
+                    times.append(time.perf_counter() - started)
+                    if not all(result.eq(256.0).all() for result in results):
+                        return False
+        except (AttributeError, NotImplementedError, RuntimeError):  # another version or build of torch has no such op
+            return False
     return LEAST_GAIN * min(seconds[product]) < min(seconds[functional.linear])

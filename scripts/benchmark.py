@@ -125,7 +125,7 @@ def rounds_of(counted: list[GenerationStatistics], seconds: float) -> dict:
         parts.update(counts.seconds)
     shares = {part: spent / seconds for part, spent in parts.items()}
     return {
-        "tokens_per_pass": tokens / passes,
+        "tokens_per_pass": tokens / passes if passes else None,
         "rounds_per_length": {str(length): lengths[length] for length in sorted(lengths)},
         "share_of_time": {**shares, "other": 1 - sum(shares.values())},
     }
@@ -181,7 +181,7 @@ def main(arguments: argparse.Namespace) -> None:
     assistant = None
     if arguments.assistant:
         assistant = AutoModelForCausalLM.from_pretrained(arguments.assistant, dtype=target.dtype).to(target.device)
-    prompts = read_prompts(arguments.prompts)
+    prompts, known = read_prompts(arguments.prompts), {}
     regime = {
         "target": arguments.target or HUB_ID,
         "dtype": arguments.dtype,
@@ -200,7 +200,7 @@ def main(arguments: argparse.Namespace) -> None:
 
     def ways_of(batch: dict, expected: torch.Tensor) -> dict[str, Way]:
         answer = expected[:, batch["input_ids"].shape[1] :]
-        found = ways(target, drafter, answer, arguments.num_assistant_tokens, assistant)
+        found = ways(target, drafter, answer, arguments.num_assistant_tokens, assistant, known)
         wanted = arguments.contenders
         return {
             name: way
@@ -211,9 +211,11 @@ def main(arguments: argparse.Namespace) -> None:
     for number, (prompt_tokens, decoding, batch_size) in enumerate(every[len(whole) :], len(whole) + 1):
         batches = make_batches(tokenizer, prompts, batch_size, arguments.repeats, prompt_tokens, target.device)
         settings = dict(DECODING[decoding], max_new_tokens=arguments.max_new_tokens, eos_token_id=None)
+        known.clear()
         contest, progress = Contest(ways_of), tqdm(desc=f"{number} of {len(every)}", unit="call")
-        for turn in range(-1, arguments.repeats):  # the first batch comes twice, first for the first calls
-            batch = batches[max(0, turn)] | settings
+        widest = max(batches, key=lambda batch: batch["input_ids"].shape[1])  # what is compiled for it fits the others
+        for turn, batch in enumerate([widest, *batches], -1):
+            batch |= settings
             torch.manual_seed(0)
             expected = target.generate(**batch)
             for _ in contest.run(batch, expected, first=turn + 1, is_first_call=turn < 0):
@@ -243,7 +245,7 @@ def table(contest: dict) -> list[str]:
     ]
     for name, figures in contest["contenders"].items():
         ratio = figures["ratio_to_plain"]
-        rate = f"{figures['tokens_per_pass']:.2f}" if "tokens_per_pass" in figures else ""
+        rate = f"{figures['tokens_per_pass']:.2f}" if figures.get("tokens_per_pass") else ""
         lines.append(
             f"| {name} | {figures['tokens_per_second']:.1f} | {ratio['median']:.2f} ({ratio['min']:.2f}-"
             f"{ratio['max']:.2f}) | {rate} | {figures['identical']} of {contest['texts']} |"

@@ -26,15 +26,18 @@ class KnownText(NoDrafter):
     """Drafts from a text that is known in advance, and knows where to be wrong.
 
     Args:
-        answer: that text, new tokens of each row, (B, T).
-        is_right: where to draft it and where another one, bool (B, T).
         most: tokens to draft at most.
     """
 
     default_num_assistant_tokens = 2
 
-    def __init__(self, answer: torch.Tensor, is_right: torch.Tensor, most: int):
-        self.drafts, self.max_draft_tokens = answer ^ (~is_right).long(), most
+    def __init__(self, most: int):
+        self.max_draft_tokens = most
+
+    def know(self, answer: torch.Tensor, is_right: torch.Tensor) -> None:
+        """The text of the next call, new tokens of each row (B, T), and where to draft it and where another one, bool
+        (B, T)."""
+        self.drafts = answer ^ (~is_right).long()
 
     def begin(self, input_ids, layout, first_tokens, max_length) -> None:
         self.rows = torch.arange(len(input_ids), device=input_ids.device)
@@ -123,12 +126,19 @@ def knowledge(answer: torch.Tensor) -> dict[str, torch.Tensor]:
     return found
 
 
-def ways(target, drafter, answer: torch.Tensor, lengths: list[int | str], assistant=None) -> dict[str, Way]:
-    """Every way that can run this batch, by name; `answer` (B, T) is what plain generate() answers."""
+def ways(
+    target, drafter, answer: torch.Tensor, lengths: list[int | str], assistant, known: dict[str, KnownText]
+) -> dict[str, Way]:
+    """Every way that can run this batch, by name.
+
+    Args:
+        answer: what plain generate() answers, (B, T).
+        known: the drafters of earlier batches that knew the text, which "auto" has experience of; they get this one's.
+    """
     batch_size, on_gpu = len(answer), target.device.type == "cuda"
     found = {PLAIN: plain_way(target)}
     on_cpu = target.device.type == "cpu" and target.dtype == torch.float32
-    if on_cpu and onednn_is_faster(True, torch.get_num_threads()):
+    if on_cpu and onednn_is_faster(torch.get_num_threads()):
         found[PLAIN_ONEDNN] = onednn_way(target)
     if on_gpu:
         found[STATIC] = plain_way(target, cache_implementation="static")
@@ -140,7 +150,8 @@ def ways(target, drafter, answer: torch.Tensor, lengths: list[int | str], assist
     found[LOOKUP] = our_way(target, None, None, prompt_lookup_num_tokens=4)
     every = {"default": drafter}
     for name, is_right in knowledge(answer).items():
-        every[name] = KnownText(answer, is_right, drafter.config.num_draft_tokens)
+        every[name] = known.setdefault(name, KnownText(drafter.config.num_draft_tokens))
+        every[name].know(answer, is_right)
     for name, one in every.items():
         # in step or ragged: at one length, so that only that differs
         for length in lengths if "7 of 10" not in name else [length for length in lengths if length != "auto"]:

@@ -16,6 +16,7 @@ import hashlib
 import json
 from collections import deque
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -233,8 +234,9 @@ def main(arguments: argparse.Namespace) -> None:
     progress = tqdm(total=len(mine), unit="answer", disable=not process.is_local_main_process)
     tokens = 0
     try:
-        with open(path, "a") as file:
-            for answer in answering.run(Answer(index, encoded[index]) for index in mine):
+        answers = answering.run(Answer(index, encoded[index]) for index in mine)
+        with open(path, "a") as file, closing(answers):
+            for answer in answers:
                 file.write(answer.to_json() + "\n")
                 file.flush()
                 tokens += len(answer.response_ids)

@@ -347,7 +347,8 @@ def main(arguments: argparse.Namespace) -> None:
         }
         best = SpecFormerModel.from_pretrained(output / f"checkpoint-{state.best_global_step}", dtype=torch.float32)
         if config.confidence_head:
-            calibrate_drafter(best.to(training.device), borrowed, trainer.eval_dataset, arguments.batch_size)
+            with fast_linears(target, best.to(training.device), borrowed.rows):
+                calibrate_drafter(best, borrowed, trainer.eval_dataset, arguments.batch_size)
         with writing(output):
             best.to(getattr(torch, arguments.save_dtype)).save_pretrained(output)
             (output / "training.json").write_text(json.dumps(log, indent=2) + "\n")

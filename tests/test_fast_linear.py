@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 
@@ -30,7 +31,7 @@ def products(monkeypatch) -> list[tuple[int, ...]]:
         seen.append(tuple(states.shape))
         return product(states, *args)
 
-    monkeypatch.setattr(fast_linear, "onednn_is_faster", lambda few_rows, num_threads: True)
+    monkeypatch.setattr(fast_linear, "onednn_is_faster", lambda num_threads: True)
     monkeypatch.setattr(fast_linear, "product", counted)
     return seen
 
@@ -91,6 +92,40 @@ def test_others_are_left_to_torch(states: torch.Tensor, products):
     assert not products
 
 
+@pytest.mark.parametrize(
+    "bias",
+    [torch.arange(80.0)[::2], torch.ones(1), torch.full((1,), 2.0).expand(40), torch.ones(40, dtype=torch.float64)],
+    ids=["strided", "one number", "expanded", "float64"],
+)
+def test_any_bias(bias: torch.Tensor, products):
+    states, weight = torch.randn(3, 24), torch.randn(40, 24)
+    try:
+        expected = functional.linear(states, weight, bias)
+    except RuntimeError as error:
+        with pytest.raises(RuntimeError, match=re.escape(str(error)[:20])):
+            linear(states, weight, bias)
+    else:
+        torch.testing.assert_close(linear(states, weight, bias), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR")
+def test_sparse_weights_are_left_to_torch(products):
+    states, weight = torch.randn(3, 24), torch.randn(40, 24)
+    torch.testing.assert_close(linear(states, weight.to_sparse_csr()), states @ weight.t(), rtol=1e-5, atol=1e-5)
+    assert not products
+
+
+@needs_onednn
+def test_results_may_be_changed_in_place(products):
+    states, layer = torch.randn(3, 24), nn.Linear(24, 40)
+    with fast_linears(layer):
+        for rows in (3, 17):  # the latter is padded
+            torch.relu_(layer(input=torch.randn(rows, 24))).sum().backward()
+        frozen = layer.requires_grad_(False)(states.requires_grad_() * 1)
+        frozen.mul_(2).sum().backward()
+    assert products and states.grad.isfinite().all()
+
+
 def test_autocast_is_left_to_torch(products):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert linear(torch.randn(3, 24), torch.randn(40, 24)).dtype == torch.bfloat16
@@ -123,9 +158,11 @@ def test_one_within_another(products):
     assert forwards(target) == 0
 
 
+@needs_onednn
 def test_threads_leave_and_enter(products):
-    """Whoever leaves first takes away only what is its own; the other's layers go on computing the same."""
+    """The layers stay fast until the last thread has left, and are those of torch for all others."""
     target, inside, leave = llama(torch.float32), threading.Event(), threading.Event()
+    tokens = torch.ones(1, 3, dtype=torch.long)
 
     def other():
         with fast_linears(target):
@@ -135,11 +172,21 @@ def test_threads_leave_and_enter(products):
     thread = threading.Thread(target=other)
     thread.start()
     inside.wait(10)
+    target(tokens)
+    assert not products and forwards(target)
     with fast_linears(target):
         leave.set()
         thread.join()
-        assert target(torch.ones(1, 3, dtype=torch.long)).logits.isfinite().all()
+        target(tokens)
+        assert products
     assert forwards(target) == 0
+
+
+def test_what_others_put_there_stays(products):
+    layer = nn.Linear(4, 4)
+    with fast_linears(layer):
+        layer.forward = torch.relu
+    assert layer.forward is torch.relu
 
 
 class Adapter(nn.Linear):
@@ -189,22 +236,39 @@ def test_the_drafter_and_assistants_too(products):
     assert seen and all(seen)
 
 
-@pytest.mark.parametrize(("delay", "expected"), [(0.0, True), (0.002, False)])
-def test_the_faster_one(delay: float, expected: bool, monkeypatch):
-    """Negative control and its opposite: products that take no time, and some that take too long."""
-    monkeypatch.setattr(fast_linear, "product", lambda *args: time.sleep(delay))
-    onednn_is_faster.cache_clear()
-    try:
-        if hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-            assert onednn_is_faster(True, 1) is expected
-        monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-        assert onednn_is_faster(True, 2) is False
-    finally:
-        onednn_is_faster.cache_clear()
+@needs_onednn
+@pytest.mark.parametrize(
+    ("result", "seconds", "expected"), [(256.0, 0.0, True), (256.0, 0.01, False), (255.0, 0.0, False)]
+)
+def test_the_faster_one(result: float, seconds: float, expected: bool, monkeypatch):
+    """Products that take no time, that take too long, and that are wrong."""
+
+    def product(states, weight):
+        time.sleep(seconds)
+        return torch.full((len(states), 1), result)
+
+    monkeypatch.setattr(fast_linear, "product", product)
+    assert onednn_is_faster.__wrapped__(1) is expected
+
+
+@pytest.mark.parametrize("error", [AttributeError, NotImplementedError, RuntimeError])
+def test_torch_without_the_product(error: type[Exception], monkeypatch):
+    def product(*args):
+        raise error
+
+    monkeypatch.setattr(fast_linear, "product", product)
+    assert onednn_is_faster.__wrapped__(1) is False
+
+
+@pytest.mark.filterwarnings("ignore:TF32")
+def test_switched_off(products):
+    target = llama(torch.float32)
+    with torch.backends.mkldnn.flags(enabled=False), fast_linears(target):
+        assert forwards(target) == 0
 
 
 def test_where_it_does_not_pay_nothing_is_touched(products, monkeypatch):
-    monkeypatch.setattr(fast_linear, "onednn_is_faster", lambda few_rows, num_threads: False)
+    monkeypatch.setattr(fast_linear, "onednn_is_faster", lambda num_threads: False)
     target, batch = llama(torch.float32), ragged_batch()
     check(target, batch, plain(target, batch, max_new_tokens=8), make_network("anchor", target), 3, max_new_tokens=8)
     assert not products

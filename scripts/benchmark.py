@@ -88,7 +88,8 @@ class Contest:
         seconds = {name: [turn["seconds"] for turn in turns] for name, turns in self.turns.items()}
         best_plain = min(self.plain, key=lambda name: statistics.median(seconds[name]))
         table = {}
-        for name, turns in self.turns.items():
+        for name in self.first_call:
+            turns = self.turns[name]
             figures = {
                 "tokens_per_second": self.tokens / statistics.median(seconds[name]),
                 "first_call_seconds": self.first_call[name],

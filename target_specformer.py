@@ -110,17 +110,22 @@ class BorrowedTarget:
             num_tokens: T, where only the first passes are wanted: a caller's processor or streamer may have run the
                 target after them.
         """
+        return self.take_each([num_tokens])[0]
+
+    def take_each(self, num_tokens: list[int | None]) -> list[torch.Tensor]:
+        """The same of several batches that the target read one after the other."""
         missing = [layer_id for layer_id in self.layer_ids if layer_id not in self._seen]
         if missing:
             raise RuntimeError(f"No forward pass of the target left its hidden states {missing}.")
-        states, width = [], 0
-        for one_pass in zip(*(self._seen[layer_id] for layer_id in self.layer_ids), strict=True):
-            states.append(torch.stack([slice_.to(self.device) for slice_ in one_pass], dim=2))
-            width += states[-1].shape[1]
-            if width == num_tokens:
-                break
+        passes, taken = zip(*(self._seen[layer_id] for layer_id in self.layer_ids), strict=True), []
+        for wanted in num_tokens:
+            states, width = [], 0
+            while width != wanted and (one_pass := next(passes, None)) is not None:
+                states.append(torch.stack([slice_.to(self.device) for slice_ in one_pass], dim=2))
+                width += states[-1].shape[1]
+            taken.append(states[0] if len(states) == 1 else torch.cat(states, dim=1))
         self._seen.clear()
-        return states[0] if len(states) == 1 else torch.cat(states, dim=1)
+        return taken
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         """The target's input embeddings of `token_ids` (B, T), (B, T, d)."""

@@ -16,6 +16,7 @@ from .decoding import decode
 from .probe import probe_target
 from .processors import PrefixFunctionForWantedRows, Processors
 from .prompt import PromptLayout
+from .prompt_groups import tokens_of_a_pass
 from .settings import CallSettings
 from .statistics import GenerationStatistics
 from .step_outputs import StepOutputs
@@ -125,7 +126,7 @@ def generate(
     def strategy(model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
         input_ids = input_ids.long()  # plain generate() takes int32 as well, and returns int64
         rules = StoppingRules(stopping_criteria, generation_config.max_length, input_ids.shape[1])
-        layout = PromptLayout.from_mask(model_kwargs.get("attention_mask"), input_ids)
+        layout = PromptLayout.from_mask(model_kwargs.get("attention_mask"), input_ids, tokens_of_a_pass(model))
         check_call(model, layout, generation_config, model_kwargs, rules.max_length)
         wants = generation_config if generation_config.return_dict_in_generate else None
         logits, scores = (

@@ -2,9 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
+
+from .prompt_groups import group_rows
+
+
+class PromptGroup(NamedTuple):
+    """Rows of a batch that read their prompts together, without the columns in which all of them are padded.
+
+    Attributes:
+        rows: their places in the batch, (N,).
+        width: the last columns, which are left.
+        layout: of these rows and columns.
+    """
+
+    rows: torch.Tensor
+    width: int
+    layout: PromptLayout
 
 
 @dataclass
@@ -14,14 +32,20 @@ class PromptLayout:
         columns: the columns of row b's real tokens in order, then its padding, (B, P).
         lengths: real tokens per row, (B,).
         host_lengths: the same as Python integers.
+        host_widths: columns from each row's first real token on.
+        pass_tokens: what a pass over some of the rows must save to be worth it, see `group_rows`.
     """
 
     columns: torch.Tensor
     lengths: torch.Tensor
     host_lengths: list[int]
+    host_widths: list[int]
+    pass_tokens: int | None = None
 
     @classmethod
-    def from_mask(cls, attention_mask: torch.Tensor | None, input_ids: torch.Tensor) -> PromptLayout:
+    def from_mask(
+        cls, attention_mask: torch.Tensor | None, input_ids: torch.Tensor, pass_tokens: int | None = None
+    ) -> PromptLayout:
         """Read a 2-D mask (B, P); `None` means that nothing is padded.
 
         Raises:
@@ -35,7 +59,6 @@ class PromptLayout:
                 "expected one entry for every token of the prompts."
             )
         real = attention_mask.to(input_ids.device).bool()
-        host_lengths = real.sum(1).tolist()
         if not bool(real[:, -1].all()):
             rows = (~real[:, -1]).nonzero().flatten().tolist()
             raise ValueError(
@@ -43,7 +66,9 @@ class PromptLayout:
                 "left: tokenizer.padding_side = 'left'."
             )
         columns = torch.argsort((~real).to(torch.uint8), dim=1, stable=True)
-        return cls(columns, real.sum(1), host_lengths)
+        lengths = real.sum(1)
+        host_lengths, host_widths = torch.stack([lengths, real.shape[1] - columns[:, 0]]).tolist()
+        return cls(columns, lengths, host_lengths, host_widths, pass_tokens)
 
     @property
     def longest(self) -> int:
@@ -52,9 +77,22 @@ class PromptLayout:
     @property
     def has_holes(self) -> bool:
         """Whether padding stands between real tokens of some row."""
-        width = self.columns.shape[1]
-        first = self.columns[:, 0]
-        return bool((width - first != self.lengths).any())
+        return self.host_widths != self.host_lengths
+
+    def groups(self) -> Iterator[PromptGroup]:
+        """The rows that read their prompts together."""
+        for rows in group_rows(self.host_widths, self.pass_tokens):
+            host_lengths, host_widths = (
+                [values[row] for row in rows] for values in (self.host_lengths, self.host_widths)
+            )
+            width = max(host_widths)
+            rows = torch.tensor(rows, device=self.columns.device)
+            lengths, dropped = self.lengths[rows], self.columns.shape[1] - width
+            # a row's tokens stay, and of its padding, which is behind them, the first columns go
+            index = torch.arange(width, device=rows.device)
+            index = index + dropped * (index >= lengths[:, None])  # (N, width)
+            columns = self.columns[rows].gather(1, index) - dropped
+            yield PromptGroup(rows, width, PromptLayout(columns, lengths, host_lengths, host_widths))
 
     def numbers_rows_from_zero(self, position_ids: torch.Tensor) -> bool:
         """Whether position ids (B or 1, P) count the real tokens of each row: 0, 1, 2, ..."""
@@ -63,7 +101,7 @@ class PromptLayout:
         return bool(((ids == expected) | (expected >= self.lengths[:, None])).all())
 
     def to(self, device: torch.device) -> PromptLayout:
-        return PromptLayout(self.columns.to(device), self.lengths.to(device), self.host_lengths)
+        return replace(self, columns=self.columns.to(device), lengths=self.lengths.to(device))
 
     def mask(self) -> torch.Tensor:
         """The 2-D attention mask, (B, P), of integers."""

@@ -49,7 +49,7 @@ class RaggedLayer(CacheLayerMixin):
         self.dtype, self.device = key_states.dtype, key_states.device
         # Zeros, not empty: a masked slot still enters 0 * value, and 0 * NaN is NaN.
         self.keys, self.values = (
-            states.new_zeros(*states.shape[:2], self.capacity + 1, states.shape[-1])
+            states.new_zeros(len(self.owner.lengths), states.shape[1], self.capacity + 1, states.shape[-1])
             for states in (key_states, value_states)
         )
         self.is_initialized = True
@@ -65,15 +65,19 @@ class RaggedLayer(CacheLayerMixin):
         self.values[rows, :, slots] = value_states.transpose(1, 2).to(self.values.dtype)
         return self.keys[:, :, : self.kv_length], self.values[:, :, : self.kv_length]
 
-    def load(self, key_states: torch.Tensor, value_states: torch.Tensor, columns: torch.Tensor) -> None:
-        """Fill the slots with prompt states: position p of row b takes column columns[b, p], p < owner.lengths[b]."""
-        self.lazy_initialization(key_states, value_states)
+    def load(
+        self, rows: torch.Tensor, key_states: torch.Tensor, value_states: torch.Tensor, columns: torch.Tensor
+    ) -> None:
+        """Fill the slots of `rows` (N,) with prompt states: position p of the n-th takes column columns[n, p]."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
         if self.ring is not None:
-            held = positions_held(self.owner.lengths[:, None] - 1, self.capacity, self.ring)
+            held = positions_held(self.owner.lengths[rows, None] - 1, self.capacity, self.ring)
             columns = columns.gather(1, held.clamp(0, columns.shape[1] - 1))
-        index = columns.to(self.device)[:, None, :, None]  # (B, 1, P, 1)
+        rows, index = rows.to(self.device), columns.to(self.device)[:, None, :, None]  # (N,), (N, 1, P, 1)
         for buffer, states in ((self.keys, key_states), (self.values, value_states)):
-            buffer[:, :, : columns.shape[1]] = states.gather(2, index.expand(-1, states.shape[1], -1, states.shape[-1]))
+            states = states.gather(2, index.expand(-1, states.shape[1], -1, states.shape[-1]))
+            buffer[:, :, : columns.shape[1]].index_copy_(0, rows, states)
 
     def resize(self) -> None:
         """Follow the owner's capacity."""
@@ -111,7 +115,7 @@ class RaggedCache(Cache):
 
     Args:
         num_layers: layers of the model.
-        lengths: tokens already there per row, (B,); filled by `load`.
+        lengths: tokens already there per row, (B,); put there by `load`.
         longest: the largest of them, known to the host.
         capacity: slots to start with. They double when the longest row needs more.
         max_length: positions at or past it are never kept. They go to the spare slot, and their position ids are
@@ -139,6 +143,21 @@ class RaggedCache(Cache):
         self.rows: torch.Tensor | None = None
         layers = [RaggedLayer(self, ring if layer in ring_layers else None) for layer in range(num_layers)]
         super().__init__(layers=layers)
+
+    def load(self, rows: torch.Tensor, prompt_cache: Cache, columns: torch.Tensor) -> None:
+        """Take over the states of a prompt pass over `rows` (N,), and leave none in `prompt_cache`.
+
+        Args:
+            columns: where that pass had position p of the n-th row, (N, P). Positions behind a row's length may be
+                anywhere.
+        """
+        width = prompt_cache.get_seq_length()
+        for ragged, dynamic in zip(self.layers, prompt_cache.layers, strict=True):
+            if dynamic.is_initialized:
+                # A sliding layer kept its last columns only; the others are out of every later query's window.
+                dropped = width - dynamic.keys.shape[2]
+                ragged.load(rows, dynamic.keys, dynamic.values, (columns - dropped).clamp(min=0))
+                dynamic.keys = dynamic.values = None
 
     def prepare(self, query_length: int) -> torch.Tensor:
         """Choose the slots of the next pass; returns its position ids (B, q)."""

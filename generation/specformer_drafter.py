@@ -6,6 +6,7 @@ import copy
 from contextlib import ExitStack
 
 import torch
+from transformers import DynamicCache
 
 from .fast_linear import fast_linears
 from .ragged_cache import RaggedCache
@@ -46,25 +47,30 @@ class SpecFormerDrafter:
 
     def begin(self, input_ids, layout, first_tokens, max_length) -> None:
         device = self.borrowed.device
+        layout, input_ids, self.newest = layout.to(device), input_ids.to(device), first_tokens.to(device)  # (B, 1)
         self.rows = torch.arange(len(input_ids), device=device)
-        lengths, first_tokens = layout.lengths.to(device), first_tokens.to(device)
-        # Real tokens go to the front, so that plain causal attention keeps padding out.
-        hidden_states = self.borrowed.take_hidden_states(input_ids.shape[1])  # (B, P, S, d)
-        hidden_states = layout.compact(hidden_states)[:, : layout.longest]
-        next_tokens = layout.compact(input_ids.to(device))[:, 1 : layout.longest + 1]
-        next_tokens = torch.cat([next_tokens, next_tokens.new_zeros(len(input_ids), 1)], dim=1)[:, : layout.longest]
-        next_tokens = next_tokens.scatter(1, lengths[:, None] - 1, first_tokens)  # (B, T)
         limit = max_length - input_ids.shape[1] + layout.longest
         capacity = min(layout.longest + FIRST_CAPACITY, limit)
-        self.cache = RaggedCache(1, torch.zeros_like(lengths), 0, capacity, limit)
-        positions = self.cache.prepare(layout.longest)
-        self.cache.kv_length = layout.longest  # plain causal attention wants exactly as many keys as queries
-        states = self.network.encode_context(
-            hidden_states, self._anchors(next_tokens), positions, past_key_values=self.cache
-        )
-        self.cache.advance(lengths, layout.longest)
-        self.context = states[self.rows, lengths - 1]  # (B, d)
-        self.newest = first_tokens  # (B, 1)
+        self.cache = RaggedCache(1, layout.lengths, layout.longest, capacity, limit)
+        groups = list(layout.groups())
+        contexts = []
+        for group, hidden_states in zip(
+            groups, self.borrowed.take_each([group.width for group in groups]), strict=True
+        ):
+            ids, lengths = input_ids[group.rows, -group.width :], group.layout.lengths
+            # Real tokens go to the front, so that plain causal attention keeps padding out.
+            hidden_states, ids = (
+                group.layout.compact(part)[:, : group.layout.longest] for part in (hidden_states, ids)
+            )
+            next_tokens = ids.roll(-1, dims=1).scatter(1, lengths[:, None] - 1, self.newest[group.rows])  # (N, T)
+            prompt_cache = DynamicCache()
+            states = self.network.encode_context(
+                hidden_states, self._anchors(next_tokens), past_key_values=prompt_cache
+            )
+            columns = torch.arange(group.layout.longest, device=device).expand(len(ids), -1)
+            self.cache.load(group.rows, prompt_cache, columns)
+            contexts.append(states[self.rows[: len(ids)], lengths - 1])
+        self.context = torch.cat(contexts)[torch.cat([group.rows for group in groups]).argsort()]  # (B, d)
         self.unread: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []  # per round, as `_take_unread`
 
     @torch.no_grad()

@@ -34,23 +34,49 @@ def prefill(
     model_kwargs: dict,
     chunk_size: int | None = None,
 ) -> tuple[torch.Tensor, RaggedCache]:
-    """Run the prompts (B, P) the way plain generate() does, and move their keys and values into a ragged cache.
+    """Read the prompts (B, P), those of similar length together, and keep their keys and values in a ragged cache.
 
     Args:
         max_length: tokens, padding included, at which generate() stops.
         block_size: most tokens that are written before it is known which of them are kept; `None` if any number may be.
-        model_kwargs: what generate() prepared: attention_mask, position_ids, past_key_values, logits_to_keep.
+        model_kwargs: what generate() prepared: attention_mask, position_ids, logits_to_keep.
         chunk_size: tokens of one pass (`prefill_chunk_size`); default all.
 
     Returns:
         Logits of the last prompt position (B, 1, V), and the cache.
     """
+    # Rows are counted without their padding, so the longest ends max_length - (P - longest) tokens on.
+    longest_text = layout.longest + max_length - input_ids.shape[1]
+    cache, logits, order = None, [], []
+    for group in layout.groups():
+        of_group = dict(model_kwargs)
+        for name in ("attention_mask", "position_ids"):
+            if (value := model_kwargs.get(name)) is not None:
+                of_group[name] = value.expand(len(input_ids), -1)[group.rows.to(value.device), -group.width :]
+        last, prompt_cache = read_prompts(model, input_ids[group.rows, -group.width :], of_group, chunk_size)
+        if cache is None:
+            num_layers = len(prompt_cache.layers)
+            capacity = min(layout.longest + FIRST_CAPACITY + (block_size or 1), longest_text)
+            window, sliding = sliding_layers(model.config, num_layers)
+            ring = window - 1 + block_size if sliding and block_size else longest_text
+            # Where no text grows out of the window, slots are those of full attention.
+            rings = (ring, sliding) if ring < longest_text else ()
+            cache = RaggedCache(num_layers, layout.lengths, layout.longest, capacity, longest_text, *rings)
+        cache.load(group.rows, prompt_cache, group.layout.columns[:, : group.layout.longest])
+        logits.append(last)
+        order.append(group.rows)
+    places = torch.cat(order).argsort().to(last.device)
+    return torch.cat(logits)[places], cache
+
+
+def read_prompts(
+    model, input_ids: torch.Tensor, model_kwargs: dict, chunk_size: int | None
+) -> tuple[torch.Tensor, DynamicCache]:
+    """Run prompts (N, P) the way plain generate() does: logits of the last position (N, 1, V), and the cache."""
     width = input_ids.shape[1]
     kwargs = {key: value for key, value in model_kwargs.items() if key not in ("attention_mask", "position_ids")}
+    kwargs |= {"past_key_values": DynamicCache(config=model.config), "use_cache": True}
     mask, position_ids = model_kwargs.get("attention_mask"), model_kwargs.get("position_ids")
-    if type(kwargs.get("past_key_values")) is not DynamicCache:
-        kwargs["past_key_values"] = DynamicCache(config=model.config)
-    kwargs["use_cache"] = True
     for start in range(0, width, chunk_size or width):
         end = min(start + (chunk_size or width), width)
         inputs = model.prepare_inputs_for_generation(
@@ -63,28 +89,12 @@ def prefill(
         outputs = model(**inputs, return_dict=True)
         # Not the cache that went in: some families start a new one for long prompts.
         kwargs["past_key_values"] = outputs.past_key_values
-    prompt_cache = kwargs["past_key_values"]
-    if not isinstance(prompt_cache, DynamicCache) or prompt_cache.get_seq_length() != width:
+    cache = kwargs["past_key_values"]
+    if not isinstance(cache, DynamicCache) or cache.get_seq_length() != width:
         raise RuntimeError(
             f"{type(model).__name__} did not fill its cache with the {width} tokens of the prompt. If it is training "
             "with gradient checkpointing, which switches the cache off, call model.eval() first."
         )
-    # Rows are counted without their padding, so the longest ends max_length - (width - longest) tokens on.
-    longest_text = layout.longest + max_length - width
-    capacity = min(layout.longest + FIRST_CAPACITY + (block_size or 1), longest_text)
-    num_layers = len(prompt_cache.layers)
-    window, sliding = sliding_layers(model.config, num_layers)
-    ring = window - 1 + block_size if sliding and block_size else longest_text
-    # Where no text grows out of the window, slots are those of full attention.
-    rings = (ring, sliding) if ring < longest_text else ()
-    cache = RaggedCache(num_layers, layout.lengths, layout.longest, capacity, longest_text, *rings)
-    columns = layout.columns[:, : layout.longest]
-    for ragged, dynamic in zip(cache.layers, prompt_cache.layers, strict=True):
-        if dynamic.is_initialized:
-            # A sliding layer kept its last columns only; the others are out of every later query's window.
-            dropped = width - dynamic.keys.shape[2]
-            ragged.load(dynamic.keys, dynamic.values, (columns - dropped).clamp(min=0))
-            dynamic.keys = dynamic.values = None
     return outputs.logits[:, -1:], cache
 
 

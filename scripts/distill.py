@@ -27,6 +27,7 @@ from specformer.generation.fast_linear import fast_linears
 from specformer.generation.noise import HashedNoise
 from specformer.generation.probe import probe_target
 from specformer.generation.prompt import PromptLayout
+from specformer.generation.prompt_groups import tokens_of_a_pass
 from specformer.generation.target import prefill, prompt_arguments, verify
 from specformer.generation.verification import sample_with_noise
 from specformer.scripts.prompts import encode, read_prompts
@@ -93,7 +94,7 @@ class Answering:
         ids = [[0] * pad + answer.prompt_ids for pad, answer in zip(missing, answers, strict=True)]
         mask = [[0] * pad + [1] * (width - pad) for pad in missing]
         input_ids, mask = torch.tensor(ids, device=self.device), torch.tensor(mask, device=self.device)
-        layout = PromptLayout.from_mask(mask, input_ids)
+        layout = PromptLayout.from_mask(mask, input_ids, tokens_of_a_pass(self.target))
         # A row may be taken by a longer prompt later, so the buffers' limit is the model's.
         limit = getattr(self.target.config.get_text_config(decoder=True), "max_position_embeddings", None) or 2**20
         arguments = prompt_arguments(self.target, layout)

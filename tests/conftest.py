@@ -21,6 +21,15 @@ def seeded():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def prompts_in_groups(monkeypatch, request):
+    """The short prompts of the tests are read in several groups, as long ones are."""
+    from specformer.generation import prompt_groups
+
+    if not request.node.get_closest_marker("real"):
+        monkeypatch.setattr(prompt_groups, "PASS_ON_CPU", 3)
+
+
 @pytest.fixture(scope="session")
 def real_target():
     """Folder of SmolLM2-135M-Instruct; the test is skipped where it can neither be found nor fetched."""

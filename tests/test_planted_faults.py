@@ -64,6 +64,14 @@ def keep_one_slot_less_of_the_window(monkeypatch) -> None:
     monkeypatch.setattr(target_passes, "sliding_layers", fault)
 
 
+def mix_up_the_groups(monkeypatch) -> None:
+    """What the prompts' groups leave is taken to be in the order of the rows."""
+    load = RaggedCache.load
+    monkeypatch.setattr(
+        RaggedCache, "load", lambda self, rows, *args: load(self, rows.flip(0) if len(rows) > 1 else rows, *args)
+    )
+
+
 FAULTS = [
     ("mistral-sliding", keep_one_slot_less_of_the_window),
     ("gemma3", keep_one_slot_less_of_the_window),
@@ -77,6 +85,8 @@ FAULTS = [
     ("olmo3", use_one_mask_for_all_layer_types),
     ("llama", count_one_token_too_many),
     ("gemma3", count_one_token_too_many),
+    ("llama", mix_up_the_groups),
+    ("gemma3", mix_up_the_groups),
 ]
 
 

@@ -150,7 +150,7 @@ def test_a_ring_shows_what_a_whole_buffer_does(window: int, too_small: bool):
     prompt = states(3, 9)
     for cache in caches:
         for layer in cache.layers:
-            layer.load(prompt, -prompt, columns)
+            layer.load(torch.arange(3), prompt, -prompt, columns)
     assert caches[0].layers[1].keys.shape[2] == min(ring, 12) + 1
     equal = []
     while caches[0].longest < max_length:
@@ -180,7 +180,8 @@ def test_rows_of_a_ring_leave_and_are_replaced():
     make = lambda lengths: RaggedCache(1, torch.tensor(lengths), max(lengths), 8, 50, window - 1 + block, [0])  # noqa: E731
     first, other = make([7, 4, 6]), make([5])
     for cache, prompt in ((first, states(3, 7)), (other, states(1, 5))):
-        cache.layers[0].load(prompt, prompt, torch.arange(prompt.shape[2]).expand(len(prompt), -1))
+        columns = torch.arange(prompt.shape[2]).expand(len(prompt), -1)
+        cache.layers[0].load(torch.arange(len(prompt)), prompt, prompt, columns)
     first.select_rows(torch.tensor([0, 2]), 7)
     first.replace_rows(torch.tensor([1]), other, 7)
     seen = []
@@ -214,7 +215,7 @@ def test_load_moves_real_columns_to_the_front():
     layout = PromptLayout.from_mask(mask, mask)
     keys, values = states(3, 5), states(3, 5)
     cache = make_cache(layout.host_lengths, capacity=8)
-    cache.layers[0].load(keys, values, layout.columns)
+    cache.layers[0].load(torch.arange(3), keys, values, layout.columns)
     for row, padding in enumerate([0, 2, 4]):
         length = 5 - padding
         assert torch.equal(cache.layers[0].keys[row, :, :length], keys[row, :, padding:])

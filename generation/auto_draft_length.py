@@ -6,39 +6,10 @@ from collections import defaultdict, deque
 from dataclasses import dataclass
 from itertools import accumulate
 from operator import mul
-from statistics import median_low
 from weakref import WeakKeyDictionary
 
 from .draft_length import DraftLength
-
-
-class RoundTimes:
-    """Seconds of the last few rounds, by how many tokens each row drafted, for passes of one number of rows."""
-
-    KEPT = 5
-
-    def __init__(self):
-        self.samples: dict[int, deque] = defaultdict(lambda: deque(maxlen=self.KEPT))
-
-    def count(self, drafted: int) -> int:
-        return len(self.samples.get(drafted, ()))
-
-    def add(self, drafted: int, seconds: float) -> None:
-        self.samples[drafted].append(seconds)
-
-    def estimate(self, most: int) -> list[float]:
-        """Seconds of a round that drafts 0, 1, ..., `most`: medians where there are some, straight lines between them
-        and on behind the last. Two lengths must have been timed."""
-        # not by iterating over the dict: another thread may add to it
-        known = [
-            (drafted, median_low(list(self.samples[drafted]))) for drafted in range(most + 1) if self.count(drafted)
-        ]
-        times = []
-        for drafted in range(most + 1):
-            end = next((place for place in range(1, len(known)) if known[place][0] >= drafted), len(known) - 1)
-            (left, before), (right, after) = known[end - 1], known[end]
-            times.append(before + (after - before) * (drafted - left) / (right - left))
-        return times
+from .round_times import RoundTimes
 
 
 @dataclass
@@ -62,7 +33,7 @@ class Experience:
     """What is known of one model that drafts for another, from call to call.
 
     Attributes:
-        times: `RoundTimes` by what a round's time depends on: the regime, such as the device, and rows of the pass.
+        times: `RoundTimes` by the regime, such as the device.
         rates: how likely slot j was accepted in the last call once the slots before it were; none at first.
         pace: of the last call's turns, which the next one keeps up.
         expectations: of the last rounds of a drafter that knows how likely its drafts are accepted: the tokens that it
@@ -83,18 +54,18 @@ class Experience:
 class AutoDraftLength(DraftLength):
     """Each round, the length of the most expected tokens per second, 0 included: plain decoding where nothing pays.
 
-    A round's time is that of the last rounds of as many rows. Acceptance of each slot is counted, and fades. Now and
-    then another length has a turn: a time may have changed, and what is not drafted is not seen to be right again.
+    A round's time is that of the last ones of its kind, or told from others (`RoundTimes`). Acceptance of each slot is
+    counted, and fades. Now and then another length has a turn: a time may have changed, and what is not drafted is not
+    seen to be right again.
 
     Args:
         most: tokens that a round drafts at most.
         start: tokens to draft while nothing is known, from 1 on.
         experience: of earlier calls; this one adds to it.
-        regime: what the time of a round depends on besides its rows.
+        regime: what the time of a round depends on besides its rows and drafts.
     """
 
     TRIED = 8  # all lengths up to it have turns, others only beside the best: more rows are not always slower
-    TRIALS = 2  # rounds of a length before its time counts
     FIRST_PATIENCE, LAST_PATIENCE = 8, 128  # rounds between two turns of other lengths
     PATIENCE_OF_A_CALL = 64  # at its beginning, at most: its text may be of another kind
     FADING = 0.995  # weight of what was seen before, one row's drafts later
@@ -132,13 +103,13 @@ class AutoDraftLength(DraftLength):
 
     def next(self, num_rows: int) -> int:
         self.is_trial = True
-        times = self.experience.times[self.regime, num_rows]
+        times = self.experience.times[self.regime]
         for length in (self.start, 0):
-            if times.count(length) < self.TRIALS:
+            if not times.knows(length):
                 return length
         if self.planned:
             return self.planned.pop()
-        speeds = self.speeds(times.estimate(self.most))
+        speeds = self.speeds(times.estimate(num_rows, self.most))
         speeds[0] *= self.LEAST_GAIN
         best = max(range(self.most + 1), key=speeds.__getitem__)
         pace = self.pace
@@ -153,13 +124,14 @@ class AutoDraftLength(DraftLength):
         others = [length for length in dict.fromkeys(others) if 0 <= length <= self.most and length != best]
         other = others[pace.turns % len(others)]
         pace.turns += 1
-        # Two rounds: the first one behind plain rounds catches up, and is not timed; that of a new shape is a slow one.
-        self.planned = [other] if best == 0 or times.count(other) < self.TRIALS else []
+        # Until its time is known; the first round behind plain ones catches up, and is not timed.
+        rounds = max(1, times.LEAST - times.count(num_rows, other)) + (best == 0)
+        self.planned = [other] * (rounds - 1)
         return other
 
     def record(self, num_rows: int, drafted: int, outcome: list[tuple[int, int]], seconds: float) -> None:
         if not (drafted and self.is_behind):
-            self.experience.times[self.regime, num_rows].add(drafted, seconds)
+            self.experience.times[self.regime].add(num_rows, drafted, seconds)
         self.is_behind = drafted == 0
         if drafted == 0:
             return

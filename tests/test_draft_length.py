@@ -150,7 +150,19 @@ def test_the_round_that_catches_up_is_not_timed():
     length = AutoDraftLength(4, 2, experience)
     for k, seconds in ((2, 1.5), (2, 1.5), (0, 1.0), (0, 1.0), (2, 99.0), (2, 1.5)):
         length.record(8, k, [(0, 1)] * 8, seconds)
-    assert experience.times[(), 8].estimate(4) == [1.0, 1.25, 1.5, 1.75, 2.0]
+    assert experience.times[()].known == {(8, 2): 1.5, (8, 0): 1.0}
+
+
+@pytest.mark.parametrize("many", [4, 16])
+def test_rows_that_were_never_timed_begin_where_it_pays(many: int):
+    """What is known of eight rows tells of four and of sixteen, so nothing has to be tried out again."""
+    experience = Experience()
+    make = lambda rows: World([0.9, 0.9, 0.2, 0.2], [1 + 0.02 * rows * (1 + k) for k in range(5)], 0.0, rows=rows)  # noqa: E731
+    live(AutoDraftLength(4, 4, experience), make(8), 200)
+    length, world = AutoDraftLength(4, 4, experience), make(many)
+    length.pace.waited = 0
+    speed, chosen = live(length, world, length.FIRST_PATIENCE)
+    assert speed > 0.97 * world.best(), chosen
 
 
 # ---- in generate()

@@ -1,0 +1,74 @@
+"""Times of rounds that were never measured, told from those that were."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from specformer.generation.round_times import RoundTimes, interpolate, straight_line
+
+
+def times_of(seconds: dict[tuple[int, int], float], count: int = 2) -> RoundTimes:
+    times = RoundTimes()
+    for (num_rows, drafted), value in seconds.items():
+        for _ in range(count):
+            times.add(num_rows, drafted, value)
+    return times
+
+
+def test_a_first_round_does_not_count():
+    times = times_of({(8, 0): 1.0})
+    times.add(8, 2, 99.0)
+    assert not times.knows(2) and times.count(8, 2) == 1
+    times.add(8, 2, 3.0)
+    assert times.known[8, 2] == 3.0
+    times.add(8, 2, 4.0)
+    assert times.known[8, 2] == 4.0  # the median
+    for _ in range(RoundTimes.KEPT):
+        times.add(8, 2, 5.0)
+    assert times.known[8, 2] == 5.0 and times.count(8, 2) == RoundTimes.KEPT
+
+
+def test_what_is_known_is_what_was_measured():
+    seconds = {(8, 0): 1.0, (8, 2): 1.1, (8, 4): 2.0, (1, 0): 0.7}
+    estimate = times_of(seconds).estimate(8, 4)
+    assert [estimate[0], estimate[2], estimate[4]] == pytest.approx([1.0, 1.1, 2.0])
+    assert estimate[0] < estimate[1] < estimate[3] < estimate[4]
+
+
+def test_of_one_kind_everything_takes_the_same():
+    assert times_of({(8, 4): 3.0}).estimate(2, 3) == pytest.approx([3.0] * 4)
+
+
+@given(
+    st.floats(0.1, 10),
+    st.floats(0.001, 1),
+    st.sets(st.tuples(st.integers(1, 64), st.integers(0, 8)), min_size=2, max_size=9),
+    st.integers(1, 64),
+)
+def test_a_line_is_found(base: float, slope: float, shapes: set, num_rows: int):
+    """Where time is a line over tokens, so is every estimate, whatever was measured."""
+    if len({rows * (drafted + 1) for rows, drafted in shapes}) < 2:
+        return
+    times = times_of({shape: base + slope * shape[0] * (shape[1] + 1) for shape in shapes})
+    expected = [base + slope * num_rows * (drafted + 1) for drafted in range(9)]
+    assert times.estimate(num_rows, 8) == pytest.approx(expected, rel=1e-3)
+
+
+def test_times_that_fall_or_pass_through_nothing():
+    falling = straight_line([(1, 2.0), (10, 1.0)])
+    assert falling(1) == falling(10) == falling(99) == pytest.approx(1.2)  # of the least relative errors
+    assert straight_line([(1, 1.0), (2, 3.0)])(0) == 0.0
+    assert straight_line([(3, 0.0), (4, 0.0)])(9) >= 0.0
+
+
+def test_rows_that_are_slower_than_others_are_so_at_every_length():
+    times = times_of({(1, 0): 1.0, (1, 4): 1.4, (8, 0): 3.4, (8, 4): 10.0})
+    others = times_of({(1, 0): 1.0, (1, 4): 1.4})
+    factor = times.estimate(8, 4)[0] / others.estimate(8, 4)[0]
+    assert factor == pytest.approx(3.4 / 1.7)
+
+
+def test_interpolate():
+    points = [(1, 2.0), (3, 4.0), (4, 0.0)]
+    assert [interpolate(points, place) for place in range(6)] == [2.0, 2.0, 3.0, 4.0, 0.0, 0.0]

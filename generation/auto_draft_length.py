@@ -8,6 +8,7 @@ from itertools import accumulate
 from operator import mul
 from weakref import WeakKeyDictionary
 
+from .copying_drafter import CopyRates
 from .draft_length import DraftLength
 from .round_times import RoundTimes
 
@@ -38,6 +39,7 @@ class Experience:
         pace: of the last call's turns, which the next one keeps up.
         expectations: of the last rounds of a drafter that knows how likely its drafts are accepted: the tokens that it
             expected of verifying 0, 1, ... of them, and the seconds that drafting took.
+        copy_rates: how likely copies from the text are right, of a drafter that leaves some rows to them.
         predicted, accepted: how many drafts it expected to be accepted of those verified, and how many were; fading.
     """
 
@@ -48,6 +50,7 @@ class Experience:
         self.rates: list[float] = []
         self.pace: Pace | None = None
         self.expectations: deque[tuple[list[float], float]] = deque(maxlen=self.REMEMBERED)
+        self.copy_rates = CopyRates()
         self.predicted = self.accepted = 0.0
 
 
@@ -120,14 +123,18 @@ class AutoDraftLength(DraftLength):
             self.is_trial = False
             return best
         pace.waited, pace.patience = 0, min(2 * pace.patience, self.LAST_PATIENCE)
-        others = (best + 1, best - 1, 0, *range(min(self.most, self.TRIED) + 1))
-        others = [length for length in dict.fromkeys(others) if 0 <= length <= self.most and length != best]
+        others = self.others(best)
         other = others[pace.turns % len(others)]
         pace.turns += 1
         # Until its time is known; the first round behind plain ones catches up, and is not timed.
         rounds = max(1, times.LEAST - times.count(num_rows, other)) + (best == 0)
         self.planned = [other] * (rounds - 1)
         return other
+
+    def others(self, best: int) -> list[int]:
+        """The lengths that have turns beside the best one."""
+        lengths = (best + 1, best - 1, 0, *range(min(self.most, self.TRIED) + 1))
+        return [length for length in dict.fromkeys(lengths) if 0 <= length <= self.most and length != best]
 
     def record(self, num_rows: int, drafted: int, outcome: list[tuple[int, int]], seconds: float) -> None:
         if not (drafted and self.is_behind):

@@ -9,6 +9,7 @@ from .assistant_drafter import AssistantDrafter
 from .auto_draft_length import AutoDraftLength, experience_of
 from .capabilities import unwrapped
 from .confident_draft_length import ConfidentDraftLength
+from .copying_drafter import MOST_COPIED, CopyingDrafter
 from .draft_length import AUTO, DraftLength, check_draft_length
 from .drafter import Drafter, NoDrafter
 from .prompt_lookup_drafter import PromptLookupDrafter
@@ -28,7 +29,8 @@ def choose_drafter(
 ) -> tuple[Drafter, int | str | None]:
     """The drafter that a call means, and how many tokens are asked of it: a number, "auto", or `None`.
 
-    `assistant_model` is a SpecFormer network, a causal LM, or an object that is a `Drafter` already.
+    `assistant_model` is a SpecFormer network, a causal LM, or an object that is a `Drafter` already. A SpecFormer
+    network leaves rows whose text repeats itself to copies of it, unless `prompt_lookup_num_tokens` is 0.
 
     Raises:
         ValueError: none of them, more than one, or the drafter of another target.
@@ -37,20 +39,26 @@ def choose_drafter(
     check_draft_length(num_assistant_tokens)
     if num_assistant_tokens == 0:
         return NoDrafter(), 0
-    if prompt_lookup_num_tokens is not None:
+    check_draft_length(prompt_lookup_num_tokens, "prompt_lookup_num_tokens")
+    if max_matching_ngram_size is not None and (
+        type(max_matching_ngram_size) is not int or max_matching_ngram_size < 1
+    ):
+        raise ValueError(f"max_matching_ngram_size is {max_matching_ngram_size!r}; expected a positive integer.")
+    if hasattr(assistant_model, "borrow"):
+        drafter = SpecFormerDrafter(assistant_model, model)
+        if prompt_lookup_num_tokens != 0:
+            rates = experience_of(model, assistant_model).copy_rates
+            drafter = CopyingDrafter(drafter, prompt_lookup_num_tokens or MOST_COPIED, rates, max_matching_ngram_size)
+    elif prompt_lookup_num_tokens is not None:
         if assistant_model is not None:
-            raise ValueError("assistant_model and prompt_lookup_num_tokens were both given; pass one of them.")
-        check_draft_length(prompt_lookup_num_tokens, "prompt_lookup_num_tokens")
-        if max_matching_ngram_size is not None and (
-            type(max_matching_ngram_size) is not int or max_matching_ngram_size < 1
-        ):
-            raise ValueError(f"max_matching_ngram_size is {max_matching_ngram_size!r}; expected a positive integer.")
+            raise ValueError(
+                "assistant_model and prompt_lookup_num_tokens were both given, and only a SpecFormer drafter goes "
+                "together with copies from the text; pass one of them."
+            )
         drafter = PromptLookupDrafter(max_matching_ngram_size or 2)
         num_assistant_tokens = prompt_lookup_num_tokens
     elif hasattr(assistant_model, "propose"):
         drafter = assistant_model
-    elif hasattr(assistant_model, "borrow"):
-        drafter = SpecFormerDrafter(assistant_model, model)
     elif isinstance(assistant_model, GenerationMixin):
         drafter = AssistantDrafter(assistant_model, model, prefill_chunk_size)
         if num_assistant_tokens is None:
@@ -69,6 +77,11 @@ def choose_drafter(
     if num_assistant_tokens is None and not drafter.default_num_assistant_tokens:
         num_assistant_tokens = 0
     return (NoDrafter() if num_assistant_tokens == 0 else drafter), num_assistant_tokens
+
+
+def drafter_under(rule: AcceptanceRule, drafter: Drafter) -> Drafter:
+    """`drafter`, without the copies where the text depends on what is drafted."""
+    return drafter.drafter if rule.text_depends_on_drafts and isinstance(drafter, CopyingDrafter) else drafter
 
 
 def choose_draft_length(

@@ -40,9 +40,16 @@ class ConfidentDraftLength(AutoDraftLength):
         self.expected = list(accumulate(chances.tolist(), initial=1.0))
         drafting = perf_counter() - started
         self.experience.expectations.append((self.expected, drafting))
-        if self.is_trial or self.seconds is None:
+        if self.seconds is None:
             return width
-        return self._worthy(self.expected, drafting, self.seconds[: width + 1], self.speed)
+        # a trial is there to see drafts verified
+        return self._worthy(self.expected, drafting, self.seconds[: width + 1], self.speed, least=int(self.is_trial))
+
+    def others(self, best: int) -> list[int]:
+        # which length is verified follows from the confidences: what remains is whether to draft at all
+        if not self.experience.expectations:
+            return super().others(best)
+        return [0 if best else self.most]
 
     def record(self, num_rows, drafted, outcome, seconds) -> None:
         expected, self.expected = self.expected, None
@@ -78,8 +85,10 @@ class ConfidentDraftLength(AutoDraftLength):
         trust = (known.accepted + self.FIRST_TRUST) / (known.predicted + self.FIRST_TRUST)
         return [1 + trust * (tokens - 1) for tokens in expected]
 
-    def _worthy(self, expected: list[float], drafting: float, seconds: list[float], speed: float) -> int:
-        """How many drafts to verify once `drafting` seconds have been spent."""
+    def _worthy(
+        self, expected: list[float], drafting: float, seconds: list[float], speed: float, least: int = 0
+    ) -> int:
+        """How many drafts to verify once `drafting` seconds have been spent, from `least` on."""
         worth = [tokens - speed * time for tokens, time in zip(self._tokens(expected), seconds, strict=True)]
         worth[0] -= speed * drafting
-        return max(range(len(worth)), key=worth.__getitem__)
+        return max(range(least, len(worth)), key=worth.__getitem__)

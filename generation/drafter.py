@@ -1,7 +1,7 @@
 """What the decode loop asks of a drafter, and the drafter that drafts nothing.
 
 A drafter is begun with the prompts, proposes, and is told what became of the proposal. The others are in files of their
-own: `specformer_drafter`, `assistant_drafter`, `prompt_lookup_drafter`.
+own: `specformer_drafter`, `assistant_drafter`, `prompt_lookup_drafter`, `copying_drafter`.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from .acceptance import acceptance_rule, check_acceptance
 from .attention import usable_attention
 from .capabilities import check_arguments, check_call, check_target, unwrapped
-from .choose_drafter import choose_draft_length, choose_drafter
+from .choose_drafter import choose_draft_length, choose_drafter, drafter_under
 from .decoding import decode
 from .probe import probe_target
 from .processors import PrefixFunctionForWantedRows, Processors
@@ -69,8 +69,10 @@ def generate(
     Args:
         model: the target, any decoder-only causal LM that keeps keys and values of all tokens.
         assistant_model: what drafts: the SpecFormer drafter of that target, which is moved to the target's
-            device and computes in its dtype, or a smaller causal LM with the same tokenizer. With
-            `prompt_lookup_num_tokens` instead, drafts are copied from each row's own text.
+            device and computes in its dtype, or a smaller causal LM with the same tokenizer. Where a row's text
+            repeats itself, the SpecFormer drafter leaves it to copies of that text (`copying_drafter`), but with
+            "rejection"; `prompt_lookup_num_tokens` says how many tokens, and 0 none. With `prompt_lookup_num_tokens`
+            alone, all drafts are copied.
         num_assistant_tokens: tokens to draft each round. "auto" drafts what pays, measured while it runs: see
             `auto_draft_length`. `None` takes the generation config's number, else is "auto", but with "rejection" the
             drafter's default. More than the drafter has slots is cut to them; 0 decodes plainly.
@@ -148,8 +150,9 @@ def generate(
         choice = TokenChoice(rule, processors, text, prefix_function, logits, scores)
         probe_target(model)
         chunk_size = generation_config.prefill_chunk_size
-        draft_length = choose_draft_length(num_assistant_tokens, drafter, model, assistant_model, rule)
-        statistics = decode(model, drafter, text, choice, layout, model_kwargs, draft_length, chunk_size)
+        drafting = drafter_under(rule, drafter)
+        draft_length = choose_draft_length(num_assistant_tokens, drafting, model, assistant_model, rule)
+        statistics = decode(model, drafting, text, choice, layout, model_kwargs, draft_length, chunk_size)
         if wants is None:
             return text.result()
         return SpeculativeOutput(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch.nn import functional
 
 FIRST_WIDTH = 256
 """New tokens that the buffer has room for at first; it doubles."""
@@ -35,20 +36,22 @@ class PromptLookupDrafter:
         self.update(first_tokens, torch.ones_like(self.lengths), layout.longest)
 
     def propose(self, num_tokens, choose) -> torch.Tensor:
-        source = find_repetition(self.ids[:, : self.longest], self.lengths, self.max_matching_ngram_size)
-        found = source >= 0
-        if not found.any():
-            return self.ids.new_empty(len(self.ids), 0)
-        source = torch.where(found, source, self.lengths - 1)
+        drafts, matched = self.find(num_tokens)
+        return drafts if matched.any() else drafts[:, :0]
+
+    def find(self, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Copies (R, num_tokens), and how many tokens in front of them stood there before (R,), 0 where none did."""
+        source, matched = find_repetition(self.ids[:, : self.longest], self.lengths, self.max_matching_ngram_size)
+        source = torch.where(matched > 0, source, self.lengths - 1)
         period = self.lengths - source
         offsets = torch.arange(num_tokens, device=self.ids.device) % period[:, None]
-        return self.ids.gather(1, source[:, None] + offsets)
+        return self.ids.gather(1, source[:, None] + offsets), matched
 
     def update(self, tokens, counts, longest) -> None:
         width = self.longest + tokens.shape[1]
         if width > self.ids.shape[1]:
             extra = max(width, 2 * self.ids.shape[1], FIRST_WIDTH) - self.ids.shape[1]
-            self.ids = torch.nn.functional.pad(self.ids, (0, extra))
+            self.ids = functional.pad(self.ids, (0, extra))
         columns = self.lengths[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
         self.ids.scatter_(1, columns, tokens.clamp(min=0))  # those behind `counts` are written over, or never read
         self.lengths = self.lengths + counts
@@ -58,7 +61,7 @@ class PromptLookupDrafter:
         self.ids, self.lengths, self.longest = self.ids[index], self.lengths[index], longest + 1
 
 
-def find_repetition(ids: torch.Tensor, lengths: torch.Tensor, max_ngram_size: int) -> torch.Tensor:
+def find_repetition(ids: torch.Tensor, lengths: torch.Tensor, max_ngram_size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Where the text goes on behind the latest earlier occurrence of each row's longest repeated suffix.
 
     Args:
@@ -66,14 +69,16 @@ def find_repetition(ids: torch.Tensor, lengths: torch.Tensor, max_ngram_size: in
         max_ngram_size: longest suffix to look for.
 
     Returns:
-        Index of the token behind the occurrence, (R,); -1 where not even the last token occurs earlier.
+        Index of the token behind the occurrence (R,), and the length of the suffix (R,): 0 where not even the last
+        token occurs earlier.
     """
-    source = torch.full_like(lengths, -1)
-    for size in range(1, min(max_ngram_size, ids.shape[1] - 1) + 1):
-        suffix = ids.gather(1, (lengths[:, None] - size + torch.arange(size, device=ids.device)).clamp(min=0))
-        windows = ids.unfold(1, size, 1)  # (R, T - size + 1, size)
-        behind = torch.arange(size, ids.shape[1] + 1, device=ids.device)  # index of the token behind each window
-        hits = (windows == suffix[:, None]).all(dim=-1) & (behind < lengths[:, None])
-        latest = torch.where(hits, behind, -1).amax(dim=1)
-        source = torch.where(latest >= 0, latest, source)  # longer suffixes come later and win
-    return source
+    size, width = max_ngram_size, ids.shape[1]
+    padded = functional.pad(ids, (size, 0), value=-1)
+    windows = padded.unfold(1, size, 1)[:, 1:]  # (R, T, size): the last tokens up to each place
+    suffix = padded.gather(1, lengths[:, None] + torch.arange(size, device=ids.device))
+    same = (windows == suffix[:, None]).flip(2).to(torch.uint8)
+    matched = same.cumprod(dim=2, dtype=torch.uint8).sum(dim=2)  # (R, T): how far back the text in front is the same
+    place = torch.arange(width, device=ids.device)
+    matched = matched * (place < lengths[:, None] - 1)
+    best = (matched * width + place).argmax(dim=1, keepdim=True)  # the longest, and of several the latest
+    return best[:, 0] + 1, matched.gather(1, best)[:, 0]

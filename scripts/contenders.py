@@ -156,4 +156,5 @@ def ways(
         # in step or ragged: at one length, so that only that differs
         for length in lengths if "7 of 10" not in name else [length for length in lengths if length != "auto"]:
             found[f"{name}, {'' if length == 'auto' else 'k = '}{length}"] = our_way(target, one, length)
+    found["default alone, auto"] = our_way(target, drafter, "auto", prompt_lookup_num_tokens=0)
     return found

@@ -116,9 +116,12 @@ def main(arguments: argparse.Namespace) -> None:
         drafting = {"assistant_model": drafter, "num_assistant_tokens": k}
     else:
         drafter = AutoModel.from_pretrained(arguments.drafter, trust_remote_code=True)
-        drafter_name = "SpecFormer"
+        alone = arguments.no_copies or arguments.answers
+        drafter_name = "SpecFormer alone" if alone else "SpecFormer with copies"
         k = k or drafter.config.default_num_assistant_tokens
         drafting, at_work = {"assistant_model": drafter, "num_assistant_tokens": k}, parameters_at_work(drafter, target)
+        if alone:
+            drafting["prompt_lookup_num_tokens"] = 0
     prompts = read_prompts(arguments.prompts, arguments.limit)
     tasks = read(arguments.prompts, task_of, arguments.limit)
     if arguments.answers:
@@ -166,6 +169,9 @@ def parse() -> argparse.Namespace:
     what.add_argument("--assistant", help="a causal LM instead: folder or Hub id")
     what.add_argument("--assistant-layers", type=int, help="a causal LM of so many of the target's own layers instead")
     what.add_argument("--prompt-lookup", type=int, help="no model: copy so many tokens from the row's own text")
+    parser.add_argument(
+        "--no-copies", action="store_true", help="of the text itself: what the SpecFormer drafter does alone"
+    )
     parser.add_argument("--answers", type=Path, help="folder of distill for the same prompts: no decoding, see above")
     parser.add_argument("--acceptance", default="match", choices=["match", "coupled", "rejection"])
     parser.add_argument("--batch-size", type=int, default=8)

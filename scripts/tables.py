@@ -19,6 +19,8 @@ RESULTS = ROOT / "benchmarks" / "results"
 REAL_DECODING = [
     "mt_bench_first_turns_greedy",
     "mt_bench_first_turns_sampling",
+    "mt_bench_alone_greedy",
+    "mt_bench_alone_sampling",
     "mt_bench_assistant_greedy",
     "mt_bench_assistant_sampling",
     "mt_bench_prompt_lookup_greedy",

@@ -312,7 +312,10 @@ def test_experience_is_kept_with_the_models_and_goes_with_them():
         (dict(acceptance="rejection", do_sample=True), 3),  # its text depends on the length
         (dict(acceptance="coupled", do_sample=True), ConfidentDraftLength),
         (dict(num_assistant_tokens=2), 2),
-        (dict(num_assistant_tokens=100), 4),
+        (dict(num_assistant_tokens=100), 8),  # copies
+        (dict(num_assistant_tokens=100, prompt_lookup_num_tokens=5), 5),
+        (dict(num_assistant_tokens=100, prompt_lookup_num_tokens=0), 4),
+        (dict(num_assistant_tokens=100, acceptance="rejection", do_sample=True), 4),
     ],
 )
 def test_who_decides(arguments: dict, expected, monkeypatch):
@@ -325,4 +328,5 @@ def test_who_decides(arguments: dict, expected, monkeypatch):
     if isinstance(expected, int):
         assert type(length) is DraftLength and length.most == expected
     else:
-        assert type(length) is expected and length.most == 4 and length.start == 3
+        assert type(length) is expected and length.start == 3
+        assert length.most == (4 if expected is AutoDraftLength else 8)

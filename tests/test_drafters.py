@@ -176,7 +176,8 @@ def test_lookup_against_the_obvious_way(rows: list[list[int]], max_size: int, k:
     lengths = torch.tensor([len(row) for row in rows])
     ids = torch.tensor([row + [PAD] * (width - len(row)) for row in rows])
     expected = [naive_source(row, max_size) for row in rows]
-    assert find_repetition(ids, lengths, max_size).tolist() == expected
+    found = zip(*(part.tolist() for part in find_repetition(ids, lengths, max_size)), strict=True)
+    assert [source if matched else -1 for source, matched in found] == expected
 
     drafter = PromptLookupDrafter(max_size)
     padded = torch.tensor([[EOS] * (width - len(row)) + row for row in rows])  # the prompts end one token earlier
@@ -198,4 +199,5 @@ def test_lookup_against_the_obvious_way(rows: list[list[int]], max_size: int, k:
 
 def test_rows_do_not_draft_from_one_another():
     ids = torch.tensor([[7, 8, 9, 7], [1, 2, 3, 4]])
-    assert find_repetition(ids, torch.tensor([4, 4]), 2).tolist() == [1, -1]
+    source, matched = find_repetition(ids, torch.tensor([4, 4]), 2)
+    assert source[0] == 1 and matched.tolist() == [1, 0]

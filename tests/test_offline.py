@@ -104,7 +104,8 @@ def offline_sums(preset: str, with_eos: bool) -> torch.Tensor:
 def decode(preset: str, with_eos: bool, k: int):
     target, batch, settings, _ = make_answers(with_eos)
     drafter = make_drafter(preset, with_eos)
-    output = generate(target, drafter, **batch, **settings, num_assistant_tokens=k, return_dict_in_generate=True)
+    alone = dict(num_assistant_tokens=k, prompt_lookup_num_tokens=0, return_dict_in_generate=True)
+    output = generate(target, drafter, **batch, **settings, **alone)
     return output.statistics
 
 

@@ -358,6 +358,8 @@ def cases(draw) -> Case:
         ours = {"prompt_lookup_num_tokens": 3 if k is None else k, "max_matching_ngram_size": draw(st.integers(1, 3))}
     else:
         ours = {"num_assistant_tokens": 0 if drafter == "nothing" else k}
+        if drafter == "network" and draw(st.booleans()):
+            ours["prompt_lookup_num_tokens"] = draw(st.sampled_from([0, 2, 6]))
     ours["acceptance"] = draw(st.sampled_from(["match"] * 6 + ["coupled", "rejection"]))
     if ours["acceptance"] == "coupled":
         ours["seed"] = draw(st.integers(-(2**70), 2**70))

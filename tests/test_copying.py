@@ -1,0 +1,163 @@
+"""Rows whose text repeats itself are copied, others drafted: which, how sure, and that the text does not change."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from exactness import check, plain
+from specformer import SpecFormerModel, generate
+from specformer.generation.auto_draft_length import experience_of
+from specformer.generation.choose_drafter import choose_drafter, drafter_under
+from specformer.generation.copying_drafter import MOST_COPIED, CopyingDrafter, CopyRates
+from specformer.generation.drafter import NoDrafter
+from specformer.generation.prompt import PromptLayout
+from specformer.generation.specformer_drafter import SpecFormerDrafter
+from test_drafters import repeats_what_came_five_before
+from test_exactness import NEW_TOKENS, SETTINGS, meaningful_target
+from tiny import PRESETS, llama, ragged_batch
+
+
+def network_of(target, preset: str = "confidence") -> SpecFormerModel:
+    torch.manual_seed(0)
+    config = PRESETS[preset](target.config, num_draft_tokens=4, initializer_range=0.3)
+    return SpecFormerModel(config).to(torch.float64)
+
+
+@pytest.mark.parametrize("preset", ["anchor", "confidence", "all of it"])
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_the_text_does_not_depend_on_copies(setting: str, preset: str):
+    target, batch, eos = meaningful_target("llama")
+    arguments = dict(SETTINGS[setting], eos_token_id=eos, max_new_tokens=NEW_TOKENS)
+    reference = plain(target, batch, **arguments)
+    for k, copied in ((None, None), (1, None), (4, 2), (9, 9), (9, 0)):
+        check(target, batch, reference, network_of(target, preset), k, **arguments, prompt_lookup_num_tokens=copied)
+
+
+@pytest.mark.parametrize("preset", ["anchor", "confidence"])
+def test_a_repeating_text_is_copied(preset: str):
+    target, batch = llama(), ragged_batch()
+    repeat = dict(logits_processor=[repeats_what_came_five_before], max_new_tokens=40, eos_token_id=None)
+    reference = plain(target, batch, **repeat)
+    rates = []
+    for k, copied in ((8, None), (4, None), (8, 5), (8, 2), (8, 0)):
+        drafter = network_of(target, preset)
+        more = dict(repeat, prompt_lookup_num_tokens=copied)
+        rates.append(check(target, batch, reference, drafter, k, **more).tokens_per_pass)
+    assert rates[0] > 5.5 > rates[2] > rates[1] > 3.5 > 1.2 > rates[4], rates
+    assert rates[3] == rates[1]  # as many as there are slots
+
+
+def test_more_are_copied_than_there_are_slots_where_it_pays():
+    """ "auto" verifies long copies, and the drafts of other rows no further than they reach."""
+    target, batch = llama(), ragged_batch()
+    repeat = dict(logits_processor=[repeats_what_came_five_before], max_new_tokens=100, eos_token_id=None)
+    reference, network = plain(target, batch, **repeat), network_of(target)
+    check(target, batch, reference, network, None, **repeat)
+    statistics = check(target, batch, reference, network, None, **repeat)
+    assert len(statistics.drafted_per_slot) == MOST_COPIED > network.config.num_draft_tokens
+    assert statistics.tokens_per_pass > 4
+
+
+# ---- which rows
+
+
+class Drafts(NoDrafter):
+    """The token 50 in every slot, with given confidences."""
+
+    max_draft_tokens = default_num_assistant_tokens = 3
+
+    def __init__(self, confidences: torch.Tensor | None):
+        self.known = confidences
+
+    def propose(self, num_tokens, choose):
+        self.confidences = None if self.known is None else self.known[:, :num_tokens]
+        return torch.full((3, num_tokens), 50)
+
+
+CONFIDENT = torch.tensor([[0.9, 0.9, 0.9], [0.2, 0.2, 0.2], [0.2, 0.2, 0.2]])
+
+
+def begun(confidences: torch.Tensor | None, num_tokens: int = 5) -> CopyingDrafter:
+    """The first two rows end as they went on before; the third has nothing that was there before."""
+    drafter = CopyingDrafter(Drafts(confidences), num_tokens, CopyRates())
+    prompts = torch.tensor([[7, 8, 9, 10, 11, 7, 8], [1, 2, 3, 4, 5, 1, 2], [20, 21, 22, 23, 24, 25, 26]])
+    first = torch.tensor([[9], [3], [27]])
+    drafter.begin(prompts, PromptLayout.from_mask(None, prompts), first, 50)
+    return drafter
+
+
+def test_a_row_is_copied_where_that_is_more_likely_right():
+    drafter = begun(CONFIDENT)
+    drafts = drafter.propose(5, None)
+    assert drafts[:, :3].tolist() == [[50, 50, 50], [4, 5, 1], [50, 50, 50]]
+    assert drafts[1].tolist() == [4, 5, 1, 2, 3]
+    expected = torch.zeros(3, 5)
+    expected[:, :3] = CONFIDENT
+    expected[1] = torch.tensor(CopyRates.FIRST[2:7])  # three tokens stood there before
+    torch.testing.assert_close(drafter.confidences, expected)
+
+
+def test_a_drafter_that_does_not_tell_is_left_for_two_tokens_that_were_there_before():
+    drafter = begun(None)
+    assert drafter.propose(3, None).tolist() == [[10, 11, 7], [4, 5, 1], [50, 50, 50]]
+    assert drafter.confidences is None
+
+
+def test_under_rejection_nothing_is_copied():
+    """Which row is copied follows from the drafts, and their distribution would be another one."""
+
+    class Rule:
+        text_depends_on_drafts = True
+
+    target = llama()
+    drafter, _ = choose_drafter(target, network_of(target), 4)
+    assert isinstance(drafter, CopyingDrafter)
+    assert isinstance(drafter_under(Rule(), drafter), SpecFormerDrafter)
+    Rule.text_depends_on_drafts = False
+    assert drafter_under(Rule(), drafter) is drafter
+
+
+# ---- how sure
+
+
+def test_rates_follow_what_is_accepted():
+    rates = CopyRates()
+    matched = torch.tensor([3, 0, 16])
+    first = rates.chances(matched, 4)
+    assert first[0].tolist() == pytest.approx(CopyRates.FIRST[2:6])
+    assert not first[1].any() and first[2].tolist() == pytest.approx([CopyRates.FIRST[-1]] * 4)
+    for _ in range(200):
+        rates.count(matched, 4, torch.tensor([1, 4, 0]))
+    chances = rates.chances(matched, 4)
+    assert chances[0, 0] > 0.9 and chances[0, 1] < 0.15  # the first one right, the second wrong
+    assert chances[0, 2:].tolist() == pytest.approx(CopyRates.FIRST[4:6])  # never looked at
+    assert not chances[1].any() and chances[2].max() < 0.2
+    for _ in range(1000):  # what was seen fades
+        rates.count(torch.zeros(3, dtype=torch.long), 4, torch.tensor([4, 4, 4]))
+    torch.testing.assert_close(rates.chances(matched, 4), first, rtol=0.01, atol=0)
+
+
+def test_only_rounds_that_copied_are_counted():
+    drafter = begun(CONFIDENT)
+    before = drafter.rates.seen.clone()
+    drafter.propose(3, None)
+    # row 0 drafted, row 1 had one copy accepted, row 2 drafted
+    drafter.update(torch.tensor([[50, 50, 50, 1], [4, 6, 0, 0], [1, 0, 0, 0]]), torch.tensor([4, 2, 1]), 11)
+    added = (drafter.rates.seen - before).round().tolist()
+    assert [place for place, count in enumerate(added) if count] == [3, 4]  # behind three tokens, and behind four
+    drafter.update(torch.tensor([[1], [1], [1]]), torch.tensor([1, 1, 1]), 12)  # a plain round
+    assert (drafter.rates.seen - before).round().tolist() == added
+
+
+def test_calls_share_what_they_saw():
+    """Also where the first one ran in inference mode, whose tensors others may not change."""
+    target, batch = llama(), ragged_batch()
+    network = network_of(target)
+    repeat = dict(logits_processor=[repeats_what_came_five_before], max_new_tokens=30, eos_token_id=None)
+    with torch.inference_mode():
+        generate(target, network, **batch, **repeat, num_assistant_tokens=4)
+    rates = experience_of(target, network).copy_rates
+    seen = rates.seen.sum()
+    assert seen > CopyRates().seen.sum()
+    generate(target, network, **batch, **repeat, num_assistant_tokens=4)
+    assert rates.seen.sum() > seen

@@ -50,6 +50,11 @@ class CopyRates:
         return (matched[:, None] + torch.arange(num_tokens, device=matched.device)).clamp(max=len(self.FIRST))
 
 
+def expected(chances: torch.Tensor) -> torch.Tensor:
+    """How many drafts are accepted, of slots with `chances` (R, k) once those in front of them are: (R,)."""
+    return chances.cumprod(dim=1).sum(dim=1)
+
+
 class CopyingDrafter:
     """Each row's drafts are copied from its own text, or another drafter's: those of which more are likely right.
 
@@ -63,6 +68,7 @@ class CopyingDrafter:
         max_matching_ngram_size: longest run of newest tokens that is looked for.
     """
 
+    SURE = 0.6  # expected share of right copies that the other drafter is not asked to beat
     LEAST_MATCHED = 2  # tokens that must have stood there before, where the other drafter does not tell how sure it is
 
     def __init__(self, drafter, num_tokens: int, rates: CopyRates, max_matching_ngram_size: int | None = None):
@@ -87,21 +93,31 @@ class CopyingDrafter:
 
     def propose(self, num_tokens, choose) -> torch.Tensor:
         copies, matched = self.lookup.find(num_tokens)  # (R, k), (R,)
+        chances = self.rates.chances(matched, num_tokens)  # (R, k)
         own = min(num_tokens, self.drafter.max_draft_tokens)
+        if self._needs_no_other(chances[:, :own]):
+            self.confidences, self.matched = chances, matched
+            return copies
         drafts = self.drafter.propose(own, choose).to(copies.device)
-        missing = num_tokens - drafts.shape[1]
-        confidences = getattr(self.drafter, "confidences", None)
+        drafted, confidences = drafts.shape[1], getattr(self.drafter, "confidences", None)
         if confidences is None:
             is_copied = matched >= self.LEAST_MATCHED
         else:
-            confidences = functional.pad(confidences.to(copies.device), (0, missing))  # (R, k)
-            chances = self.rates.chances(matched, num_tokens).to(confidences.dtype)
-            is_copied = chances.cumprod(dim=1).sum(dim=1) > confidences.cumprod(dim=1).sum(dim=1)
+            confidences = functional.pad(confidences.to(chances), (0, num_tokens - drafted))  # (R, k)
+            is_copied = expected(chances) > expected(confidences)
             confidences = torch.where(is_copied[:, None], chances, confidences)
         self.confidences, self.matched = confidences, matched * is_copied
         # where the other one has no more slots there is nothing better than the copy
-        drafts = torch.cat([drafts, copies[:, num_tokens - missing :]], dim=1)
+        drafts = torch.cat([drafts, copies[:, drafted:]], dim=1)
         return torch.where(is_copied[:, None], copies, drafts)
+
+    def _needs_no_other(self, chances: torch.Tensor) -> bool:
+        """Whether the other drafter would hardly be likelier right in any row, so that its time can be saved. A GPU is
+        not asked, for which the host would have to wait; nor is this for a drafter that does not tell how sure it is.
+        """
+        if chances.device.type != "cpu" or getattr(self.drafter, "confidences", None) is None:
+            return False
+        return bool((expected(chances) >= self.SURE * chances.shape[1]).all())
 
     def update(self, tokens, counts, longest) -> None:
         self.drafter.update(tokens, counts, longest)

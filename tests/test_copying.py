@@ -103,6 +103,23 @@ def test_a_drafter_that_does_not_tell_is_left_for_two_tokens_that_were_there_bef
     assert drafter.confidences is None
 
 
+def test_the_other_drafter_is_not_asked_where_copies_are_sure():
+    drafter = begun(CONFIDENT)
+    asked: list[int] = []
+    propose = drafter.drafter.propose
+    drafter.drafter.propose = lambda *args: asked.append(1) or propose(*args)
+    rounds = torch.tensor([[9, 10, 11, 7, 8], [3, 4, 5, 1, 2], [20, 21, 22, 23, 24]])
+    for place in range(30):
+        drafter.propose(4, None)
+        drafter.update(rounds[:, [(place + 1) % 5]], torch.ones(3, dtype=torch.long), 8 + place)
+    assert 5 < len(asked) < 20  # until all rows have gone on as before for long
+    text = [7, 8, 9, 10, 11]
+    copies = drafter.propose(4, None)[0].tolist()
+    start = text.index(copies[0])
+    assert copies == [text[(start + place) % 5] for place in range(4)]
+    assert torch.equal(drafter.confidences, drafter.rates.chances(drafter.matched, 4))
+
+
 def test_under_rejection_nothing_is_copied():
     """Which row is copied follows from the drafts, and their distribution would be another one."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict, deque
+from collections.abc import Hashable
 from dataclasses import dataclass
 from itertools import accumulate
 from operator import mul
@@ -31,7 +32,7 @@ class Pace:
 
 
 class Experience:
-    """What is known of one model that drafts for another, from call to call.
+    """What is known of one way to draft for a model, from call to call.
 
     Attributes:
         times: `RoundTimes` by the regime, such as the device.
@@ -73,6 +74,7 @@ class AutoDraftLength(DraftLength):
     PATIENCE_OF_A_CALL = 64  # at its beginning, at most: its text may be of another kind
     FADING = 0.995  # weight of what was seen before, one row's drafts later
     LEAST_GAIN = 1.05  # tokens per second that drafting must promise, in units of plain decoding: rows end unevenly
+    MOST_ASKED = 4  # rounds in which a drafter may draft nothing at first
     FIRST_RATE, FIRST_WEIGHT = 0.6, 4.0  # acceptance to begin with, and how many drafts experience is worth
 
     def __init__(self, most: int, start: int, experience: Experience, regime=()):
@@ -83,6 +85,7 @@ class AutoDraftLength(DraftLength):
         self.pace = experience.pace = experience.pace or Pace(self.start, patience=self.FIRST_PATIENCE)
         self.pace.patience = min(self.pace.patience, self.PATIENCE_OF_A_CALL)
         self.planned: list[int] = []
+        self.asked = 0
         self.is_trial = True  # whether a round is there to learn of, and not the best known
         self.is_behind = False  # whether the drafter has yet to read what plain rounds added
 
@@ -107,9 +110,11 @@ class AutoDraftLength(DraftLength):
     def next(self, num_rows: int) -> int:
         self.is_trial = True
         times = self.experience.times[self.regime]
-        for length in (self.start, 0):
-            if not times.knows(length):
-                return length
+        if not times.knows(drafting=True) and self.asked < self.MOST_ASKED:
+            self.asked += 1
+            return self.start
+        if not times.knows(drafting=False):
+            return 0
         if self.planned:
             return self.planned.pop()
         speeds = self.speeds(times.estimate(num_rows, self.most))
@@ -126,15 +131,19 @@ class AutoDraftLength(DraftLength):
         others = self.others(best)
         other = others[pace.turns % len(others)]
         pace.turns += 1
-        # Until its time is known; the first round behind plain ones catches up, and is not timed.
-        rounds = max(1, times.LEAST - times.count(num_rows, other)) + (best == 0)
-        self.planned = [other] * (rounds - 1)
+        # the first round behind plain ones catches up, and is not timed
+        self.planned = [other] * (self.rounds_of_turn(num_rows, other) - 1 + (best == 0))
         return other
 
     def others(self, best: int) -> list[int]:
         """The lengths that have turns beside the best one."""
         lengths = (best + 1, best - 1, 0, *range(min(self.most, self.TRIED) + 1))
         return [length for length in dict.fromkeys(lengths) if 0 <= length <= self.most and length != best]
+
+    def rounds_of_turn(self, num_rows: int, length: int) -> int:
+        """As many as it takes to know its time."""
+        times = self.experience.times[self.regime]
+        return max(1, times.LEAST - times.count(num_rows, length))
 
     def record(self, num_rows: int, drafted: int, outcome: list[tuple[int, int]], seconds: float) -> None:
         if not (drafted and self.is_behind):
@@ -152,9 +161,10 @@ class AutoDraftLength(DraftLength):
         self.experience.rates = self.rates()
 
 
-_experience: WeakKeyDictionary = WeakKeyDictionary()  # target -> what drafts for it -> Experience
+_experience: WeakKeyDictionary = WeakKeyDictionary()  # target -> what drafts for it -> in which way -> Experience
 
 
-def experience_of(target, drafting) -> Experience:
-    """What earlier calls in this process know of `drafting`, a model, as the drafter of `target`."""
-    return _experience.setdefault(target, WeakKeyDictionary()).setdefault(drafting, Experience())
+def experience_of(target, drafting, way: Hashable = None) -> Experience:
+    """What earlier calls in this process know of `drafting`, a model, as the drafter of `target` in some `way`."""
+    ways = _experience.setdefault(target, WeakKeyDictionary()).setdefault(drafting, {})
+    return ways.setdefault(way, Experience())

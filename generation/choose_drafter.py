@@ -94,5 +94,6 @@ def choose_draft_length(
         most = min(drafter.max_draft_tokens, MOST_WITHOUT_NUMBER)
         start = drafter.default_num_assistant_tokens or most
         kind = AutoDraftLength if rule.text_depends_on_drafts else ConfidentDraftLength
-        return kind(most, start, experience_of(model, assistant_model), (model.device, model.dtype))
+        experience = experience_of(model, assistant_model, (type(drafter), most))
+        return kind(most, start, experience, (model.device, model.dtype))
     return DraftLength(min(requested, drafter.max_draft_tokens))

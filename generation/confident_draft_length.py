@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import accumulate
+from math import isfinite
 from time import perf_counter
 
 import torch
@@ -29,16 +30,16 @@ class ConfidentDraftLength(AutoDraftLength):
         self.expected: list[float] | None = None  # this round's, of 0, 1, ... verified drafts
         self.seconds: list[float] | None = None  # of a round that verifies 0, 1, ..., once something was expected
 
-    def keep(
-        self, drafts: torch.Tensor, confidences: torch.Tensor | None, stopped: torch.Tensor, started: float
-    ) -> int:
+    def keep(self, drafts: torch.Tensor, confidences: torch.Tensor | None, idle: torch.Tensor, started: float) -> int:
         width = drafts.shape[1]
         if confidences is None or not width:
             return width
-        counted = ~stopped.to(confidences.device)[:, None]  # (R, 1)
+        counted = ~idle.to(confidences.device)[:, None]  # (R, 1)
         chances = (confidences.cumprod(dim=1) * counted).sum(dim=0) / counted.sum()
         self.expected = list(accumulate(chances.tolist(), initial=1.0))
         drafting = perf_counter() - started
+        if not isfinite(self.expected[-1]):  # no row counts, or the drafter's numbers are broken
+            return 0
         self.experience.expectations.append((self.expected, drafting))
         if self.seconds is None:
             return width
@@ -50,6 +51,9 @@ class ConfidentDraftLength(AutoDraftLength):
         if not self.experience.expectations:
             return super().others(best)
         return [0 if best else self.most]
+
+    def rounds_of_turn(self, num_rows: int, length: int) -> int:
+        return 1 if self.experience.expectations else super().rounds_of_turn(num_rows, length)
 
     def record(self, num_rows, drafted, outcome, seconds) -> None:
         expected, self.expected = self.expected, None

@@ -90,6 +90,7 @@ class CopyingDrafter:
         self.drafter.begin(input_ids, layout, first_tokens, max_length)
         self.lookup.begin(input_ids, layout, first_tokens, max_length)
         self.rates.to(input_ids.device)
+        self.running = torch.ones_like(layout.lengths, dtype=torch.bool)  # (R,)
 
     def propose(self, num_tokens, choose) -> torch.Tensor:
         copies, matched = self.lookup.find(num_tokens)  # (R, k), (R,)
@@ -117,15 +118,17 @@ class CopyingDrafter:
         """
         if chances.device.type != "cpu" or getattr(self.drafter, "confidences", None) is None:
             return False
-        return bool((expected(chances) >= self.SURE * chances.shape[1]).all())
+        return bool(((expected(chances) >= self.SURE * chances.shape[1]) | ~self.running).all())
 
     def update(self, tokens, counts, longest) -> None:
         self.drafter.update(tokens, counts, longest)
         self.lookup.update(tokens, counts, longest)
+        self.running = counts > 0
         if self.matched is not None:
-            self.rates.count(self.matched * (counts > 0), tokens.shape[1] - 1, counts - 1)
+            self.rates.count(self.matched * self.running, tokens.shape[1] - 1, counts - 1)
             self.matched = None
 
     def select_rows(self, index, longest) -> None:
         self.drafter.select_rows(index, longest)
         self.lookup.select_rows(index, longest)
+        self.running = self.running[index]

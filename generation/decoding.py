@@ -59,7 +59,7 @@ def decode(
             if k:
                 drafts = drafter.propose(k, choice.of_drafter).to(input_ids.device)  # (R, k) or fewer
                 confidences = getattr(drafter, "confidences", None)
-                drafts = drafts[:, : draft_length.keep(drafts, confidences, text.device_stopped, started)]
+                drafts = drafts[:, : draft_length.keep(drafts, confidences, text.device_idle, started)]
             else:
                 drafts = input_ids.new_empty(len(text.rows), 0)
             drafts = text.pad_stopped(drafts)

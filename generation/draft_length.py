@@ -21,14 +21,12 @@ class DraftLength:
         """Tokens to draft in the next round, whose pass carries `num_rows` rows."""
         return self.most
 
-    def keep(
-        self, drafts: torch.Tensor, confidences: torch.Tensor | None, stopped: torch.Tensor, started: float
-    ) -> int:
+    def keep(self, drafts: torch.Tensor, confidences: torch.Tensor | None, idle: torch.Tensor, started: float) -> int:
         """How many of the drafts (R, k) to verify.
 
         Args:
             confidences: how likely each is accepted once those in front of it are, (R, k), if the drafter knows.
-            stopped: rows that are only carried along, bool (R,).
+            idle: rows that are only carried along, bool (R,).
             started: when the round began, as `perf_counter` tells.
         """
         return drafts.shape[1]

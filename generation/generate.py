@@ -75,7 +75,8 @@ def generate(
             alone, all drafts are copied.
         num_assistant_tokens: tokens to draft each round. "auto" drafts what pays, measured while it runs: see
             `auto_draft_length`. `None` takes the generation config's number, else is "auto", but with "rejection" the
-            drafter's default. More than the drafter has slots is cut to them; 0 decodes plainly.
+            drafter's default. More than the drafter has slots, or than are copied, is cut to that; 0
+            decodes plainly.
         acceptance: when sampling, "match" gives the same tokens as plain generate() with the same torch seed;
             "coupled" gives each row a text that depends on its own seed alone; "rejection" accepts most drafts, and
             gives a text with the same distribution. See `acceptance`.

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -79,8 +79,10 @@ class PromptLayout:
         """Whether padding stands between real tokens of some row."""
         return self.host_widths != self.host_lengths
 
-    def groups(self) -> Iterator[PromptGroup]:
+    @cached_property
+    def groups(self) -> list[PromptGroup]:
         """The rows that read their prompts together."""
+        groups = []
         for rows in group_rows(self.host_widths, self.pass_tokens):
             host_lengths, host_widths = (
                 [values[row] for row in rows] for values in (self.host_lengths, self.host_widths)
@@ -92,7 +94,8 @@ class PromptLayout:
             index = torch.arange(width, device=rows.device)
             index = index + dropped * (index >= lengths[:, None])  # (N, width)
             columns = self.columns[rows].gather(1, index) - dropped
-            yield PromptGroup(rows, width, PromptLayout(columns, lengths, host_lengths, host_widths))
+            groups.append(PromptGroup(rows, width, PromptLayout(columns, lengths, host_lengths, host_widths)))
+        return groups
 
     def numbers_rows_from_zero(self, position_ids: torch.Tensor) -> bool:
         """Whether position ids (B or 1, P) count the real tokens of each row: 0, 1, 2, ..."""

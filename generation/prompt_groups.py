@@ -34,13 +34,16 @@ def group_rows(widths: list[int], pass_tokens: int | None) -> list[list[int]]:
     if pass_tokens is None or max(widths) * len(widths) - sum(widths) <= pass_tokens:
         return everything
     order = sorted(range(len(widths)), key=lambda row: -widths[row])
-    # In the best division each group is a stretch of this order: costs[n] is that of its first n rows, and the last
-    # group of these begins at begins[n].
-    costs, begins = [0], [0]
-    for end in range(1, len(order) + 1):
-        cost, begin = min((costs[begin] + widths[order[begin]] * (end - begin), begin) for begin in range(end))
-        costs.append(cost + pass_tokens)
-        begins.append(begin)
+    # In the best division each group is a stretch of this order that begins where the width changes: costs[n] is that
+    # of its first n rows, and the last group of these begins at begins[n].
+    changes = [place for place in range(1, len(order)) if widths[order[place]] != widths[order[place - 1]]]
+    places = [0, *changes, len(order)]
+    costs, begins = {0: 0}, {}
+    for number, end in enumerate(places[1:], 1):
+        cost, begins[end] = min(
+            (costs[begin] + widths[order[begin]] * (end - begin), begin) for begin in places[:number]
+        )
+        costs[end] = cost + pass_tokens
     groups, end = [], len(order)
     while end:
         groups.append(sorted(order[begins[end] : end]))

@@ -72,7 +72,7 @@ def find_repetition(ids: torch.Tensor, lengths: torch.Tensor, max_ngram_size: in
         Index of the token behind the occurrence (R,), and the length of the suffix (R,): 0 where not even the last
         token occurs earlier.
     """
-    size, width = max_ngram_size, ids.shape[1]
+    size, width = min(max_ngram_size, ids.shape[1]), ids.shape[1]
     padded = functional.pad(ids, (size, 0), value=-1)
     windows = padded.unfold(1, size, 1)[:, 1:]  # (R, T, size): the last tokens up to each place
     suffix = padded.gather(1, lengths[:, None] + torch.arange(size, device=ids.device))

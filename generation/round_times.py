@@ -21,23 +21,27 @@ class RoundTimes:
 
     KEPT = 5
     LEAST = 2
+    REMEMBERED = 128  # shapes, the last ones
 
     def __init__(self):
         self.samples: dict[Shape, deque[float]] = defaultdict(lambda: deque(maxlen=self.KEPT))
-        self.known: dict[Shape, float] = {}  # medians
+        self.known: dict[Shape, float] = {}  # medians, the newest last
 
     def count(self, num_rows: int, drafted: int) -> int:
         return len(self.samples.get((num_rows, drafted), ()))
 
-    def knows(self, drafted: int) -> bool:
-        """Whether rounds that draft so many are known, of any number of rows."""
-        return any(length == drafted for _, length in list(self.known))
+    def knows(self, drafting: bool) -> bool:
+        """Whether rounds that draft something are known, or such that draft nothing, of any number of rows."""
+        return any((drafted > 0) is drafting for _, drafted in list(self.known))
 
     def add(self, num_rows: int, drafted: int, seconds: float) -> None:
         samples = self.samples[num_rows, drafted]
         samples.append(seconds)
         if len(samples) >= self.LEAST:
+            self.known.pop((num_rows, drafted), None)
             self.known[num_rows, drafted] = median_low(list(samples))
+            for shape in list(self.known)[: -self.REMEMBERED]:
+                self.known.pop(shape, None)
 
     def estimate(self, num_rows: int, most: int) -> list[float]:
         """Seconds of a round of `num_rows` rows that draft 0, 1, ..., `most`. Something must be known."""

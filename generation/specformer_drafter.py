@@ -13,7 +13,8 @@ from .ragged_cache import RaggedCache
 from .target import FIRST_CAPACITY
 
 MOST_UNREAD = 32
-"""Rounds without a proposal after which the target's hidden states are read anyway, since they take memory."""
+"""Positions of a row, of rounds without a proposal, after which the target's hidden states are read anyway, since they
+take memory."""
 
 
 class SpecFormerDrafter:
@@ -52,7 +53,7 @@ class SpecFormerDrafter:
         limit = max_length - input_ids.shape[1] + layout.longest
         capacity = min(layout.longest + FIRST_CAPACITY, limit)
         self.cache = RaggedCache(1, layout.lengths, layout.longest, capacity, limit)
-        groups = list(layout.groups())
+        groups = layout.groups
         contexts = []
         for group, hidden_states in zip(
             groups, self.borrowed.take_each([group.width for group in groups]), strict=True
@@ -97,7 +98,7 @@ class SpecFormerDrafter:
         self.newest = newest_tokens(tokens, counts, self.newest)
         self.unread.append((hidden_states, tokens, counts))
         self.longest = longest
-        if len(self.unread) == MOST_UNREAD:
+        if sum(tokens.shape[1] for _, tokens, _ in self.unread) >= MOST_UNREAD:
             self._read()
 
     def select_rows(self, index, longest) -> None:

@@ -48,7 +48,7 @@ def prefill(
     # Rows are counted without their padding, so the longest ends max_length - (P - longest) tokens on.
     longest_text = layout.longest + max_length - input_ids.shape[1]
     cache, logits, order = None, [], []
-    for group in layout.groups():
+    for group in layout.groups:
         of_group = dict(model_kwargs)
         for name in ("attention_mask", "position_ids"):
             if (value := model_kwargs.get(name)) is not None:

@@ -86,6 +86,11 @@ class Text:
     def done(self) -> bool:
         return all(self.finished)
 
+    @property
+    def device_idle(self) -> torch.Tensor:
+        """Carried rows that have stopped, bool (R,)."""
+        return self.device_stopped | ~self.device_running
+
     def is_running(self, row: int) -> bool:
         return not self.finished[row]
 

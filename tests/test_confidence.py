@@ -242,7 +242,35 @@ def test_rows_that_are_carried_along_do_not_count():
     assert length.expected == pytest.approx([1, 1.375, 1.625])
 
 
+@pytest.mark.parametrize("broken", [False, True])
+def test_a_round_of_which_nothing_is_known_leaves_nothing_behind(broken: bool):
+    """No row counts, or a confidence is not a number."""
+    world = World([0.9] * 4, 0.01, 0.05)
+    length = ConfidentDraftLength(4, 2, Experience())
+    live_confidently(length, UnevenWorld(slope=0.01, draft=0.05, rates=(0.9, 0.8)), 50, 4)
+    before = length.experience.predicted, list(length.experience.expectations)
+    confidences = torch.full((8, 4), torch.nan if broken else 0.5)
+    for _ in range(20):
+        k = length.next(8)
+        if k:
+            k = length.keep(torch.zeros(8, k), confidences, torch.tensor([not broken] * 8), perf_counter())
+            assert k == 0
+        length.record(8, k, [(0, 0)] * 8, world.seconds(k))
+    assert before == (length.experience.predicted, list(length.experience.expectations))
+    _, chosen = live_confidently(length, UnevenWorld(slope=0.01, draft=0.05, rates=(0.9, 0.8)), 50, 4)
+    assert chosen[4, 4] > 30
+
+
 # ---- in real calls
+
+
+def test_calls_that_draft_more_and_less_take_turns():
+    target, batch = llama(), ragged_batch()
+    config = SpecFormerConfig.from_target_config(target.config, confidence_head=True, num_draft_tokens=4)
+    drafter, settings = SpecFormerModel(config).double().eval(), dict(max_new_tokens=30, eos_token_id=None)
+    reference = plain(target, batch, **settings).sequences.tolist()
+    for copied in (None, 0, 16, None, 0):
+        assert generate(target, drafter, **batch, **settings, prompt_lookup_num_tokens=copied).tolist() == reference
 
 
 @pytest.mark.parametrize(

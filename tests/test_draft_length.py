@@ -153,6 +153,17 @@ def test_the_round_that_catches_up_is_not_timed():
     assert experience.times[()].known == {(8, 2): 1.5, (8, 0): 1.0}
 
 
+@pytest.mark.parametrize("proposed", [0, 1])
+def test_a_drafter_that_drafts_less_than_asked_is_not_asked_for_ever(proposed: int):
+    """It never drafts as many as the first rounds ask for, and what it drafts is wrong."""
+    length, asked = auto(most=8, start=4), 0
+    for _ in range(200):
+        k = min(proposed, length.next(8))
+        asked += length.is_trial or k > 0
+        length.record(8, k, [(0, 1)] * 8, 1.0 + 0.5 * k)
+    assert asked < 40
+
+
 @pytest.mark.parametrize("many", [4, 16])
 def test_rows_that_were_never_timed_begin_where_it_pays(many: int):
     """What is known of eight rows tells of four and of sixteen, so nothing has to be tried out again."""
@@ -295,7 +306,7 @@ def test_experience_is_kept_with_the_models_and_goes_with_them():
     gc.collect()  # what earlier tests left
     before = len(auto_draft_length._experience)
     generate(target, network, **ragged_batch(), max_new_tokens=20)
-    known = auto_draft_length.experience_of(target, network)
+    (known,) = (known for known in auto_draft_length._experience[target][network].values() if known.times)
     assert known.times and known.rates and len(auto_draft_length._experience) == before + 1
     del target, network, known
     gc.collect()

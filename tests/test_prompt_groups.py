@@ -72,7 +72,7 @@ def with_holes() -> dict:
 def test_groups_hold_the_tokens_of_their_rows(make):
     batch = make()
     layout = layout_of(batch, 2)
-    groups = list(layout.groups())
+    groups = layout.groups
     assert len(groups) > 1
     for group in groups:
         assert group.width == max(layout.host_widths[row] for row in group.rows.tolist())
@@ -109,7 +109,7 @@ def test_prompts_leave_the_same_in_groups(make, chunk_size: int | None):
         read.append(sum(sizes))
     for ours, theirs in zip(*left, strict=True):
         torch.testing.assert_close(ours, theirs)
-    assert read[0] == sum(group.width * len(group.rows) for group in with_groups.groups()) < read[1]
+    assert read[0] == sum(group.width * len(group.rows) for group in with_groups.groups) < read[1]
     assert read[1] == batch["input_ids"].numel()
 
 

@@ -19,7 +19,7 @@ def times_of(seconds: dict[tuple[int, int], float], count: int = 2) -> RoundTime
 def test_a_first_round_does_not_count():
     times = times_of({(8, 0): 1.0})
     times.add(8, 2, 99.0)
-    assert not times.knows(2) and times.count(8, 2) == 1
+    assert times.knows(drafting=False) and not times.knows(drafting=True) and times.count(8, 2) == 1
     times.add(8, 2, 3.0)
     assert times.known[8, 2] == 3.0
     times.add(8, 2, 4.0)
@@ -27,6 +27,11 @@ def test_a_first_round_does_not_count():
     for _ in range(RoundTimes.KEPT):
         times.add(8, 2, 5.0)
     assert times.known[8, 2] == 5.0 and times.count(8, 2) == RoundTimes.KEPT
+
+
+def test_shapes_that_were_not_seen_for_long_are_forgotten():
+    times = times_of({(rows, 0): float(rows) for rows in range(1, 301)})
+    assert len(times.known) == RoundTimes.REMEMBERED and (300, 0) in times.known and (1, 0) not in times.known
 
 
 def test_what_is_known_is_what_was_measured():

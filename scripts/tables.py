@@ -17,6 +17,8 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 
 REAL_DECODING = [
+    "mt_bench_256_greedy",
+    "mt_bench_256_greedy_k7",
     "mt_bench_first_turns_greedy",
     "mt_bench_first_turns_sampling",
     "mt_bench_alone_greedy",
@@ -26,6 +28,7 @@ REAL_DECODING = [
     "mt_bench_prompt_lookup_greedy",
     "mt_bench_prompt_lookup_sampling",
 ]
+WITH_COPIES = ["mt_bench_256_greedy", "mt_bench_256_greedy_k7"]
 BY_TASK = ["mt_bench_by_task", "spec_bench_by_task"]
 
 
@@ -45,15 +48,14 @@ def results_section() -> str:
         if decoding != "greedy":
             decoding += f', "{regime["acceptance"]}"'
         rows.append(
-            f"| {regime['drafter']} | {decoding} | {same} | {result['tokens_per_pass']:.2f} ({low:.2f}-{high:.2f}) | "
-            f"{slots} |"
+            f"| {regime['drafter']} | {decoding} | {regime['max_new_tokens']} | {same} | "
+            f"{result['tokens_per_pass']:.2f} ({low:.2f}-{high:.2f}) | {slots} |"
         )
         notes.append(
             f"First turns of MT-Bench ({result['prompts']} prompts, none of them trained on), {regime['target']} in "
-            f"{regime['dtype']}, batches of {regime['batch_size']} different prompts, {regime['max_new_tokens']} new "
-            f"tokens, {regime['num_assistant_tokens']} drafted a round; {result['machine']['device']} "
-            f"({result['machine']['cpu']}), torch {result['versions']['torch']}, transformers "
-            f"{result['versions']['transformers']}."
+            f"{regime['dtype']}, batches of {regime['batch_size']} different prompts, as many drafted a round as there "
+            f"are slots; {result['machine']['device']} ({result['machine']['cpu']}), torch {result['versions']['torch']}, "
+            f"transformers {result['versions']['transformers']}."
         )
     demo = json.loads((RESULTS / "demo_cpu.json").read_text())
     ratio = demo["tokens_per_second"] / demo["plain_tokens_per_second"]
@@ -64,8 +66,8 @@ def results_section() -> str:
         f'"{demo["regime"]["num_assistant_tokens"]}", medians of {demo["regime"]["repeats"]} in turn.'
     )
     header = (
-        "| what drafts | decoding | texts identical to plain `generate` | tokens per target pass (95 %) | "
-        "accepted drafts, slot by slot |\n|---|---|---|---|---|"
+        "| what drafts | decoding | new tokens | texts identical to plain `generate` | tokens per target pass (95 %) | "
+        "accepted drafts, slot by slot |\n|---|---|---|---|---|---|"
     )
     return "\n".join([header, *rows, "", *dict.fromkeys(notes), "", *speed_table(), "", speed]) + "\n"
 
@@ -138,7 +140,21 @@ def drafter_section() -> str:
     for name in BY_TASK:
         result = json.loads((RESULTS / f"{name}.json").read_text())
         lines += [*task_table(result), "", regime_text(result), ""]
-    return "\n".join(lines)
+    return "\n".join([*lines, *copies_table()]) + "\n"
+
+
+def copies_table() -> list[str]:
+    """By task, what the drafter and copies of the text come to together, in real decoding."""
+    results = [json.loads((RESULTS / f"{name}.json").read_text()) for name in WITH_COPIES]
+    rows = [
+        f"| {task} | {figures['prompts']} | "
+        + " | ".join(f"{(result['tasks'] | {'all': result})[task]['tokens_per_pass']:.2f}" for result in results)
+        + " |"
+        for task, figures in (results[0]["tasks"] | {"all": results[0]}).items()
+    ]
+    lengths = [f"k = {result['regime']['num_assistant_tokens']}, with copies" for result in results]
+    header = [f"| task | prompts | {' | '.join(lengths)} |", "|---" * (2 + len(lengths)) + "|"]
+    return [*header, *rows, "", regime_text(results[0])]
 
 
 def ablations_section() -> str:

@@ -54,8 +54,8 @@ def results_section() -> str:
         notes.append(
             f"First turns of MT-Bench ({result['prompts']} prompts, none of them trained on), {regime['target']} in "
             f"{regime['dtype']}, batches of {regime['batch_size']} different prompts, as many drafted a round as there "
-            f"are slots; {result['machine']['device']} ({result['machine']['cpu']}), torch {result['versions']['torch']}, "
-            f"transformers {result['versions']['transformers']}."
+            f"are slots in the last column; {result['machine']['device']} ({result['machine']['cpu']}), torch "
+            f"{result['versions']['torch']}, transformers {result['versions']['transformers']}."
         )
     demo = json.loads((RESULTS / "demo_cpu.json").read_text())
     ratio = demo["tokens_per_second"] / demo["plain_tokens_per_second"]

@@ -192,7 +192,7 @@ def test_figures_from_answers_are_those_of_decoding(folder: Path, monkeypatch):
     offline = json.loads((folder / "result.json").read_text())
     assert {task: figures["answers"] for task, figures in offline["tasks"].items()} == Counter(tasks)
     for k in (1, 2, 3):
-        options = ("--num-assistant-tokens", k, "--max-new-tokens", 16, "--batch-size", 3)
+        options = ("--no-copies", "--num-assistant-tokens", k, "--max-new-tokens", 16, "--batch-size", 3)
         run(evaluate_drafter, monkeypatch, *evaluated, *options)
         decoded = json.loads((folder / "result.json").read_text())
         assert decoded["identical"] == len(TEXTS)

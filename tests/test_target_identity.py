@@ -49,7 +49,7 @@ def dequantised(target: PreTrainedModel, block: int = 16) -> PreTrainedModel:
     for parameter in target.parameters():
         if parameter.ndim > 1:
             blocks = parameter.view(-1, block)
-            scale = blocks.abs().amax(dim=1, keepdim=True) / 7
+            scale = blocks.abs().amax(dim=1, keepdim=True).clamp(min=1e-9) / 7  # the pad token's are all 0
             parameter.copy_(((blocks / scale).round() * scale).view_as(parameter))
     return target
 

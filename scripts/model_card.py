@@ -52,10 +52,10 @@ def run_text(log: dict) -> str:
     return (
         f"{run_text(before) + ' Then trained' if before else 'Trained'} on {log['answers']:,} answers of the target "
         f"itself ({log['answer_tokens']:,} tokens, {log['held_out_answers']} of the answers held out), "
-        f"{settings['epochs']:g} epochs, {log['steps']:,} steps of {settings['batch_size']} x "
-        f"{settings['accumulation']} texts on each of {settings['processes']} processes, in {log['minutes']:.0f} "
-        f"minutes on {machine['device']} ({machine['cpu']}), torch {log['versions']['torch']}, transformers "
-        f"{log['versions']['transformers']}."
+        f"{settings['epochs']:g} epoch{'s' * (settings['epochs'] != 1)}, {log['steps']:,} steps of "
+        f"{settings['batch_size']} x {settings['accumulation']} texts on each of {settings['processes']} processes, in "
+        f"{log['minutes']:.0f} minutes on {machine['device']} ({machine['cpu']}), torch {log['versions']['torch']}, "
+        f"transformers {log['versions']['transformers']}."
     )
 
 
@@ -91,8 +91,8 @@ def regime_text(result: dict) -> str:
         how = f"greedy, exactly computed over {result['answer_tokens']:,} tokens that the target answered"
     else:
         how = (
-            f"{regime['decoding']}, {regime['max_new_tokens']} new tokens, batches of {regime['batch_size']} different "
-            "prompts"
+            f"{regime['drafter']}, {regime['decoding']}, {regime['max_new_tokens']} new tokens, batches of "
+            f"{regime['batch_size']} different prompts"
         )
         if "identical" in result:
             how += f", {result['identical']} of {result['prompts']} texts identical to plain `generate`"

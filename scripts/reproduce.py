@@ -38,7 +38,7 @@ RECIPES = {
     },
     "cpu": {
         "distill": ["--batch-size", "96", "--max-new-tokens", "160", "--max-prompt-tokens", "128"],
-        "prompts": [(0, 4000), (4000, 8500), (8500, 14000)],
+        "prompts": [(0, 4000), (4000, 8500), (8500, 14000), (14000, 19500)],
         "train": [
             [
                 *("--epochs", "5", "--batch-size", "8", "--learning-rate", "1.5e-3", "--max-length", "512"),
@@ -54,6 +54,10 @@ RECIPES = {
             [
                 *("--epochs", "2", "--batch-size", "8", "--learning-rate", "1e-3", "--max-length", "512"),
                 *("--acceptance-weights", "0.5", "--store-hidden-states", "--held-out", "64", "--evaluations", "4"),
+            ],
+            [
+                *("--epochs", "1", "--batch-size", "8", "--learning-rate", "1e-3", "--max-length", "512"),
+                *("--acceptance-weights", "0.5", "--held-out", "64", "--evaluations", "2"),
             ],
         ],
         "evaluate": ["--batch-size", "8", "--max-new-tokens", "64"],

@@ -355,7 +355,7 @@ def test_ablations(folder: Path, monkeypatch):
 def test_one_command_from_prompts_to_a_drafter(folder: Path, monkeypatch):
     """Cut into pieces on the way."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setitem(reproduce.RECIPES["cpu"], "prompts", [(0, 5), (5, 8500), (8500, 14000)])
+    monkeypatch.setitem(reproduce.RECIPES["cpu"], "prompts", [(0, 5), (5, 8500), (8500, 14000), (14000, 19500)])
     output = folder / "run"
     arguments = [
         *("--prompts", folder / "prompts.jsonl", "--evaluate", folder / "prompts.jsonl", "--output", output),
@@ -376,7 +376,7 @@ def test_one_command_from_prompts_to_a_drafter(folder: Path, monkeypatch):
         assert json.loads((output / f"prompts_k{k}.json").read_text())["identical"] == len(TEXTS)
     monkeypatch.setattr(subprocess, "Popen", None)
     assert run(reproduce, monkeypatch, *arguments) == 0  # nothing is left to do
-    few = reproduce.RECIPES["cpu"] | {"prompts": [(0, 50), (50, 100), (100, 150)]}
+    few = reproduce.RECIPES["cpu"] | {"prompts": [(0, 50), (50, 100), (100, 150), (150, 200)]}
     monkeypatch.setitem(reproduce.RECIPES, "cpu", few)
     steps = reproduce.commands(reproduce.parse())
     assert [step[0] for step in steps] == ["distill", "train", "evaluate_drafter", "evaluate_drafter"]

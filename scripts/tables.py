@@ -125,8 +125,8 @@ def profile_section() -> str:
         f"| drafter | {seconds['drafter'] / seconds['total']:.1%} |\n"
         f"| everything else | {outside['median']:.1%} ({outside['min']:.1%} to {outside['max']:.1%}) |\n\n"
         f"{regime['target']} in {regime['dtype']}, greedy, {regime['batch_size']} different MT-Bench prompts, "
-        f"{regime['max_new_tokens']} new tokens, {regime['num_assistant_tokens']} drafted a round, median of "
-        f"{regime['repeats']} runs of {seconds['total']:.1f} s; {result['machine']['device']} "
+        f"{regime['max_new_tokens']} new tokens, {regime['num_assistant_tokens']} drafted a round, without copies, "
+        f"median of {regime['repeats']} runs of {seconds['total']:.1f} s; {result['machine']['device']} "
         f"({result['machine']['cpu']}, {result['machine']['torch_threads']} threads), torch "
         f"{result['versions']['torch']}, transformers {result['versions']['transformers']}.\n"
     )

@@ -258,6 +258,7 @@ def test_model_card(trained: Path, monkeypatch):
         machine=dict(device="GPU", cpu="x"), versions=dict(torch="2.1", transformers="5.1"), command="python -m b"
     )
     regime = dict(dtype="float32", decoding="greedy", max_new_tokens=64, batch_size=8, num_assistant_tokens=4)
+    regime["drafter"] = "SpecFormer with copies"
     common["regime"] = regime
     tasks = {"poems": dict(prompts=3, tokens_per_pass=1.25), "sums": dict(prompts=5, tokens_per_pass=1.75)}
     decoded.write_text(

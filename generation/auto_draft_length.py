@@ -9,7 +9,6 @@ from itertools import accumulate
 from operator import mul
 from weakref import WeakKeyDictionary
 
-from .copying_drafter import CopyRates
 from .draft_length import DraftLength
 from .round_times import RoundTimes
 
@@ -40,7 +39,6 @@ class Experience:
         pace: of the last call's turns, which the next one keeps up.
         expectations: of the last rounds of a drafter that knows how likely its drafts are accepted: the tokens that it
             expected of verifying 0, 1, ... of them, and the seconds that drafting took.
-        copy_rates: how likely copies from the text are right, of a drafter that leaves some rows to them.
         predicted, accepted: how many drafts it expected to be accepted of those verified, and how many were; fading.
     """
 
@@ -51,7 +49,6 @@ class Experience:
         self.rates: list[float] = []
         self.pace: Pace | None = None
         self.expectations: deque[tuple[list[float], float]] = deque(maxlen=self.REMEMBERED)
-        self.copy_rates = CopyRates()
         self.predicted = self.accepted = 0.0
 
 
@@ -161,10 +158,11 @@ class AutoDraftLength(DraftLength):
         self.experience.rates = self.rates()
 
 
-_experience: WeakKeyDictionary = WeakKeyDictionary()  # target -> what drafts for it -> in which way -> Experience
+_experience: WeakKeyDictionary = WeakKeyDictionary()  # target -> what drafts for it -> in which way -> what is known
 
 
-def experience_of(target, drafting, way: Hashable = None) -> Experience:
-    """What earlier calls in this process know of `drafting`, a model, as the drafter of `target` in some `way`."""
+def experience_of(target, drafting, way: Hashable, make: type = Experience):
+    """What earlier calls in this process know of `drafting`, a model, as the drafter of `target` in some `way`: what
+    `make()` is at first."""
     ways = _experience.setdefault(target, WeakKeyDictionary()).setdefault(drafting, {})
-    return ways.setdefault(way, Experience())
+    return ways.setdefault(way, make())

@@ -9,7 +9,7 @@ from .assistant_drafter import AssistantDrafter
 from .auto_draft_length import AutoDraftLength, experience_of
 from .capabilities import unwrapped
 from .confident_draft_length import ConfidentDraftLength
-from .copying_drafter import MOST_COPIED, CopyingDrafter
+from .copying_drafter import MOST_COPIED, CopyingDrafter, CopyRates
 from .draft_length import AUTO, DraftLength, check_draft_length
 from .drafter import Drafter, NoDrafter
 from .prompt_lookup_drafter import PromptLookupDrafter
@@ -47,7 +47,7 @@ def choose_drafter(
     if hasattr(assistant_model, "borrow"):
         drafter = SpecFormerDrafter(assistant_model, model)
         if prompt_lookup_num_tokens != 0:
-            rates = experience_of(model, assistant_model).copy_rates
+            rates = experience_of(model, assistant_model, CopyingDrafter, CopyRates)
             drafter = CopyingDrafter(drafter, prompt_lookup_num_tokens or MOST_COPIED, rates, max_matching_ngram_size)
     elif prompt_lookup_num_tokens is not None:
         if assistant_model is not None:

@@ -173,7 +173,7 @@ def test_calls_share_what_they_saw():
     repeat = dict(logits_processor=[repeats_what_came_five_before], max_new_tokens=30, eos_token_id=None)
     with torch.inference_mode():
         generate(target, network, **batch, **repeat, num_assistant_tokens=4)
-    rates = experience_of(target, network).copy_rates
+    rates = experience_of(target, network, CopyingDrafter, CopyRates)
     seen = rates.seen.sum()
     assert seen > CopyRates().seen.sum()
     generate(target, network, **batch, **repeat, num_assistant_tokens=4)

@@ -23,8 +23,9 @@ _probed: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # model -> att
 def probe_target(model) -> None:
     """Once per model and attention: verify three tokens of two rows that have got apart, beside plain forwards.
 
-    The tolerance is what the model's own cached decoding differs by, which is much in half precision. Windows and
-    chunks longer than the probe's eleven tokens are not seen.
+    The tolerance is what the model's own cached decoding differs by, which is much in half precision, and never less
+    than float32's: families compute their routing or rotary embeddings in it, in float64 as well. Windows and chunks
+    longer than the probe's eleven tokens are not seen.
 
     Raises:
         UnsupportedTargetError: the logits differ. The reason is unknown: code of the model reads padding, positions,
@@ -37,6 +38,7 @@ def probe_target(model) -> None:
     device = input_device(model)
     autocast = torch.is_autocast_enabled(device.type)
     dtype = torch.get_autocast_dtype(device.type) if autocast else model.dtype
+    precision = max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps) ** 0.5
     width, block = 5, 3
     # In float64, eager attention (softmax in float32) is NaN wherever a row is padded, in plain generate() as well.
     padding = 0 if (attention_of(model), model.dtype) == ("eager", torch.float64) else 2
@@ -59,7 +61,7 @@ def probe_target(model) -> None:
             model(input_ids=context, past_key_values=own_cache, use_cache=True)
             cached = model(input_ids=second[row : row + 1], past_key_values=own_cache, use_cache=True).logits[0]
             own_error = (cached.cpu().double() - whole).abs().median()
-            allowed = 8 * own_error + torch.finfo(dtype).eps ** 0.5 * whole.std()
+            allowed = 8 * own_error + precision * whole.std()
             error = (ours[row] - whole).abs().median()
             if not error <= allowed:  # also when it is NaN
                 raise ValueError(f"logits differ by {error:.2g} from plain decoding, where {allowed:.2g} is usual")

@@ -602,6 +602,21 @@ def test_probe_refuses(target_class: type, dtype: torch.dtype):
         assert contains(message, target_class.__name__, "trial")
 
 
+class RoundsToFloat32(LlamaForCausalLM):
+    """A part of it is computed in float32, whose rounding depends on the batch, as of mixtures of experts."""
+
+    def forward(self, input_ids=None, **kwargs):
+        outputs = super().forward(input_ids=input_ids, **kwargs)
+        outputs.logits = outputs.logits * (1 + torch.finfo(torch.float32).eps * len(input_ids))
+        return outputs
+
+
+def test_probe_expects_no_more_than_float32():
+    torch.manual_seed(0)
+    target = RoundsToFloat32(llama_config()).double().eval()
+    probe_target(target)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_probe_passes_once(dtype: torch.dtype, monkeypatch):
     target, batch = llama(dtype), ragged_batch()

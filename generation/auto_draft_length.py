@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import defaultdict, deque
 from collections.abc import Hashable
-from dataclasses import dataclass
 from itertools import accumulate
 from operator import mul
 from weakref import WeakKeyDictionary
@@ -13,32 +12,16 @@ from .draft_length import DraftLength
 from .round_times import RoundTimes
 
 
-@dataclass
-class Pace:
-    """When lengths other than the best known one have their turns.
-
-    Attributes:
-        best: the best length known.
-        waited: rounds since the last turn.
-        patience: rounds between two turns; it grows as long as the best length stays the best.
-        turns: how many there were.
-    """
-
-    best: int
-    waited: int = 0
-    patience: int = 0
-    turns: int = 0
-
-
 class Experience:
     """What is known of one way to draft for a model, from call to call.
 
     Attributes:
         times: `RoundTimes` by the regime, such as the device.
         rates: how likely slot j was accepted in the last call once the slots before it were; none at first.
-        pace: of the last call's turns, which the next one keeps up.
+        turns: how many turns lengths other than the best known one have had.
+        allowance: seconds that the next such turn may lose.
         expectations: of the last rounds of a drafter that knows how likely its drafts are accepted: the tokens that it
-            expected of verifying 0, 1, ... of them, and the seconds that drafting took.
+            expected of verifying 0, 1, ... of them, and how long drafting took, at a pace of `RoundTimes` of 0.
         predicted, accepted: how many drafts it expected to be accepted of those verified, and how many were; fading.
     """
 
@@ -47,7 +30,7 @@ class Experience:
     def __init__(self):
         self.times: dict = defaultdict(RoundTimes)
         self.rates: list[float] = []
-        self.pace: Pace | None = None
+        self.turns, self.allowance = 0, 0.0
         self.expectations: deque[tuple[list[float], float]] = deque(maxlen=self.REMEMBERED)
         self.predicted = self.accepted = 0.0
 
@@ -57,7 +40,8 @@ class AutoDraftLength(DraftLength):
 
     A round's time is that of the last ones of its kind, or told from others (`RoundTimes`). Acceptance of each slot is
     counted, and fades. Now and then another length has a turn: a time may have changed, and what is not drafted is not
-    seen to be right again.
+    seen to be right again. What such turns are expected to lose is a small share of all time, so that a length which
+    seems nearly as good has them often, and a useless drafter seldom.
 
     Args:
         most: tokens that a round drafts at most.
@@ -67,10 +51,10 @@ class AutoDraftLength(DraftLength):
     """
 
     TRIED = 8  # all lengths up to it have turns, others only beside the best: more rows are not always slower
-    FIRST_PATIENCE, LAST_PATIENCE = 8, 128  # rounds between two turns of other lengths
-    PATIENCE_OF_A_CALL = 64  # at its beginning, at most: its text may be of another kind
+    LOST = 0.02  # share of the time that turns of other lengths may lose
+    LEAST_LOSS = 0.3  # of such a turn, in rounds: however good a length seems, the best known one has most rounds
     FADING = 0.995  # weight of what was seen before, one row's drafts later
-    LEAST_GAIN = 1.05  # tokens per second that drafting must promise, in units of plain decoding: rows end unevenly
+    LEAST_GAIN = 1.05  # what drafting must promise for several rows, beside plain decoding: they end unevenly
     MOST_ASKED = 4  # rounds in which a drafter may draft nothing at first
     FIRST_RATE, FIRST_WEIGHT = 0.6, 4.0  # acceptance to begin with, and how many drafts experience is worth
 
@@ -79,8 +63,6 @@ class AutoDraftLength(DraftLength):
         self.start, self.experience, self.regime = min(start, most), experience, regime
         self.first_rates = list(experience.rates)
         self.drafted, self.accepted = [0.0] * most, [0.0] * most  # per slot, where the slots before it were accepted
-        self.pace = experience.pace = experience.pace or Pace(self.start, patience=self.FIRST_PATIENCE)
-        self.pace.patience = min(self.pace.patience, self.PATIENCE_OF_A_CALL)
         self.planned: list[int] = []
         self.asked = 0
         self.is_trial = True  # whether a round is there to learn of, and not the best known
@@ -114,33 +96,33 @@ class AutoDraftLength(DraftLength):
             return 0
         if self.planned:
             return self.planned.pop()
-        speeds = self.speeds(times.estimate(num_rows, self.most))
-        speeds[0] *= self.LEAST_GAIN
-        best = max(range(self.most + 1), key=speeds.__getitem__)
-        pace = self.pace
-        if best != pace.best:
-            pace.best, pace.waited, pace.patience = best, 0, self.FIRST_PATIENCE
-        pace.waited += 1
-        if pace.waited <= pace.patience:
+        seconds = times.estimate(num_rows, self.most)
+        speeds = self.speeds(seconds)
+        if num_rows > 1:
+            speeds[0] *= self.LEAST_GAIN
+        best = self.best(speeds)
+        known, others = self.experience, self.others(best)
+        others = [length for length in others if times.count(num_rows, length) < times.LEAST] or others
+        other = others[known.turns % len(others)]
+        # as many as it takes to know its time; the first round behind plain ones catches up, and is not timed
+        rounds = max(1, times.LEAST - times.count(num_rows, other)) + (best == 0)
+        loss = max(rounds * seconds[other] * (1 - speeds[other] / speeds[best]), self.LEAST_LOSS * seconds[best])
+        known.allowance += self.LOST * seconds[best]
+        if known.allowance < loss:
             self.is_trial = False
             return best
-        pace.waited, pace.patience = 0, min(2 * pace.patience, self.LAST_PATIENCE)
-        others = self.others(best)
-        other = others[pace.turns % len(others)]
-        pace.turns += 1
-        # the first round behind plain ones catches up, and is not timed
-        self.planned = [other] * (self.rounds_of_turn(num_rows, other) - 1 + (best == 0))
+        known.allowance = 0.0
+        known.turns += 1
+        self.planned = [other] * (rounds - 1)
         return other
 
+    def best(self, speeds: list[float]) -> int:
+        return max(range(self.most + 1), key=speeds.__getitem__)
+
     def others(self, best: int) -> list[int]:
-        """The lengths that have turns beside the best one."""
+        """The lengths that have turns beside the best one, those near it first."""
         lengths = (best + 1, best - 1, 0, *range(min(self.most, self.TRIED) + 1))
         return [length for length in dict.fromkeys(lengths) if 0 <= length <= self.most and length != best]
-
-    def rounds_of_turn(self, num_rows: int, length: int) -> int:
-        """As many as it takes to know its time."""
-        times = self.experience.times[self.regime]
-        return max(1, times.LEAST - times.count(num_rows, length))
 
     def record(self, num_rows: int, drafted: int, outcome: list[tuple[int, int]], seconds: float) -> None:
         if not (drafted and self.is_behind):

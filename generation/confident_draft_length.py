@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import accumulate
-from math import isfinite
+from math import exp, isfinite
 from time import perf_counter
 
 import torch
@@ -22,13 +22,21 @@ class ConfidentDraftLength(AutoDraftLength):
     A cut looks at all of a round's drafts, so this is for rules whose text does not depend on the drafts.
     """
 
-    FIRST_TRUST = 8.0  # how many drafts it is worth that confidences are taken to be right
+    FIRST_TRUST = 32.0  # how many drafts it is worth that confidences are taken to be right
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.speed = 0.0  # tokens per second of a row
         self.expected: list[float] | None = None  # this round's, of 0, 1, ... verified drafts
         self.seconds: list[float] | None = None  # of a round that verifies 0, 1, ..., once something was expected
+        self.tried = 0  # how many drafts this round verifies if it is a trial
+
+    def next(self, num_rows: int) -> int:
+        length = super().next(num_rows)
+        if not (self.is_trial and length and self.experience.expectations):
+            return length
+        self.tried = length
+        return self.most
 
     def keep(self, drafts: torch.Tensor, confidences: torch.Tensor | None, idle: torch.Tensor, started: float) -> int:
         width = drafts.shape[1]
@@ -40,20 +48,18 @@ class ConfidentDraftLength(AutoDraftLength):
         drafting = perf_counter() - started
         if not isfinite(self.expected[-1]):  # no row counts, or the drafter's numbers are broken
             return 0
-        self.experience.expectations.append((self.expected, drafting))
+        self.experience.expectations.append((self.expected, drafting / exp(self.experience.times[self.regime].pace)))
         if self.seconds is None:
             return width
-        # a trial is there to see drafts verified
-        return self._worthy(self.expected, drafting, self.seconds[: width + 1], self.speed, least=int(self.is_trial))
+        if self.is_trial:
+            return min(self.tried, width)
+        return self._worthy(self.expected, drafting, self.seconds[: width + 1], self.speed)
 
-    def others(self, best: int) -> list[int]:
+    def best(self, speeds: list[float]) -> int:
         # which length is verified follows from the confidences: what remains is whether to draft at all
         if not self.experience.expectations:
-            return super().others(best)
-        return [0 if best else self.most]
-
-    def rounds_of_turn(self, num_rows: int, length: int) -> int:
-        return 1 if self.experience.expectations else super().rounds_of_turn(num_rows, length)
+            return super().best(speeds)
+        return self.most if speeds[self.most] > speeds[0] else 0
 
     def record(self, num_rows, drafted, outcome, seconds) -> None:
         expected, self.expected = self.expected, None
@@ -68,7 +74,8 @@ class ConfidentDraftLength(AutoDraftLength):
         super().record(num_rows, drafted, outcome, seconds)
 
     def speeds(self, seconds: list[float]) -> list[float]:
-        rounds = list(self.experience.expectations)  # another thread may add to it
+        pace = exp(self.experience.times[self.regime].pace)
+        rounds = [(expected, pace * drafting) for expected, drafting in list(self.experience.expectations)]
         if not rounds:
             return super().speeds(seconds)
         self.seconds, plain = seconds, 1 / max(seconds[0], 1e-9)
@@ -81,7 +88,12 @@ class ConfidentDraftLength(AutoDraftLength):
                 spent += seconds[length] + (0.0 if length else drafting)
             drafted = tokens / max(spent, 1e-9)
             self.speed = max(drafted, plain)
-        return [plain, *[0.0] * (self.most - 1), drafted]
+        # the lengths between are those of a turn, which verifies so many whatever is expected of them
+        mean = [
+            sum(expected[min(length, len(expected) - 1)] for expected, _ in rounds) / len(rounds)
+            for length in range(self.most)
+        ]
+        return [*(tokens / max(time, 1e-9) for tokens, time in zip(self._tokens(mean), seconds, strict=False)), drafted]
 
     def _tokens(self, expected: list[float]) -> list[float]:
         """Expected tokens, as far as such expectations came true."""
@@ -89,10 +101,8 @@ class ConfidentDraftLength(AutoDraftLength):
         trust = (known.accepted + self.FIRST_TRUST) / (known.predicted + self.FIRST_TRUST)
         return [1 + trust * (tokens - 1) for tokens in expected]
 
-    def _worthy(
-        self, expected: list[float], drafting: float, seconds: list[float], speed: float, least: int = 0
-    ) -> int:
-        """How many drafts to verify once `drafting` seconds have been spent, from `least` on."""
+    def _worthy(self, expected: list[float], drafting: float, seconds: list[float], speed: float) -> int:
+        """How many drafts to verify once `drafting` seconds have been spent."""
         worth = [tokens - speed * time for tokens, time in zip(self._tokens(expected), seconds, strict=True)]
         worth[0] -= speed * drafting
-        return max(range(least, len(worth)), key=worth.__getitem__)
+        return max(range(len(worth)), key=worth.__getitem__)

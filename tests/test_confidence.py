@@ -235,6 +235,15 @@ def test_times_may_be_known_before_confidences():
         length.record(8, 0, [(0, 1)] * 8, world.seconds(0))
 
 
+@pytest.mark.parametrize("rates", [(0.7, 0.6), (0.1, 0.0)], ids=["pays", "never pays"])
+def test_every_length_is_timed(rates: tuple):
+    """What confidences are worth depends on the times of all lengths, so each is verified now and then, whatever they
+    say, and the next turn is that of a length whose time is not known."""
+    length, world = ConfidentDraftLength(4, 2, Experience()), UnevenWorld(slope=0.1, draft=0.1, rates=rates)
+    live_confidently(length, world, 400, 4)
+    assert {drafted for _, drafted in length.experience.times[()].known()} == {0, 1, 2, 3, 4}
+
+
 def test_rows_that_are_carried_along_do_not_count():
     length = ConfidentDraftLength(2, 1, Experience())
     confidences = torch.tensor([[0.5, 0.5], [1.0, 1.0], [0.25, 1.0]])
@@ -290,6 +299,7 @@ def test_the_text_does_not_depend_on_what_is_verified(sampling: dict, monkeypatc
         return width
 
     monkeypatch.setattr(ConfidentDraftLength, "keep", keep)
+    monkeypatch.setattr(ConfidentDraftLength, "next", lambda self, num_rows: self.most)
     settings = dict(max_new_tokens=30, eos_token_id=None, num_assistant_tokens="auto")
     torch.manual_seed(3)
     output = generate(target, drafter, **batch, **{"do_sample": True, **sampling}, **settings)

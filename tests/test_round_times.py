@@ -21,17 +21,41 @@ def test_a_first_round_does_not_count():
     times.add(8, 2, 99.0)
     assert times.knows(drafting=False) and not times.knows(drafting=True) and times.count(8, 2) == 1
     times.add(8, 2, 3.0)
-    assert times.known[8, 2] == 3.0
-    times.add(8, 2, 4.0)
-    assert times.known[8, 2] == 4.0  # the median
-    for _ in range(RoundTimes.KEPT):
-        times.add(8, 2, 5.0)
-    assert times.known[8, 2] == 5.0 and times.count(8, 2) == RoundTimes.KEPT
+    assert times.known() == {(8, 0): 1.0, (8, 2): pytest.approx(3.0)} and times.count(8, 2) == 2
+
+
+def test_what_was_timed_earlier_keeps_pace():
+    """The machine becomes half as fast, which is seen at one length: the other one's time follows."""
+    times = times_of({(8, 0): 1.0, (8, 4): 1.5}, count=100)
+    for _ in range(100):
+        times.add(8, 0, 2.0)
+    assert times.estimate(8, 4)[0] == pytest.approx(2.0, rel=0.01)
+    assert times.estimate(8, 4)[4] == pytest.approx(3.0, rel=0.17)  # most of the way
+
+
+def test_a_wrong_time_does_not_become_the_pace():
+    """One length was timed in lucky moments. Once it is used, its own time is corrected, and not that of all others."""
+    times = times_of({(8, 0): 1.0}, count=20)
+    for seconds in (1.0, 1.0, 1.5, 1.5, 1.5, 1.5, 1.5, 1.5):
+        times.add(8, 4, seconds)
+    estimate = times.estimate(8, 4)
+    assert estimate[0] == pytest.approx(1.0, rel=0.06) and estimate[4] == pytest.approx(1.5, rel=0.1)
+
+
+def test_one_slow_round_is_no_pace():
+    times = times_of({(8, 0): 1.0}, count=20)
+    times.add(8, 0, 1000.0)
+    assert times.estimate(8, 0)[0] == pytest.approx(1.0, rel=0.05)
+
+
+def test_no_round_that_drafts_is_shorter_than_one_that_does_not():
+    assert times_of({(8, 0): 1.0, (8, 2): 0.8, (8, 4): 1.2}).estimate(8, 4)[:3] == pytest.approx([1.0, 1.0, 1.0])
 
 
 def test_shapes_that_were_not_seen_for_long_are_forgotten():
     times = times_of({(rows, 0): float(rows) for rows in range(1, 301)})
-    assert len(times.known) == RoundTimes.REMEMBERED and (300, 0) in times.known and (1, 0) not in times.known
+    known = times.known()
+    assert len(known) == RoundTimes.REMEMBERED and (300, 0) in known and (1, 0) not in known
 
 
 def test_what_is_known_is_what_was_measured():

@@ -65,16 +65,36 @@ def results_section() -> str:
         f"target pass; batch of {demo['regime']['batch_size']}, draft length "
         f'"{demo["regime"]["num_assistant_tokens"]}", medians of {demo["regime"]["repeats"]} in turn.'
     )
+    speeds = [line for name in SPEEDS for line in (*speed_table(name), "")] + [*speed_legend(), "", *other_speeds()]
     header = (
         "| what drafts | decoding | new tokens | texts identical to plain `generate` | tokens per target pass (95 %) | "
         "accepted drafts, slot by slot |\n|---|---|---|---|---|---|"
     )
-    return "\n".join([header, *rows, "", *dict.fromkeys(notes), "", *speed_table(), "", speed]) + "\n"
+    return "\n".join([header, *rows, "", *dict.fromkeys(notes), "", *speeds, "", speed]) + "\n"
 
 
-def speed_table() -> list[str]:
+SPEEDS = ["benchmark_cpu", "benchmark_cpu_amd"]
+OTHER_SPEEDS = ["benchmark_cpu_256", "benchmark_cpu_sampling", "benchmark_cpu_long"]
+"""Other regimes: long answers, sampling, long prompts."""
+
+
+def ratios_of(figures: dict | None) -> str:
+    """Times plain generate(), times the best of the plain ones if that is another one, and tokens per pass."""
+    if not figures:
+        return ""
+    ratios = [figures[key]["median"] for key in ("ratio_to_plain", "ratio_to_best_plain")]
+    rate = f" ({figures['tokens_per_pass']:.2f})" if "tokens_per_pass" in figures else ""
+    return " / ".join(dict.fromkeys(f"{ratio:.2f}" for ratio in ratios)) + rate
+
+
+def machine_of(result: dict) -> str:
+    machine = result["machine"]
+    return f"{machine['torch_threads']} threads of {machine['device']} ({machine['cpu']})"
+
+
+def speed_table(name: str) -> list[str]:
     """Speed beside plain generate(), with drafters at both ends of what can be."""
-    result = json.loads((RESULTS / "benchmark_cpu.json").read_text())
+    result = json.loads((RESULTS / f"{name}.json").read_text())
     regime, contests = result["regime"], result["contests"]
     names = [name for name in contests[-1]["contenders"] if name != PLAIN]
     names += [name for name in contests[0]["contenders"] if name not in (PLAIN, *names)]  # of a batch of one
@@ -86,13 +106,7 @@ def speed_table() -> list[str]:
         + " |",
     ]
     for name in names:
-        cells = []
-        for contest in contests:
-            figures = contest["contenders"].get(name)
-            ratios = [figures[key]["median"] for key in ("ratio_to_plain", "ratio_to_best_plain")] if figures else []
-            cells.append(" / ".join(f"{ratio:.2f}" for ratio in ratios))
-            if figures and "tokens_per_pass" in figures:
-                cells[-1] += f" ({figures['tokens_per_pass']:.2f})"
+        cells = [ratios_of(contest["contenders"].get(name)) for contest in contests]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     identical, texts = (
         sum(numbers)
@@ -100,19 +114,55 @@ def speed_table() -> list[str]:
             *((f["identical"], c["texts"]) for c in contests for f in c["contenders"].values()), strict=True
         )
     )
-    lines += [
+    return [
+        *lines,
         "",
-        "Times the speed of plain `generate` / of the faster of the plain ones here, and in brackets tokens per target "
-        f"pass. Greedy, {regime['max_new_tokens']} new tokens, {regime['dtype']}, MT-Bench prompts, medians of "
-        f"{contests[0]['turns']} turns with other prompts each, {result['machine']['torch_threads']} threads of "
-        f"{result['machine']['device']} ({result['machine']['cpu']}); {identical} of {texts} texts identical to plain "
-        f'`generate`. "{PLAIN_ONEDNN}" is that with the matrix products of this package\'s passes: what is gained '
-        'beside it, drafting gains. "auto" is the default: it drafts as much as seems to pay. The drafters that are '
-        "always right, always wrong, or right at 7 of 10 tokens know the text and cost nothing; a real one takes time. "
-        '"In step" all rows are right at the same tokens and advance together, "ragged" each row has its own: beside '
-        "each other they show what raggedness costs. Drawn in benchmarks/results/benchmark_cpu.png.",
+        f"Greedy, {regime['max_new_tokens']} new tokens, {regime['dtype']}, MT-Bench prompts, medians of "
+        f"{contests[0]['turns']} turns with other prompts each, {machine_of(result)}; {identical} of {texts} texts "
+        f"identical to plain `generate`; {result['date']}.",
     ]
-    return lines
+
+
+def speed_legend() -> list[str]:
+    return [
+        "Times the speed of plain `generate`, where another plain one is faster / times the speed of that one, and in "
+        f'brackets tokens per target pass. "{PLAIN_ONEDNN}" is that with the matrix products of this package\'s passes, '
+        "where those are faster than torch's own: what is gained beside it, drafting gains. \"auto\" is the default: it "
+        "drafts as much as seems to pay. The drafters that are always right, always wrong, or right at 7 of 10 tokens "
+        'know the text and cost nothing; a real one takes time. "In step" all rows are right at the same tokens and '
+        'advance together, "ragged" each row has its own: beside each other they show what raggedness costs.'
+    ]
+
+
+def other_speeds() -> list[str]:
+    """Speed of the default drafter in other regimes."""
+    lines = []
+    for name in OTHER_SPEEDS:
+        result = json.loads((RESULTS / f"{name}.json").read_text())
+        for contest in result["contests"]:
+            found, prompts = contest["contenders"], contest["prompt_tokens"]
+            names = [name for name in found if name.startswith("default")]
+            if not lines:
+                lines = [
+                    "| decoding | prompt tokens | new tokens | batch | " + " | ".join([PLAIN, *names]) + " | identical |",
+                    "|---" * (6 + len(names)) + "|",
+                ]
+            identical = sum(figures["identical"] for figures in found.values())
+            lines.append(
+                f"| {contest['decoding']} | {' to '.join(dict.fromkeys(map(str, prompts.values())))} | "
+                f"{result['regime']['max_new_tokens']} | {contest['batch_size']} | "
+                f"{found[PLAIN]['tokens_per_second']:.0f} tokens/s | "
+                + " | ".join(ratios_of(found[name]) for name in names)
+                + f" | {identical} of {contest['texts'] * len(found)} |"
+            )
+    sampling = json.loads((RESULTS / "benchmark_cpu_sampling.json").read_text())["regime"]["decoding"]["sampling"]
+    settings = ", ".join(f"{key} {value}" for key, value in sampling.items() if key != "do_sample")
+    return [
+        *lines,
+        "",
+        f"The same on {machine_of(result)}, medians of {contest['turns']} turns. Sampling: {settings}. Long prompts are "
+        "pieces of all prompts in a row.",
+    ]
 
 
 def profile_section() -> str:

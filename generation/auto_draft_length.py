@@ -21,18 +21,20 @@ class Experience:
         turns: how many turns lengths other than the best known one have had.
         allowance: seconds that the next such turn may lose.
         expectations: of the last rounds of a drafter that knows how likely its drafts are accepted: the tokens that it
-            expected of verifying 0, 1, ... of them, and how long drafting took, at a pace of `RoundTimes` of 0.
-        predicted, accepted: how many drafts it expected to be accepted of those verified, and how many were; fading.
+            expected of verifying 0, 1, ... of them, and how long drafting took, in units of a plain round.
+        predicted, accepted: how many drafts it expected to be accepted of those verified, and how many were. That
+            fades, as does what both begin with: it is taken to be right at first.
     """
 
     REMEMBERED = 32
+    FIRST_TRUST = 32.0  # drafts
 
     def __init__(self):
         self.times: dict = defaultdict(RoundTimes)
         self.rates: list[float] = []
         self.turns, self.allowance = 0, 0.0
         self.expectations: deque[tuple[list[float], float]] = deque(maxlen=self.REMEMBERED)
-        self.predicted = self.accepted = 0.0
+        self.predicted = self.accepted = self.FIRST_TRUST
 
 
 class AutoDraftLength(DraftLength):
@@ -67,6 +69,7 @@ class AutoDraftLength(DraftLength):
         self.asked = 0
         self.is_trial = True  # whether a round is there to learn of, and not the best known
         self.is_behind = False  # whether the drafter has yet to read what plain rounds added
+        self.is_in_vain = False  # whether this round's drafter was asked and drafted nothing
 
     def rates(self) -> list[float]:
         """How likely each slot is accepted once the slots before it are."""
@@ -100,13 +103,15 @@ class AutoDraftLength(DraftLength):
         speeds = self.speeds(seconds)
         if num_rows > 1:
             speeds[0] *= self.LEAST_GAIN
-        best = self.best(speeds)
+        best, speed = self.best(speeds)
         known, others = self.experience, self.others(best)
-        others = [length for length in others if times.count(num_rows, length) < times.LEAST] or others
-        other = others[known.turns % len(others)]
+        turn, unknown = known.turns, [length for length in others if times.count(num_rows, length) < times.LEAST]
+        if unknown:  # every second turn is theirs; not all of them, as some may never be drafted in full
+            turn, others = turn // 2, others if turn % 2 else unknown
+        other = others[turn % len(others)]
         # as many as it takes to know its time; the first round behind plain ones catches up, and is not timed
         rounds = max(1, times.LEAST - times.count(num_rows, other)) + (best == 0)
-        loss = max(rounds * seconds[other] * (1 - speeds[other] / speeds[best]), self.LEAST_LOSS * seconds[best])
+        loss = max(rounds * (seconds[other] - speeds[other] * seconds[other] / speed), self.LEAST_LOSS * seconds[best])
         known.allowance += self.LOST * seconds[best]
         if known.allowance < loss:
             self.is_trial = False
@@ -116,25 +121,33 @@ class AutoDraftLength(DraftLength):
         self.planned = [other] * (rounds - 1)
         return other
 
-    def best(self, speeds: list[float]) -> int:
-        return max(range(self.most + 1), key=speeds.__getitem__)
+    def best(self, speeds: list[float]) -> tuple[int, float]:
+        """The best length, and its speed."""
+        best = max(range(self.most + 1), key=speeds.__getitem__)
+        return best, speeds[best]
 
     def others(self, best: int) -> list[int]:
         """The lengths that have turns beside the best one, those near it first."""
         lengths = (best + 1, best - 1, 0, *range(min(self.most, self.TRIED) + 1))
         return [length for length in dict.fromkeys(lengths) if 0 <= length <= self.most and length != best]
 
+    def keep(self, drafts, confidences, idle, started) -> int:
+        self.is_in_vain = not drafts.shape[1]
+        return drafts.shape[1]
+
     def record(self, num_rows: int, drafted: int, outcome: list[tuple[int, int]], seconds: float) -> None:
-        if not (drafted and self.is_behind):
+        asked, self.is_in_vain = drafted > 0 or self.is_in_vain, False
+        # the time of a round that was asked for drafts in vain is neither a plain round's nor that of a length
+        if not asked or (drafted and not self.is_behind):
             self.experience.times[self.regime].add(num_rows, drafted, seconds)
-        self.is_behind = drafted == 0
-        if drafted == 0:
+        self.is_behind = not asked
+        if not asked:
             return
         verified = [accepted for accepted, added in outcome if added]  # others stopped earlier and are carried along
         for counts in (self.drafted, self.accepted):
             counts[:] = [self.FADING ** len(verified) * count for count in counts]
         for accepted in verified:
-            for slot in range(min(accepted + 1, drafted)):
+            for slot in range(min(accepted + 1, max(drafted, 1))):  # what was not drafted is as good as wrong
                 self.drafted[slot] += 1
                 self.accepted[slot] += slot < accepted
         self.experience.rates = self.rates()
@@ -145,6 +158,9 @@ _experience: WeakKeyDictionary = WeakKeyDictionary()  # target -> what drafts fo
 
 def experience_of(target, drafting, way: Hashable, make: type = Experience):
     """What earlier calls in this process know of `drafting`, a model, as the drafter of `target` in some `way`: what
-    `make()` is at first."""
-    ways = _experience.setdefault(target, WeakKeyDictionary()).setdefault(drafting, {})
+    `make()` is at first. Of an object that is not hashable, or cannot be referred to weakly, nothing is known."""
+    try:
+        ways = _experience.setdefault(target, WeakKeyDictionary()).setdefault(drafting, {})
+    except TypeError:
+        return make()
     return ways.setdefault(way, make())

@@ -92,8 +92,10 @@ def choose_draft_length(
         requested = drafter.default_num_assistant_tokens
     if requested in (None, AUTO):
         most = min(drafter.max_draft_tokens, MOST_WITHOUT_NUMBER)
+        if most == 0:
+            return DraftLength(0)
         start = drafter.default_num_assistant_tokens or most
         kind = AutoDraftLength if rule.text_depends_on_drafts else ConfidentDraftLength
-        experience = experience_of(model, assistant_model, (type(drafter), most))
+        experience = experience_of(model, unwrapped(assistant_model), (type(drafter), most))
         return kind(most, start, experience, (model.device, model.dtype))
     return DraftLength(min(requested, drafter.max_draft_tokens))

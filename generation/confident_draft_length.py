@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from itertools import accumulate
-from math import exp, isfinite
 from time import perf_counter
 
 import torch
@@ -22,44 +22,46 @@ class ConfidentDraftLength(AutoDraftLength):
     A cut looks at all of a round's drafts, so this is for rules whose text does not depend on the drafts.
     """
 
-    FIRST_TRUST = 32.0  # how many drafts it is worth that confidences are taken to be right
-
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.speed = 0.0  # tokens per second of a row
+        self.drafted_speed = 0.0  # the same where everything is drafted, and verified as far as it is worth it
         self.expected: list[float] | None = None  # this round's, of 0, 1, ... verified drafts
-        self.seconds: list[float] | None = None  # of a round that verifies 0, 1, ..., once something was expected
+        self.seconds: list[float] | None = None  # of a round that verifies 0, 1, ..., as far as is known
         self.tried = 0  # how many drafts this round verifies if it is a trial
 
     def next(self, num_rows: int) -> int:
-        length = super().next(num_rows)
-        if not (self.is_trial and length and self.experience.expectations):
-            return length
-        self.tried = length
-        return self.most
+        self.tried = length = super().next(num_rows)
+        return self.most if self.is_trial and length and self.experience.expectations else length
 
     def keep(self, drafts: torch.Tensor, confidences: torch.Tensor | None, idle: torch.Tensor, started: float) -> int:
-        width = drafts.shape[1]
+        width, known = super().keep(drafts, confidences, idle, started), self.experience
+        tried = min(self.tried, width) if self.is_trial else None
         if confidences is None or not width:
-            return width
+            if width:
+                with suppress(IndexError):
+                    known.expectations.popleft()  # it may have told before, which counts less and less
+            return width if tried is None else tried
         counted = ~idle.to(confidences.device)[:, None]  # (R, 1)
-        chances = (confidences.cumprod(dim=1) * counted).sum(dim=0) / counted.sum()
-        self.expected = list(accumulate(chances.tolist(), initial=1.0))
-        drafting = perf_counter() - started
-        if not isfinite(self.expected[-1]):  # no row counts, or the drafter's numbers are broken
+        if not counted.any():
+            self.is_in_vain = True
             return 0
-        self.experience.expectations.append((self.expected, drafting / exp(self.experience.times[self.regime].pace)))
+        # of a drafter whose numbers are broken nothing is expected
+        chances = torch.where(counted, confidences.nan_to_num(0.0).cumprod(dim=1), 0.0).sum(dim=0) / counted.sum()
+        self.expected = list(accumulate(chances.tolist(), initial=1.0))
         if self.seconds is None:
             return width
-        if self.is_trial:
-            return min(self.tried, width)
+        drafting = perf_counter() - started
+        known.expectations.append((self.expected, drafting / max(self.seconds[0], 1e-9)))
+        if tried is not None:
+            return tried
         return self._worthy(self.expected, drafting, self.seconds[: width + 1], self.speed)
 
-    def best(self, speeds: list[float]) -> int:
+    def best(self, speeds: list[float]) -> tuple[int, float]:
         # which length is verified follows from the confidences: what remains is whether to draft at all
         if not self.experience.expectations:
             return super().best(speeds)
-        return self.most if speeds[self.most] > speeds[0] else 0
+        return (self.most, self.drafted_speed) if self.drafted_speed > speeds[0] else (0, speeds[0])
 
     def record(self, num_rows, drafted, outcome, seconds) -> None:
         expected, self.expected = self.expected, None
@@ -74,11 +76,11 @@ class ConfidentDraftLength(AutoDraftLength):
         super().record(num_rows, drafted, outcome, seconds)
 
     def speeds(self, seconds: list[float]) -> list[float]:
-        pace = exp(self.experience.times[self.regime].pace)
-        rounds = [(expected, pace * drafting) for expected, drafting in list(self.experience.expectations)]
+        self.seconds, plain = seconds, 1 / max(seconds[0], 1e-9)
+        # another thread may add to them
+        rounds = [(expected, drafting * seconds[0]) for expected, drafting in list(self.experience.expectations)]
         if not rounds:
             return super().speeds(seconds)
-        self.seconds, plain = seconds, 1 / max(seconds[0], 1e-9)
         self.speed = plain
         for _ in range(2):  # what is worth its time depends on the speed, and the speed on what is verified
             tokens = spent = 0.0
@@ -86,19 +88,18 @@ class ConfidentDraftLength(AutoDraftLength):
                 length = self._worthy(expected, drafting, seconds[: len(expected)], self.speed)
                 tokens += self._tokens(expected)[length]
                 spent += seconds[length] + (0.0 if length else drafting)
-            drafted = tokens / max(spent, 1e-9)
-            self.speed = max(drafted, plain)
-        # the lengths between are those of a turn, which verifies so many whatever is expected of them
+            self.drafted_speed = tokens / max(spent, 1e-9)
+            self.speed = max(self.drafted_speed, plain)
+        # of lengths that are verified whatever is expected of them; a round near the end of a text drafts fewer
         mean = [
             sum(expected[min(length, len(expected) - 1)] for expected, _ in rounds) / len(rounds)
-            for length in range(self.most)
+            for length in range(self.most + 1)
         ]
-        return [*(tokens / max(time, 1e-9) for tokens, time in zip(self._tokens(mean), seconds, strict=False)), drafted]
+        return [tokens / max(time, 1e-9) for tokens, time in zip(self._tokens(mean), seconds, strict=True)]
 
     def _tokens(self, expected: list[float]) -> list[float]:
         """Expected tokens, as far as such expectations came true."""
-        known = self.experience
-        trust = (known.accepted + self.FIRST_TRUST) / (known.predicted + self.FIRST_TRUST)
+        trust = self.experience.accepted / max(self.experience.predicted, 1e-9)
         return [1 + trust * (tokens - 1) for tokens in expected]
 
     def _worthy(self, expected: list[float], drafting: float, seconds: list[float], speed: float) -> int:

@@ -34,16 +34,18 @@ class CopyRates:
         """For copies behind `matched` tokens (R,) that stood there before: (R, num_tokens), 0 behind none."""
         return (self.right / self.seen)[self._lengths(matched, num_tokens)] * (matched > 0)[:, None]
 
-    def count(self, matched: torch.Tensor, copied: int, accepted: torch.Tensor) -> None:
-        """Of `copied` tokens, the first `accepted` (R,) were right. Rows with `matched` 0 copied nothing."""
-        place = torch.arange(copied, device=matched.device)
-        decided = (matched > 0)[:, None] & (place <= accepted[:, None])  # (R, copied)
-        lengths = self._lengths(matched, copied).flatten()
+    def count(self, matched: torch.Tensor, copies: torch.Tensor, tokens: torch.Tensor, counts: torch.Tensor) -> None:
+        """Of `copies` (R, k), the text went on with the first `counts` (R,) of `tokens` (R, k or more). Rows with
+        `matched` 0 copied nothing."""
+        width = copies.shape[1]
+        decided = (matched > 0)[:, None] & (torch.arange(width, device=matched.device) < counts[:, None])  # (R, k)
+        is_right = decided & (copies == tokens[:, :width])
+        lengths = self._lengths(matched, width).flatten()
         # new tensors, since those of a call in inference mode could not be changed in another one
         seen = self.FADING * (self.seen - self.FIRST_WEIGHT) + self.FIRST_WEIGHT
         right = self.FADING * (self.right - self.first) + self.first
         self.seen = seen.index_add(0, lengths, decided.flatten().to(seen.dtype))
-        self.right = right.index_add(0, lengths, (decided & (place < accepted[:, None])).flatten().to(right.dtype))
+        self.right = right.index_add(0, lengths, is_right.flatten().to(right.dtype))
 
     def _lengths(self, matched: torch.Tensor, num_tokens: int) -> torch.Tensor:
         """How much stood there before each copied token, (R, num_tokens)."""
@@ -77,7 +79,8 @@ class CopyingDrafter:
         self.max_draft_tokens = max(drafter.max_draft_tokens, num_tokens)
         self.default_num_assistant_tokens = drafter.default_num_assistant_tokens
         self.confidences: torch.Tensor | None = None
-        self.matched: torch.Tensor | None = None  # of this round's copies, (R,)
+        self.copies: torch.Tensor | None = None  # of this round, (R, k)
+        self.matched: torch.Tensor | None = None  # how much stood in front of them before, (R,); 0 where none is used
 
     def __enter__(self):
         self.drafter.__enter__()
@@ -97,7 +100,7 @@ class CopyingDrafter:
         chances = self.rates.chances(matched, num_tokens)  # (R, k)
         own = min(num_tokens, self.drafter.max_draft_tokens)
         if self._needs_no_other(chances[:, :own]):
-            self.confidences, self.matched = chances, matched
+            self.confidences, self.copies, self.matched = chances, copies, matched
             return copies
         drafts = self.drafter.propose(own, choose).to(copies.device)
         drafted, confidences = drafts.shape[1], getattr(self.drafter, "confidences", None)
@@ -107,7 +110,7 @@ class CopyingDrafter:
             confidences = functional.pad(confidences.to(chances), (0, num_tokens - drafted))  # (R, k)
             is_copied = expected(chances) > expected(confidences)
             confidences = torch.where(is_copied[:, None], chances, confidences)
-        self.confidences, self.matched = confidences, matched * is_copied
+        self.confidences, self.copies, self.matched = confidences, copies, matched * is_copied
         # where the other one has no more slots there is nothing better than the copy
         drafts = torch.cat([drafts, copies[:, drafted:]], dim=1)
         return torch.where(is_copied[:, None], copies, drafts)
@@ -124,9 +127,10 @@ class CopyingDrafter:
         self.drafter.update(tokens, counts, longest)
         self.lookup.update(tokens, counts, longest)
         self.running = counts > 0
-        if self.matched is not None:
-            self.rates.count(self.matched * self.running, tokens.shape[1] - 1, counts - 1)
-            self.matched = None
+        if self.copies is not None:
+            verified = self.copies[:, : tokens.shape[1] - 1]
+            self.rates.count(self.matched, verified, tokens, counts)
+            self.copies = self.matched = None
 
     def select_rows(self, index, longest) -> None:
         self.drafter.select_rows(index, longest)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from itertools import pairwise
 from math import exp, log
+from threading import Lock
 
 Shape = tuple[int, int]
 """Rows of a round, and tokens that each row drafts."""
@@ -18,57 +19,59 @@ class RoundTimes:
     far these are off it.
 
     A machine is now faster and now slower, and longer texts take longer whatever is drafted: `pace` follows that, and
-    times are kept relative to it. So shapes that were timed at different moments can be compared.
+    times are kept relative to it. So shapes that were timed at different moments can be compared. What a round is off
+    is the pace's where its shape was timed a moment ago, and the shape's own where that is long ago.
 
     Attributes:
-        counts: how often each shape was timed, the last one last.
-        means: of the logarithm of its seconds, the pace subtracted.
-        pace: by how much rounds take longer lately, as a logarithm.
+        shapes: how often each was timed, the mean of the logarithm of its seconds beside the pace, and the number of
+            the round that timed it last; in that order.
+        pace: by how much rounds take longer than at the beginning, as a logarithm.
     """
 
     LEAST = 2
     REMEMBERED = 128  # shapes, the last ones
-    MOST_OFF = 0.25  # how much longer than known a round counts: what else the machine does makes some much longer
-    NEWEST = 0.03  # weight of the last round of a shape that was timed often
-    WELL_KNOWN = 5  # times, from which on what a round is off is rather the machine's pace than an error of the mean
-    ADAPTING = 0.1  # how much of it the pace follows
+    MOST_OFF = 0.25  # how far from what is known a round counts: what else the machine does makes some much longer
+    WELL_KNOWN = 8  # times that a shape was timed, from which on a round that is off may be the machine's doing
+    FOLLOWED = 0.1  # how much of that is followed, by the pace and by the shape together
+    OWN = 0.02  # how much of it by the shape, for every round since it was last timed
+    MOST_OWN = 0.3
 
     def __init__(self):
-        self.counts: dict[Shape, int] = {}
-        self.means: dict[Shape, float] = {}
-        self.pace = 0.0
+        self.shapes: dict[Shape, tuple[int, float, int]] = {}
+        self.pace, self.rounds = 0.0, 0
+        self._lock = Lock()  # threads that generate with the same models share their experience
 
     def count(self, num_rows: int, drafted: int) -> int:
-        return self.counts.get((num_rows, drafted), 0)
+        return self.shapes.get((num_rows, drafted), (0,))[0]
 
     def known(self) -> dict[Shape, float]:
         """Seconds of the shapes that are known, at the present pace."""
-        counts = list(self.counts.items())  # not by iterating over the dict: another thread may add to it
-        return {
-            shape: exp(self.means[shape] + self.pace)
-            for shape, count in counts
-            if count >= self.LEAST and shape in self.means
-        }
+        with self._lock:
+            return {
+                shape: exp(mean + self.pace) for shape, (count, mean, _) in self.shapes.items() if count >= self.LEAST
+            }
 
     def knows(self, drafting: bool) -> bool:
         """Whether rounds that draft something are known, or such that draft nothing, of any number of rows."""
         return any((drafted > 0) is drafting for _, drafted in self.known())
 
     def add(self, num_rows: int, drafted: int, seconds: float) -> None:
-        shape, relative = (num_rows, drafted), log(max(seconds, 1e-9)) - self.pace
-        count, mean = self.counts.pop(shape, 0), self.means.get(shape, relative)
-        if count < self.LEAST:
-            mean = min(mean, relative)
-        else:
+        with self._lock:
+            self.rounds += 1
+            relative = log(max(seconds, 1e-9)) - self.pace
+            count, mean, last = self.shapes.pop((num_rows, drafted), (0, relative, self.rounds))
             off = min(relative - mean, self.MOST_OFF)
-            mean += max(2 / (count + 2), self.NEWEST) * off
-            if count >= self.WELL_KNOWN:
-                self.pace += self.ADAPTING * max(off, -self.MOST_OFF)
-        self.means[shape] = mean
-        self.counts[shape] = count + 1
-        for forgotten in list(self.counts)[: -self.REMEMBERED]:
-            self.counts.pop(forgotten, None)
-            self.means.pop(forgotten, None)
+            if count < self.LEAST:
+                mean = min(mean, relative)
+            elif count < self.WELL_KNOWN:
+                mean += 2 / (count + 2) * off
+            else:
+                off, own = max(off, -self.MOST_OFF), min(self.OWN * (self.rounds - last), self.MOST_OWN)
+                mean += own * off
+                self.pace += max(self.FOLLOWED - own, 0.0) * off
+            self.shapes[num_rows, drafted] = count + 1, mean, self.rounds  # behind all others
+            if len(self.shapes) > self.REMEMBERED:
+                del self.shapes[next(iter(self.shapes))]
 
     def estimate(self, num_rows: int, most: int) -> list[float]:
         """Seconds of a round of `num_rows` rows that draft 0, 1, ..., `most`, at the present pace. Something must be

@@ -126,8 +126,8 @@ def speed_table(name: str) -> list[str]:
 def speed_legend() -> list[str]:
     return [
         "Times the speed of plain `generate`, where another plain one is faster / times the speed of that one, and in "
-        f'brackets tokens per target pass. "{PLAIN_ONEDNN}" is that with the matrix products of this package\'s passes, '
-        "where those are faster than torch's own: what is gained beside it, drafting gains. \"auto\" is the default: it "
+        f'brackets tokens per target pass. "{PLAIN_ONEDNN}" has the matrix products of this package\'s passes, '
+        'where those are faster than torch\'s own: what is gained beside it, drafting gains. "auto" is the default: it '
         "drafts as much as seems to pay. The drafters that are always right, always wrong, or right at 7 of 10 tokens "
         'know the text and cost nothing; a real one takes time. "In step" all rows are right at the same tokens and '
         'advance together, "ragged" each row has its own: beside each other they show what raggedness costs.'
@@ -144,7 +144,9 @@ def other_speeds() -> list[str]:
             names = [name for name in found if name.startswith("default")]
             if not lines:
                 lines = [
-                    "| decoding | prompt tokens | new tokens | batch | " + " | ".join([PLAIN, *names]) + " | identical |",
+                    "| decoding | prompt tokens | new tokens | batch | "
+                    + " | ".join([PLAIN, *names])
+                    + " | identical |",
                     "|---" * (6 + len(names)) + "|",
                 ]
             identical = sum(figures["identical"] for figures in found.values())
@@ -160,8 +162,8 @@ def other_speeds() -> list[str]:
     return [
         *lines,
         "",
-        f"The same on {machine_of(result)}, medians of {contest['turns']} turns. Sampling: {settings}. Long prompts are "
-        "pieces of all prompts in a row.",
+        f"The same on {machine_of(result)}, medians of {contest['turns']} turns. Sampling: {settings}. Long prompts "
+        "are pieces of all prompts in a row.",
     ]
 
 

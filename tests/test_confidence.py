@@ -192,6 +192,9 @@ UNEVEN = {
     "always pays": (UnevenWorld(slope=0.01, draft=0.05, rates=(0.9, 0.8)), 0.97),
     "never pays": (UnevenWorld(slope=0.3, draft=0.3, rates=(0.2, 0.1)), 0.97),
     "knows nothing, and never pays": (UnevenWorld(slope=0.1, draft=0.1, rates=(0.0,), knows=False), 0.97),
+    "never pays, and is dear": (UnevenWorld(slope=0.4, draft=0.1, rates=(0.05,), rows=1), 0.96),
+    "knows nothing, and is almost free": (UnevenWorld(slope=0.01, draft=0.02, rates=(0.0,), knows=False), 0.97),
+    "knows nothing of one row, and is cheap": (UnevenWorld(0.02, 0.05, rates=(0.0,), rows=1, knows=False), 0.96),
     "knows nothing": (UnevenWorld(slope=0.05, draft=0.05, rates=(0.6,), knows=False), 0.97),
 }
 
@@ -231,8 +234,11 @@ def test_times_may_be_known_before_confidences():
         length.keep(torch.zeros(8, 4), torch.full((8, 4), 0.01), torch.zeros(8, dtype=torch.bool), perf_counter()) == 4
     )
     length.record(8, 4, [(4, 5)] * 8, world.seconds(4))
-    while length.next(world.rows) != 4:
+    asked = 0
+    for _ in range(20):
+        asked += length.next(world.rows) == 4
         length.record(8, 0, [(0, 1)] * 8, world.seconds(0))
+    assert asked
 
 
 @pytest.mark.parametrize("rates", [(0.7, 0.6), (0.1, 0.0)], ids=["pays", "never pays"])
@@ -251,23 +257,45 @@ def test_rows_that_are_carried_along_do_not_count():
     assert length.expected == pytest.approx([1, 1.375, 1.625])
 
 
-@pytest.mark.parametrize("broken", [False, True])
-def test_a_round_of_which_nothing_is_known_leaves_nothing_behind(broken: bool):
-    """No row counts, or a confidence is not a number."""
-    world = World([0.9] * 4, 0.01, 0.05)
-    length = ConfidentDraftLength(4, 2, Experience())
-    live_confidently(length, UnevenWorld(slope=0.01, draft=0.05, rates=(0.9, 0.8)), 50, 4)
-    before = length.experience.predicted, list(length.experience.expectations)
-    confidences = torch.full((8, 4), torch.nan if broken else 0.5)
+def test_a_broken_row_is_expected_to_have_nothing_accepted():
+    length = ConfidentDraftLength(2, 1, Experience())
+    confidences = torch.tensor([[0.5, 0.5], [torch.nan, 1.0], [torch.nan, torch.nan]])
+    length.keep(torch.zeros(3, 2), confidences, torch.tensor([False, True, False]), perf_counter())
+    assert length.expected == pytest.approx([1, 1.25, 1.375])
+
+
+GOOD = UnevenWorld(slope=0.01, draft=0.05, rates=(0.9, 0.8))
+
+
+def test_a_round_of_which_no_row_counts_leaves_nothing_behind():
+    world, length = World([0.9] * 4, 0.01, 0.05), ConfidentDraftLength(4, 2, Experience())
+    live_confidently(length, GOOD, 50, 4)
+    known = length.experience
+    before = known.predicted, list(known.expectations), known.times[()].rounds
     for _ in range(20):
+        if length.next(8):
+            assert (
+                length.keep(torch.zeros(8, 4), torch.full((8, 4), 0.5), torch.tensor([True] * 8), perf_counter()) == 0
+            )
+            length.record(8, 0, [(0, 0)] * 8, world.seconds(4))
+    assert before == (known.predicted, list(known.expectations), known.times[()].rounds)
+
+
+@pytest.mark.parametrize("told", [torch.nan, None], ids=["not a number", "nothing"])
+@pytest.mark.parametrize("begin", [0, 50], ids=["from the start", "later"])
+def test_a_drafter_that_tells_nothing_useful_and_is_wrong_is_left_alone(told: float | None, begin: int):
+    """It gives confidences that are no numbers, or none any more."""
+    world, length = World([0.0] * 4, 0.05, 0.1), ConfidentDraftLength(4, 2, Experience())
+    live_confidently(length, GOOD, begin, 4)
+    asked = []
+    for _ in range(400):
         k = length.next(8)
+        asked.append(k > 0)
         if k:
-            k = length.keep(torch.zeros(8, k), confidences, torch.tensor([not broken] * 8), perf_counter())
-            assert k == 0
-        length.record(8, k, [(0, 0)] * 8, world.seconds(k))
-    assert before == (length.experience.predicted, list(length.experience.expectations))
-    _, chosen = live_confidently(length, UnevenWorld(slope=0.01, draft=0.05, rates=(0.9, 0.8)), 50, 4)
-    assert chosen[4, 4] > 30
+            confidences = None if told is None else torch.full((8, k), told)
+            k = length.keep(torch.zeros(8, k), confidences, torch.zeros(8, dtype=torch.bool), perf_counter() - 0.1)
+        length.record(8, k, [(0, 1)] * 8, world.seconds(k) + 0.1 * (asked[-1] and not k))
+    assert sum(asked[:200]) < 120 and sum(asked[200:]) < 40, (sum(asked[:200]), sum(asked[200:]))
 
 
 # ---- in real calls

@@ -143,15 +143,26 @@ def test_rates_follow_what_is_accepted():
     first = rates.chances(matched, 4)
     assert first[0].tolist() == pytest.approx(CopyRates.FIRST[2:6])
     assert not first[1].any() and first[2].tolist() == pytest.approx([CopyRates.FIRST[-1]] * 4)
+    copies, tokens = torch.full((3, 4), 7), torch.tensor([[7, 8, 0, 0, 0], [7, 7, 7, 7, 8], [8, 0, 0, 0, 0]])
     for _ in range(200):
-        rates.count(matched, 4, torch.tensor([1, 4, 0]))
+        rates.count(matched, copies, tokens, torch.tensor([2, 5, 1]))
     chances = rates.chances(matched, 4)
     assert chances[0, 0] > 0.9 and chances[0, 1] < 0.15  # the first one right, the second wrong
     assert chances[0, 2:].tolist() == pytest.approx(CopyRates.FIRST[4:6])  # never looked at
     assert not chances[1].any() and chances[2].max() < 0.2
     for _ in range(1000):  # what was seen fades
-        rates.count(torch.zeros(3, dtype=torch.long), 4, torch.tensor([4, 4, 4]))
+        rates.count(torch.zeros(3, dtype=torch.long), copies, tokens, torch.tensor([2, 5, 1]))
     torch.testing.assert_close(rates.chances(matched, 4), first, rtol=0.01, atol=0)
+
+
+def test_a_copy_that_ends_the_text_was_right():
+    """The last token of a row that ends, or is cut, is a right copy; of those behind it nothing is known."""
+    rates = CopyRates()
+    before, copies = rates.right.clone(), torch.tensor([[7, 8, 9]])
+    rates.count(torch.tensor([3]), copies, torch.tensor([[7, 8, 9, 1]]), torch.tensor([2]))
+    right, seen = (rates.right - before).tolist(), (rates.seen - CopyRates.FIRST_WEIGHT).tolist()
+    assert [place for place, count in enumerate(right) if count] == [3, 4]
+    assert [place for place, count in enumerate(seen) if count] == [3, 4]
 
 
 def test_only_rounds_that_copied_are_counted():

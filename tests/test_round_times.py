@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from threading import Thread
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -31,6 +33,50 @@ def test_what_was_timed_earlier_keeps_pace():
         times.add(8, 0, 2.0)
     assert times.estimate(8, 4)[0] == pytest.approx(2.0, rel=0.01)
     assert times.estimate(8, 4)[4] == pytest.approx(3.0, rel=0.17)  # most of the way
+
+
+@pytest.mark.parametrize("factor", [0.25, 0.5, 2.0, 4.0])
+def test_what_comes_and_goes_leaves_no_trace(factor: float):
+    """The machine is faster or slower for a while, in which one length is used: the times of both stay comparable."""
+    times = times_of({(8, 0): 1.0, (8, 4): 1.5}, count=50)
+    for seconds in (factor, 1.0) * 3:
+        for _ in range(150):
+            times.add(8, 0, seconds)
+        estimate = times.estimate(8, 4)
+        assert estimate[0] == pytest.approx(seconds, rel=0.02)
+        assert estimate[4] / estimate[0] == pytest.approx(1.5, rel=0.35)
+    assert estimate[4] / estimate[0] == pytest.approx(1.5, rel=0.02)
+
+
+def test_what_was_believed_for_long_is_corrected():
+    """One length takes longer than it did, as it does in longer texts; the other one is timed now and then."""
+    times = times_of({(8, 0): 1.0, (8, 4): 1.0}, count=100)
+    for _ in range(10):
+        for _ in range(15):
+            times.add(8, 4, 1.5)
+        times.add(8, 0, 1.0)
+    estimate = times.estimate(8, 4)
+    assert estimate[4] / estimate[0] == pytest.approx(1.5, rel=0.1)
+
+
+def test_threads_share_times():
+    times, errors = times_of({(8, 0): 1.0}), []
+
+    def work():
+        try:
+            for number in range(3000):
+                times.add(number % 200, number % 3, 1.0)
+                assert times.knows(drafting=False) or number > 200
+                times.estimate(8, 4)
+        except Exception as error:
+            errors.append(error)
+
+    threads = [Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors and times.rounds == 9002
 
 
 def test_a_wrong_time_does_not_become_the_pace():

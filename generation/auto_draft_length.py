@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Hashable
 from itertools import accumulate
 from operator import mul
@@ -18,8 +18,8 @@ class Experience:
     Attributes:
         times: `RoundTimes` by the regime, such as the device.
         rates: how likely slot j was accepted in the last call once the slots before it were; none at first.
-        turns: how many turns lengths other than the best known one have had.
-        allowance: seconds that the next such turn may lose.
+        allowance: seconds that the next turn of another length than the best known one may lose.
+        lost: seconds that turns of each length were expected to lose; fading.
         expectations: of the last rounds of a drafter that knows how likely its drafts are accepted: the tokens that it
             expected of verifying 0, 1, ... of them, and how long drafting took, in units of a plain round.
         predicted, accepted: how many drafts it expected to be accepted of those verified, and how many were. That
@@ -32,7 +32,7 @@ class Experience:
     def __init__(self):
         self.times: dict = defaultdict(RoundTimes)
         self.rates: list[float] = []
-        self.turns, self.allowance = 0, 0.0
+        self.allowance, self.lost = 0.0, Counter()
         self.expectations: deque[tuple[list[float], float]] = deque(maxlen=self.REMEMBERED)
         self.predicted = self.accepted = self.FIRST_TRUST
 
@@ -55,6 +55,7 @@ class AutoDraftLength(DraftLength):
     TRIED = 8  # all lengths up to it have turns, others only beside the best: more rows are not always slower
     LOST = 0.02  # share of the time that turns of other lengths may lose
     LEAST_LOSS = 0.3  # of such a turn, in rounds: however good a length seems, the best known one has most rounds
+    FADING_LOSS = 0.9  # weight of what turns have lost, a turn later
     FADING = 0.995  # weight of what was seen before, one row's drafts later
     LEAST_GAIN = 1.05  # what drafting must promise for several rows, beside plain decoding: they end unevenly
     MOST_ASKED = 4  # rounds in which a drafter may draft nothing at first
@@ -104,22 +105,28 @@ class AutoDraftLength(DraftLength):
         if num_rows > 1:
             speeds[0] *= self.LEAST_GAIN
         best, speed = self.best(speeds)
-        known, others = self.experience, self.others(best)
-        turn, unknown = known.turns, [length for length in others if times.count(num_rows, length) < times.LEAST]
-        if unknown:  # every second turn is theirs; not all of them, as some may never be drafted in full
-            turn, others = turn // 2, others if turn % 2 else unknown
-        other = others[turn % len(others)]
-        # as many as it takes to know its time; the first round behind plain ones catches up, and is not timed
-        rounds = max(1, times.LEAST - times.count(num_rows, other)) + (best == 0)
-        loss = max(rounds * (seconds[other] - speeds[other] * seconds[other] / speed), self.LEAST_LOSS * seconds[best])
+        rounds = {length: self.rounds_of_turn(num_rows, length, best) for length in self.others(best)}
+        losses = {
+            length: max(count * seconds[length] * (1 - speeds[length] / speed), self.LEAST_LOSS * seconds[best])
+            for length, count in rounds.items()
+        }
+        known = self.experience
+        # each length may lose as much as any other, so that cheap turns come more often than dear ones
+        other = min(losses, key=lambda length: known.lost[length] + losses[length])
         known.allowance += self.LOST * seconds[best]
-        if known.allowance < loss:
+        if known.allowance < losses[other]:
             self.is_trial = False
             return best
         known.allowance = 0.0
-        known.turns += 1
-        self.planned = [other] * (rounds - 1)
+        known.lost = Counter({length: self.FADING_LOSS * lost for length, lost in known.lost.items()})
+        known.lost[other] += losses[other]
+        self.planned = [other] * (rounds[other] - 1)
         return other
+
+    def rounds_of_turn(self, num_rows: int, length: int, best: int) -> int:
+        """As many as it takes to know its time. The first round behind plain ones catches up, and is not timed."""
+        times = self.experience.times[self.regime]
+        return max(1, times.LEAST - times.count(num_rows, length)) + (best == 0)
 
     def best(self, speeds: list[float]) -> tuple[int, float]:
         """The best length, and its speed."""
@@ -127,8 +134,8 @@ class AutoDraftLength(DraftLength):
         return best, speeds[best]
 
     def others(self, best: int) -> list[int]:
-        """The lengths that have turns beside the best one, those near it first."""
-        lengths = (best + 1, best - 1, 0, *range(min(self.most, self.TRIED) + 1))
+        """The lengths that have turns beside the best one."""
+        lengths = (best + 1, best - 1, *range(min(self.most, self.TRIED) + 1))
         return [length for length in dict.fromkeys(lengths) if 0 <= length <= self.most and length != best]
 
     def keep(self, drafts, confidences, idle, started) -> int:

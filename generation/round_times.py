@@ -33,7 +33,7 @@ class RoundTimes:
     MOST_OFF = 0.25  # how far from what is known a round counts: what else the machine does makes some much longer
     WELL_KNOWN = 8  # times that a shape was timed, from which on a round that is off may be the machine's doing
     FOLLOWED = 0.1  # how much of that is followed, by the pace and by the shape together
-    OWN = 0.02  # how much of it by the shape, for every round since it was last timed
+    OWN = 0.01  # how much of it by the shape, for every round since it was last timed
     MOST_OWN = 0.3
 
     def __init__(self):

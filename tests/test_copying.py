@@ -54,7 +54,7 @@ def test_more_are_copied_than_there_are_slots_where_it_pays():
     reference, network = plain(target, batch, **repeat), network_of(target)
     check(target, batch, reference, network, None, **repeat)
     statistics = check(target, batch, reference, network, None, **repeat)
-    assert len(statistics.drafted_per_slot) == MOST_COPIED > network.config.num_draft_tokens
+    assert MOST_COPIED >= len(statistics.drafted_per_slot) > network.config.num_draft_tokens
     assert statistics.tokens_per_pass > 4
 
 

@@ -65,7 +65,8 @@ def profile_once(target, drafter, inputs, arguments) -> dict[str, float]:
 
         def borrow_timed(model):
             borrowed = borrow(model)
-            stack.enter_context(timed_calls(seconds, "drafter", borrowed, "draft_logits", "candidate_logits"))
+            head = ("embed", "draft_logits", "candidates", "tokens_at", "candidate_logits")
+            stack.enter_context(timed_calls(seconds, "drafter", borrowed, *head))
             return borrowed
 
         stack.enter_context(timed_calls(seconds, "target", target, "forward"))

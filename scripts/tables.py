@@ -60,7 +60,7 @@ def results_section() -> str:
     demo = json.loads((RESULTS / "demo_cpu.json").read_text())
     ratio = demo["tokens_per_second"] / demo["plain_tokens_per_second"]
     speed = (
-        f"`make demo` on that machine: {demo['tokens_per_second']:.0f} tokens/s where plain `generate` makes "
+        f"`make demo` on {machine_of(demo)}: {demo['tokens_per_second']:.0f} tokens/s where plain `generate` makes "
         f"{demo['plain_tokens_per_second']:.0f} ({ratio:.2f} times), at {demo['tokens_per_pass']:.2f} tokens per "
         f"target pass; batch of {demo['regime']['batch_size']}, draft length "
         f'"{demo["regime"]["num_assistant_tokens"]}", medians of {demo["regime"]["repeats"]} in turn.'
@@ -130,7 +130,8 @@ def speed_legend() -> list[str]:
         'where those are faster than torch\'s own: what is gained beside it, drafting gains. "auto" is the default: it '
         "drafts as much as seems to pay. The drafters that are always right, always wrong, or right at 7 of 10 tokens "
         'know the text and cost nothing; a real one takes time. "In step" all rows are right at the same tokens and '
-        'advance together, "ragged" each row has its own: beside each other they show what raggedness costs.'
+        'advance together, "ragged" each row has its own: beside each other they show what raggedness costs. Drawn in '
+        "benchmarks/results/benchmark_cpu.png and benchmark_cpu_amd.png.",
     ]
 
 

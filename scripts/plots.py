@@ -61,6 +61,7 @@ def speeds(result: dict, path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(9, 5), layout="constrained")
+    axes.set_prop_cycle(color=pyplot.get_cmap("tab20").colors)  # ten colours are not enough
     contests = result["contests"]
     for name in dict.fromkeys(name for contest in contests for name in contest["contenders"]):
         points = [
@@ -78,9 +79,8 @@ def speeds(result: dict, path: Path) -> None:
     axes.xaxis.set_major_formatter("{x:.0f}")
     axes.set(xlabel="rows of the batch", ylabel="times the tokens/s of plain generate()", ylim=(0, None))
     machine, regime = result["machine"], result["regime"]
-    axes.set_title(
-        f"{regime['target']}, {regime['dtype']}, {contests[0]['decoding']}, {machine['device']}", fontsize=10
-    )
+    place = " ".join(dict.fromkeys([machine["device"], machine.get("cpu", machine["device"])]))
+    axes.set_title(f"{regime['target']}, {regime['dtype']}, {contests[0]['decoding']}, {place}", fontsize=10)
     axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path, dpi=150)
     pyplot.close(figure)

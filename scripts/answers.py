@@ -27,6 +27,7 @@ class Answers(torch.utils.data.Dataset):
     """
 
     def __init__(self, source: Path, max_length: int):
+        self.source = source
         self.rows: list[tuple[torch.Tensor, int]] = []  # tokens, and how many of them are the prompt
         self.prompt_ids: list[int | str | None] = []
         paths = sorted(source.glob("answers-*.jsonl")) if source.is_dir() else [source]
@@ -55,6 +56,24 @@ class Answers(torch.utils.data.Dataset):
     @property
     def num_answer_tokens(self) -> int:
         return sum(len(tokens) - prompt_length for tokens, prompt_length in self.rows)
+
+    @property
+    def most_answer_tokens(self) -> int:
+        return max(len(tokens) - prompt_length for tokens, prompt_length in self.rows)
+
+    def those_answered(self, values: list) -> list:
+        """Of what belongs to all prompts, what belongs to the prompt of each answer.
+
+        Raises:
+            ValueError: the answers are those of other prompts.
+        """
+        unknown = [name for name in self.prompt_ids if type(name) is not int or not 0 <= name < len(values)]
+        if unknown:
+            raise ValueError(
+                f"{self.source} answers prompts {unknown[:3]}, and the prompts that were given are 0 to "
+                f"{len(values) - 1}. Were the answers made by specformer.scripts.distill from these prompts?"
+            )
+        return [values[index] for index in self.prompt_ids]
 
     def token_counts(self, vocab_size: int) -> torch.Tensor:
         """How often each token occurs in the answers, (vocab_size,)."""

@@ -83,13 +83,7 @@ def parameters_at_work(drafter, target) -> dict[str, int]:
 def of_answers(drafter, target, tasks: list[str], arguments: argparse.Namespace) -> dict:
     """Figures of --answers, all and by task."""
     answers = Answers(arguments.answers, sys.maxsize)
-    unknown = [name for name in answers.prompt_ids if type(name) is not int or not 0 <= name < len(tasks)]
-    if unknown:
-        raise ValueError(
-            f"{arguments.answers} answers prompts {unknown[:3]}, and {arguments.prompts} has prompts 0 to "
-            f"{len(tasks) - 1}. Were the answers made by specformer.scripts.distill from these prompts?"
-        )
-    tasks = [tasks[index] for index in answers.prompt_ids]
+    tasks = answers.those_answered(tasks)
     figures = evaluate_answers(drafter, drafter.borrow(target), answers, tasks, arguments.batch_size)
     return {"answer_tokens": answers.num_answer_tokens, **figures}
 

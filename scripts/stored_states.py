@@ -1,4 +1,4 @@
-"""The target's hidden states of all training texts, computed once and kept in a file.
+"""The target's hidden states of training texts, computed once and kept in a file.
 
 The target is most of the work of an epoch on a CPU. The file takes 2 * S * d bytes per token (S hooked states of width
 d, in bfloat16): 3.5 kB for a 135M target, so this is for small runs.
@@ -6,7 +6,9 @@ d, in bfloat16): 3.5 kB for a 135M target, so this is for small runs.
 
 from __future__ import annotations
 
+import hashlib
 import os
+from collections.abc import Iterable
 from itertools import accumulate
 from pathlib import Path
 
@@ -48,10 +50,10 @@ class StoredStates(torch.utils.data.Dataset):
         tokens, labels = self.answers[index]
         return tokens, labels, self._place(index)
 
-    def fill(self, process_index: int, num_processes: int) -> None:
-        """Compute what is missing of this process's share. A text is read alone, so that its states are the same
-        whatever was computed before an interruption."""
-        mine = [index for index in range(process_index, len(self), num_processes) if not self.done[index]]
+    def fill(self, texts: Iterable[int], process_index: int = 0, num_processes: int = 1) -> None:
+        """Compute what is missing of this process's share of `texts`. A text is read alone, so that its states are the
+        same whatever was computed before an interruption."""
+        mine = [index for index in list(texts)[process_index::num_processes] if not self.done[index]]
         for index in tqdm(mine, desc="read answers", unit="text", disable=process_index > 0 or not mine):
             batch = Answers.collate([self.answers[index]])
             batch = {name: values.to(self.borrowed.target.device) for name, values in batch.items()}
@@ -60,6 +62,18 @@ class StoredStates(torch.utils.data.Dataset):
 
     def _place(self, index: int) -> torch.Tensor:
         return self.states[self.ends[index - 1] if index else 0 : self.ends[index]]
+
+
+def shared_file(folder: Path, answers, borrowed: BorrowedTarget) -> Path:
+    """Where in `folder` the states of just these texts are, read by just this target at these layers."""
+    digest = hashlib.sha256(repr((borrowed.layer_ids, borrowed.target.config.to_json_string())).encode())
+    for parameter in borrowed.target.parameters():
+        some = parameter.detach().flatten()[:: max(1, parameter.numel() // 64)]
+        digest.update(some.double().cpu().numpy().tobytes())
+    for tokens, _ in answers:
+        digest.update(repr(tokens.tolist()).encode())
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / f"{digest.hexdigest()[:16]}.bin"
 
 
 def map_file(path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

@@ -35,7 +35,7 @@ from specformer.scripts.model_card import write_model_card
 from specformer.scripts.offline import confidences, drafter_config, drafts_of_text, evaluate_offline, summarise
 from specformer.scripts.provenance import provenance
 from specformer.scripts.runs import SETTINGS, begin_or_go_on, writing
-from specformer.scripts.stored_states import StoredStates
+from specformer.scripts.stored_states import StoredStates, shared_file
 from specformer.target_specformer import BorrowedTarget
 from transformers import (
     AutoConfig,
@@ -300,18 +300,20 @@ def main(arguments: argparse.Namespace) -> None:
         places = ("output", "report_to", "logging_steps")
         settings = {name: value for name, value in vars(arguments).items() if name not in places}
         settings.update(answers=len(answers), answer_tokens=answers.num_answer_tokens, processes=training.world_size)
+        settings["store_hidden_states"] = arguments.store_hidden_states is not None
         begin_or_go_on(output, json.loads(json.dumps(settings, default=str)))
         resume_from = last_whole_checkpoint(output)
     order = torch.randperm(len(answers), generator=torch.Generator().manual_seed(arguments.seed)).tolist()
-    learnt = torch.utils.data.Subset(answers, order[held_out:])
-    if arguments.store_hidden_states:
-        learnt = StoredStates(learnt, borrowed, output / STATES_FILE)
+    stored, shared = None, arguments.store_hidden_states
+    if shared is not None:
+        path = shared_file(Path(shared), answers, borrowed) if shared else output / STATES_FILE
+        stored = StoredStates(answers, borrowed, path)
     slots = drafter.config.num_draft_tokens
     trainer = DrafterTrainer(
         model=drafter,
         args=training,
         data_collator=Answers.collate,
-        train_dataset=learnt,
+        train_dataset=torch.utils.data.Subset(answers if stored is None else stored, order[held_out:]),
         eval_dataset=torch.utils.data.Subset(answers, order[:held_out]),
         callbacks=[EvaluateCheckpoints()],
         borrowed=borrowed,
@@ -323,8 +325,8 @@ def main(arguments: argparse.Namespace) -> None:
         trainer.state = TrainerState.load_from_json(str(resume_from / "trainer_state.json"))
     if not resume_from or trainer.state.global_step < trainer.state.max_steps:
         with fast_linears(target, drafter, borrowed.rows):
-            if arguments.store_hidden_states:
-                learnt.fill(training.process_index, training.world_size)
+            if stored is not None:
+                stored.fill(order[held_out:], training.process_index, training.world_size)
                 PartialState().wait_for_everyone()
             trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
 
@@ -409,8 +411,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--save-dtype", default="bfloat16", choices=["float32", "bfloat16"])
     parser.add_argument(
         "--store-hidden-states",
-        action="store_true",
-        help="read every answer with the target once and keep that in a file in --output; for small runs on a CPU",
+        nargs="?",
+        const="",
+        metavar="FOLDER",
+        help="read every answer with the target once and keep that in a file, for small runs on a CPU: in --output "
+        "until the run ends, or in FOLDER for other runs too",
     )
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()

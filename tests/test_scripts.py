@@ -210,7 +210,7 @@ def test_figures_from_answers_are_those_of_decoding(folder: Path, monkeypatch):
 def test_answers_to_other_prompts_are_refused(folder: Path, monkeypatch):
     (folder / "answers.jsonl").write_text('{"id": 8, "prompt_ids": [3], "response_ids": [4, 5]}\n')
     evaluated = ("--prompts", folder / "prompts.jsonl", "--target", folder / "target", "--drafter", folder / "drafter")
-    with pytest.raises(ValueError, match=r"answers prompts \[8\], and .* has prompts 0 to 7"):
+    with pytest.raises(ValueError, match=r"answers prompts \[8\], and the prompts .* are 0 to 7"):
         run(evaluate_drafter, monkeypatch, *evaluated, "--answers", folder / "answers.jsonl")
     with pytest.raises(ValueError, match="needs a SpecFormer drafter"):
         options = ("--prompt-lookup", 2, "--answers", folder / "answers.jsonl")
@@ -303,10 +303,9 @@ def test_plots(tmp_path: Path):
         plots.main([other])
 
 
-@pytest.mark.parametrize("family", ablations.FAMILIES)
-def test_every_variant_is_another_drafter_or_training(family: str, folder: Path, monkeypatch):
+def test_every_variant_is_another_drafter_or_training(folder: Path, monkeypatch):
     target_config, found = llama().config, []
-    for name, options in ablations.FAMILIES[family](target_config, folder / "other.jsonl").items():
+    for name, options in ablations.variants(target_config, folder / "other.jsonl").items():
         common = ["--data", folder, "--output", folder / "run", "--target", folder / "target"]
         budget = ["--num-draft-tokens", 3, "--draft-vocab-size", 40, "--slot-decay", 0.8]
         monkeypatch.setattr(sys, "argv", list(map(str, ["train", *common, *budget, *options])))
@@ -329,27 +328,41 @@ def test_ablations(folder: Path, monkeypatch):
     (folder / "other.jsonl").write_text('{"prompt_ids": [3, 4], "response_ids": [5, 6, 7, 8]}\n' * 4)
     arguments = ["--data", folder / "answers", "--target", folder / "target", "--output", folder / "runs"]
     arguments += ["--result", folder / "result.json", "--seeds", 0, "--other-data", folder / "other.jsonl"]
-    budget = ("--", "--epochs", 2, "--num-draft-tokens", 3, "--evaluations", 2)
+    arguments += ["--context", 16, "--store-hidden-states"]
+    budget = ("--", "--epochs", 2, "--num-draft-tokens", 3, "--draft-vocab-size", 40, "--evaluations", 2)
     run(ablations, monkeypatch, *arguments, *budget)
     result = json.loads((folder / "result.json").read_text())
-    assert result["trial"] is True
-    assert len(result["variants"]) == 8
-    assert all(times["draft_seconds"] > 0 for runs in result["variants"].values() for times in runs[0]["rounds"])
-    weights = {name: runs[0]["parameters"] for name, runs in result["variants"].items()}
-    assert (
-        weights["no positional FFN"] < weights["paper"] == weights["causal draft attention"] < weights["twice as wide"]
-    )
-    assert all(1 <= runs[0]["tokens_per_pass_k3"] <= 4 for runs in result["variants"].values())
+    assert result["trial"] is True and result["evaluated_on"] == ["held-out answers"]
+    assert list(result["variants"]) == list(ablations.variants(llama().config, folder / "other.jsonl"))
+    every = {name: runs[0] for name, runs in result["variants"].items()}
+    for found in every.values():
+        assert 1 <= found["offline"]["all"]["tokens_per_pass_k3"] <= 4
+        assert [times["batch_size"] for times in found["rounds"]] == [1, 8, 32]
+        assert all(times[f"{what}_seconds"] > 0 for times in found["rounds"] for what in ("plain", "verify", "draft"))
+    weights = {name: found["parameters"] for name, found in every.items()}
+    assert weights["no positional FFN"] < weights["paper"] == weights["causal draft attention"]
+    assert weights["paper"] < weights["twice as wide"] and weights["default"] < weights["stacked"]
+    assert every["other text than the target's"]["tokens_seen"] == 24
+
+    few = ["--variants", "paper", "default", "stacked", "--seeds", 0]
+    answered = ["--answers", folder / "answers", "--prompts", folder / "prompts.jsonl"]
     with monkeypatch.context() as patch:
-        patch.setattr(subprocess, "run", None)
-        run(ablations, patch, *arguments, "--answers", folder / "answers", *budget)
-        on_answers = json.loads((folder / "result.json").read_text())
-        run(ablations, patch, *arguments, "--variants", "paper", *budget)
-    assert list(json.loads((folder / "result.json").read_text())["variants"]) == ["paper"]
+        patch.setattr(subprocess, "run", None)  # they are trained
+        run(ablations, patch, *arguments, *few, *answered, *budget)
+    result = json.loads((folder / "result.json").read_text())
+    assert list(result["variants"]) == few[1:4] and result["evaluated_on"] == ["answers"]
+    for (found,) in result["variants"].values():
+        offline, decoded = found["offline"], found["decoded"]
+        assert offline["all"]["answers"] == decoded["prompts"] == decoded["identical"] == len(TEXTS)
+        assert decoded["max_new_tokens"] == 16
+        expected = offline["tasks"]["answers"]["tokens_per_pass_k3"]
+        assert decoded["tasks"]["answers"]["tokens_per_pass"] == pytest.approx(expected, rel=0.05)  # bfloat16 states
+    shown = ablations.table(result).splitlines()
+    assert len(shown) == 5 and len({line.count("|") for line in shown}) == 1
     with pytest.raises(ValueError, match=r"--variants.*wider.*expected some of 'paper'"):
         run(ablations, monkeypatch, *arguments, "--variants", "wider", *budget)
-    assert on_answers["evaluated_on"] == "answers"
-    assert all(runs[0]["answers"] == len(TEXTS) for runs in on_answers["variants"].values())
+    with pytest.raises(ValueError, match=r"--prompts has 1 files and --answers 0 folders"):
+        run(ablations, monkeypatch, *arguments, *answered[2:], *budget)
 
 
 @pytest.mark.slow

@@ -22,7 +22,7 @@ from specformer.scripts.answers import Answers
 from specformer.scripts.losses import IGNORED, drafter_loss
 from specformer.scripts.offline import drafts_of_text, evaluate_offline, summarise, target_states
 from specformer.scripts.runs import begin_or_go_on
-from specformer.scripts.stored_states import StoredStates
+from specformer.scripts.stored_states import StoredStates, shared_file
 from specformer.scripts.train import CHECKPOINTS, WHOLE, DrafterTrainer
 from tiny import VOCAB, llama, ragged_batch
 
@@ -575,7 +575,7 @@ def test_stored_states_are_the_targets_own(folders: Path):
     paths = [folders / name for name in ("one", "two")]
     for path, shares in zip(paths, ([(0, 1)], [(1, 2), (0, 2)]), strict=True):
         for share in shares:
-            StoredStates(answers, borrowed, path).fill(*share)
+            StoredStates(answers, borrowed, path).fill(range(len(answers)), *share)
     one, two = (StoredStates(answers, borrowed, path) for path in paths)
     for index, (tokens, labels) in enumerate(answers):
         states = target_states(borrowed, Answers.collate([(tokens, labels)]))[0]
@@ -618,6 +618,39 @@ def test_a_run_with_stored_states_goes_on_exactly(folders: Path, monkeypatch):
     texts = [str(ids) for ids in read if ids]
     assert len(texts) == len(set(texts)) == 20
     assert not list((folders / "drafter").glob("hidden_states*"))
+
+
+def test_runs_share_stored_states(folders: Path, monkeypatch):
+    """Of all runs that read the same texts with the same layers of the same target, whatever else they do."""
+    stored, read = folders / "states", []
+
+    def counted(borrowed, batch):
+        read.append(batch["input_ids"].tolist())
+        return target_states(borrowed, batch)
+
+    alone = run(monkeypatch, folders, *STORED, output="alone")
+    monkeypatch.setattr(stored_states, "target_states", counted)
+    shared = (*EACH_STEP, "--store-hidden-states", str(stored))
+    assert_same_run(run(monkeypatch, folders, *shared, output="first"), alone)
+    assert len(read) == 20
+    run(monkeypatch, folders, *shared, "--seed", "1", output="second")
+    texts = [str(ids) for ids in read]
+    assert 20 < len(texts) == len(set(texts))  # other texts are held out: only these were read anew
+    assert len(list(stored.glob("*.bin"))) == 1
+    run(monkeypatch, folders, *shared, "--paper", output="third")
+    assert len(list(stored.glob("*.bin"))) == 2
+
+
+def test_stored_states_are_of_one_target_and_its_texts(folders: Path):
+    target, answers = llama(torch.float32), Answers(folders / "answers.jsonl", 100)
+    drafter = make_drafter(target)
+    before = shared_file(folders, answers, drafter.borrow(target))
+    assert shared_file(folders, answers, drafter.borrow(llama(torch.float32))) == before
+    others = torch.utils.data.Subset(answers, range(1, len(answers)))
+    assert shared_file(folders, others, drafter.borrow(target)) != before
+    with torch.no_grad():
+        target.model.layers[-1].mlp.up_proj.weight.mul_(1.001)
+    assert shared_file(folders, answers, drafter.borrow(target)) != before
 
 
 def test_no_room_for_stored_states(folders: Path, monkeypatch):

@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 
 from .noise import HashedNoise, StepNoise
-from .verification import reject_and_resample, sample_with_noise
+from .verification import best_tokens, reject_and_resample, sample_with_noise
 
 ACCEPTANCE_RULES = ("match", "coupled", "rejection")
 
@@ -67,10 +67,10 @@ class Greedy(AcceptanceRule):
     takes_the_best = True
 
     def draft(self, scores, rows, steps):
-        return scores.argmax(dim=-1), None
+        return best_tokens(scores), None
 
     def take(self, scores, drafts, proposals, rows, steps):
-        tokens = scores.argmax(dim=-1)
+        tokens = best_tokens(scores)
         return tokens, tokens == drafts
 
 

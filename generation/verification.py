@@ -5,9 +5,12 @@ N rows, q positions each, vocabulary V. `drafts` holds `NO_TOKEN` where nothing 
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 NO_TOKEN = -1
+MOST_IN_BLOCK = 256
 
 
 def sample_with_noise(scores: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
@@ -15,15 +18,30 @@ def sample_with_noise(scores: torch.Tensor, noise: torch.Tensor) -> torch.Tensor
 
     `NO_TOKEN` where it would raise, because some score is NaN or infinite or none is left above -inf.
     """
-    tokens = (scores.softmax(dim=-1) / noise).argmax(dim=-1)
+    tokens = places_of_best(scores.softmax(dim=-1) / noise)
     return torch.where(scores.amax(dim=-1).isfinite(), tokens, NO_TOKEN)
 
 
 def best_tokens(logits: torch.Tensor, token_ids: torch.Tensor | None = None) -> torch.Tensor:
     """The token of the highest logit: (..., C) -> (...). The logits are of `token_ids`, which broadcast to them, or of
     the vocabulary in its order."""
-    best = logits.argmax(dim=-1, keepdim=True)
-    return (best if token_ids is None else token_ids.expand(logits.shape).gather(-1, best))[..., 0]
+    best = places_of_best(logits)
+    return best if token_ids is None else token_ids.expand(logits.shape).gather(-1, best[..., None])[..., 0]
+
+
+def places_of_best(values: torch.Tensor) -> torch.Tensor:
+    """`values.argmax(dim=-1)`, ties and NaN included: (..., V) -> (...).
+
+    On a CPU torch looks for the greatest value with vector instructions and for its place without, which takes six
+    times as long. So first the block of the vocabulary that has it is found, and then its place in there.
+    """
+    block = math.gcd(values.shape[-1], MOST_IN_BLOCK)
+    if values.device.type != "cpu" or block < 32:
+        return values.argmax(dim=-1)
+    blocks = values.unflatten(-1, (-1, block))  # (..., V / block, block)
+    best = blocks.amax(dim=-1).argmax(dim=-1)[..., None]
+    inside = blocks.take_along_dim(best[..., None], dim=-2)[..., 0, :].argmax(dim=-1)
+    return best[..., 0] * block + inside
 
 
 def count_accepted(accepted: torch.Tensor) -> torch.Tensor:
@@ -63,7 +81,7 @@ def reject_and_resample(
     residual = (p - q).clamp(min=0)
     # p = q up to rounding leaves nothing, and then a rejection has no probability either
     residual = torch.where(residual.sum(dim=-1, keepdim=True) > 0, residual, p)
-    sampled = torch.where(scores[rows, first].amax(dim=-1).isfinite(), (residual / noise).argmax(dim=-1), NO_TOKEN)
+    sampled = torch.where(scores[rows, first].amax(dim=-1).isfinite(), places_of_best(residual / noise), NO_TOKEN)
     tokens = drafts.clone()
     tokens[rows, first] = torch.where(accepted[rows, first], drafts[rows, first], sampled)
     return tokens, accepted

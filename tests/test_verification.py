@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from specformer.generation import noise as noise_module
 from specformer.generation.noise import StepNoise
-from specformer.generation.verification import count_accepted, sample_with_noise
+from specformer.generation.verification import count_accepted, places_of_best, sample_with_noise
 
 CPU = torch.device("cpu")
 BATCH, VOCAB = 3, 50
@@ -148,3 +148,19 @@ def test_noise_is_float32_whatever_the_default_dtype(dtype: torch.dtype):
         torch.set_default_dtype(torch.float32)
     assert {draw.dtype for draw in drawn} == {torch.float32}
     assert [sample_with_noise(*pair).tolist() for pair in zip(scores, drawn, strict=True)] == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("width", [1, 40, 64, 96, 256, 1024, 50257 // 64 * 32 + 1])
+def test_places_of_best_are_those_of_argmax(width: int, dtype: torch.dtype):
+    """The first place of several that are equal, and of NaN."""
+    generator = torch.Generator().manual_seed(width)
+    values = torch.randn(60, 3, width, generator=generator, dtype=dtype)
+    values[:20] = torch.randint(0, 3, values[:20].shape, generator=generator).to(dtype)  # many ties
+    some = torch.rand(values.shape, generator=generator)
+    values[20:30] = values[20:30].masked_fill(some[20:30] < 0.02, torch.nan)
+    values[30:40] = values[30:40].masked_fill(some[30:40] < 0.3, torch.inf)
+    values[40:50] = values[40:50].masked_fill(some[40:50] < 0.9, -torch.inf)
+    values[50:] = -torch.inf
+    assert torch.equal(places_of_best(values), values.argmax(dim=-1))
+    assert places_of_best(values[:0]).shape == (0, 3) and places_of_best(values[:, :0]).shape == (60, 0)

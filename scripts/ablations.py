@@ -9,8 +9,8 @@ The first variants try the paper's findings again, the others what this package 
 What follows -- goes to specformer.scripts.train, the same for all. --other-data holds text that the target did not
 write, in the form of --data. --answers holds the target's answers to evaluation prompts, one folder for each kind:
 without them a variant's figures are those of its held-out answers. With --prompts, which were answered, the drafters of
-the first seed also decode these, beside plain generate(). Run the same command again after an interruption. Fewer than
-2 million tokens seen in training make a trial, and the result says so.
+the first seed also decode some of these, beside plain generate(). Run the same command again after an interruption.
+Fewer than 2 million tokens seen in training make a trial, and the result says so.
 """
 
 from __future__ import annotations
@@ -31,54 +31,18 @@ from specformer.scripts.answers import Answers
 from specformer.scripts.cost_model import time_round
 from specformer.scripts.decoded import evaluate_decoding
 from specformer.scripts.fetch_target import fetch_target
+from specformer.scripts.losses import IGNORED
 from specformer.scripts.offline import evaluate_answers
 from specformer.scripts.prompts import read_prompts
 from specformer.scripts.provenance import provenance
 from specformer.scripts.reproduce import KEEP_MEMORY
 from specformer.scripts.stored_states import StoredStates, shared_file
+from specformer.scripts.variants import variants
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 ENOUGH_TOKENS = 2_000_000
 STATES = "hidden_states"
-CORRECTED, SMOOTHED = "previous_token_rank=256", ["--slot-decay", "1", "--acceptance-weights", "0.5"]
-
-
-def variants(target_config, other_data: Path | None = None) -> dict[str, list[str]]:
-    """Name and training options of each variant."""
-    text_config = target_config.get_text_config(decoder=True)
-    layers, few = text_config.num_hidden_layers, text_config.vocab_size // 24
-    # each differs from "paper" in one thing
-    of_paper = {
-        "paper": [],
-        "causal draft attention": ["--config", "causal_draft_attention=true"],
-        "no positional FFN": ["--config", "use_positional_ffn=false"],
-        "twice as wide": ["--config", f"intermediate_size={2 * text_config.intermediate_size}"],
-    }
-    if other_data:
-        of_paper["other text than the target's"] = ["--data", str(other_data)]
-    # each differs from "with the anchor token" in one thing, but those that combine what others have
-    beyond = {
-        "with the anchor token": [],
-        "anchor as a slot": ["--config", "use_anchor_token=false", "anchor_slot=true"],
-        "anchor as input and slot": ["--config", "anchor_slot=true"],
-        "anchor beside HS[0]": [
-            "--config",
-            f"target_layer_ids={sorted({0, layers // 2, layers - 1, layers})}".replace(" ", ""),
-        ],
-        "slots see the context": ["--config", "draft_attends_context=true"],
-        "two draft layers": ["--config", "num_draft_layers=2"],
-        "slot embeddings": ["--config", "use_positional_ffn=false"],
-        "corrected by the previous token": ["--config", CORRECTED],
-        "corrected, base loss first": ["--config", CORRECTED, "--base-loss", "1"],
-        "weighed by acceptance": SMOOTHED,
-        "distance from the target": ["--distance-loss", "0.9"],
-        "all tokens drafted": ["--draft-vocab-size", str(2**24)],
-        f"{few:,} tokens drafted": ["--draft-vocab-size", str(few)],
-        "default": ["--config", CORRECTED, "confidence_head=true", *SMOOTHED],
-        "stacked": ["--config", CORRECTED, "num_draft_layers=2", "draft_attends_context=true", *SMOOTHED],
-    }
-    return {name: ["--paper", *options] for name, options in of_paper.items()} | beyond
 
 
 def main(arguments: argparse.Namespace) -> None:
@@ -110,7 +74,8 @@ def main(arguments: argparse.Namespace) -> None:
         drafter = load(folders[0], target)
         results[variant][0]["rounds"] = rounds(drafter, target, arguments)
         if arguments.prompts:
-            results[variant][0]["decoded"] = decoded(drafter, target, tokenizer, evaluation, arguments)
+            some = evaluation.some(arguments.decode)
+            results[variant][0]["decoded"] = decoded(drafter, target, tokenizer, some, arguments.batch_size)
     seen = min(run["tokens_seen"] for each in results.values() for run in each)
     result = {
         **provenance("specformer.scripts.ablations"),
@@ -126,41 +91,45 @@ def main(arguments: argparse.Namespace) -> None:
 class Evaluation(NamedTuple):
     """What variants are evaluated on: answers of the target, and of each its prompt and kind."""
 
-    answers: list[Answers]
+    answers: torch.utils.data.Dataset
     prompts: list[str]
     kinds: list[str]
 
+    def some(self, count: int) -> Evaluation:
+        """The first so many of each kind."""
+        kept = [place for place, kind in enumerate(self.kinds) if self.kinds[:place].count(kind) < count]
+        return Evaluation(
+            torch.utils.data.Subset(self.answers, kept),
+            [self.prompts[place] for place in kept],
+            [self.kinds[place] for place in kept],
+        )
 
-def read_evaluation(arguments: argparse.Namespace) -> Evaluation:
+
+def read_evaluation(arguments: argparse.Namespace) -> Evaluation | None:
     """Raises ValueError where prompts and answers do not belong together; nothing has been trained yet."""
     if arguments.prompts and len(arguments.prompts) != len(arguments.answers):
         raise ValueError(
             f"--prompts has {len(arguments.prompts)} files and --answers {len(arguments.answers)} folders; expected "
             "the prompts of each folder, in the same order."
         )
-    found = Evaluation([Answers(folder, sys.maxsize) for folder in arguments.answers], [], [])
-    for place, (folder, answers) in enumerate(zip(arguments.answers, found.answers, strict=True)):
-        found.kinds.extend([folder.name] * len(answers))
+    every, prompts, kinds = [Answers(folder, sys.maxsize) for folder in arguments.answers], [], []
+    for place, answers in enumerate(every):
+        kinds += [arguments.answers[place].name] * len(answers)
         if arguments.prompts:
-            found.prompts.extend(answers.those_answered(read_prompts(arguments.prompts[place])))
-    return found
+            prompts += answers.those_answered(read_prompts(arguments.prompts[place]))
+    return Evaluation(torch.utils.data.ConcatDataset(every), prompts, kinds) if every else None
 
 
 def load(folder: Path, target) -> SpecFormerModel:
     return SpecFormerModel.from_pretrained(folder).to(target.device, target.dtype)
 
 
-def trained(folder: Path, target, evaluation: Evaluation, arguments: argparse.Namespace) -> dict:
+def trained(folder: Path, target, evaluation: Evaluation | None, arguments: argparse.Namespace) -> dict:
     """How one drafter was trained, and what it would do on the answers, exactly."""
     log = json.loads((folder / "training.json").read_text())
-    if evaluation.answers:
-        borrowed = (drafter := load(folder, target)).borrow(target)
-        texts = torch.utils.data.ConcatDataset(evaluation.answers)
-        if arguments.store_hidden_states:
-            texts = StoredStates(texts, borrowed, shared_file(arguments.output / STATES, texts, borrowed))
-            with fast_linears(target, drafter, borrowed.rows):
-                texts.fill(range(len(texts)))
-        offline = evaluate_answers(drafter, borrowed, texts, evaluation.kinds, arguments.batch_size)
+    if evaluation:
+        store = arguments.output / STATES if arguments.store_hidden_states else None
+        offline = computed(load(folder, target), target, evaluation, arguments.batch_size, store)
     else:
         (best,) = [each for each in log["history"] if "eval_loss" in each and each["step"] == log["best"]["step"]]
         best = {name.removeprefix("eval_"): value for name, value in best.items() if name.startswith("eval_")}
@@ -176,6 +145,16 @@ def trained(folder: Path, target, evaluation: Evaluation, arguments: argparse.Na
     }
 
 
+def computed(drafter, target, evaluation: Evaluation, batch_size: int, store: Path | None = None) -> dict:
+    """Exact figures on the answers, all and by kind; with states of the target that are kept in the folder `store`."""
+    borrowed, texts = drafter.borrow(target), evaluation.answers
+    if store:
+        texts = StoredStates(texts, borrowed, shared_file(store, texts, borrowed))
+        with fast_linears(target):
+            texts.fill(range(len(texts)))
+    return evaluate_answers(drafter, borrowed, texts, evaluation.kinds, batch_size)
+
+
 def rounds(drafter: SpecFormerModel, target, arguments: argparse.Namespace) -> list[dict]:
     """Seconds of a round with all slots drafted, of the two passes in it, and of a plain step, at each batch size."""
     k, found = drafter.config.num_draft_tokens, []
@@ -185,22 +164,25 @@ def rounds(drafter: SpecFormerModel, target, arguments: argparse.Namespace) -> l
     return found
 
 
-def decoded(drafter: SpecFormerModel, target, tokenizer, evaluation: Evaluation, arguments: argparse.Namespace) -> dict:
-    """What real decoding with the drafter alone comes to, as long as the answers are."""
+def decoded(drafter: SpecFormerModel, target, tokenizer, evaluation: Evaluation, batch_size: int) -> dict:
+    """What real decoding with the drafter alone comes to, as long as the answers are, and what is computed for it."""
     drafting = {
         "assistant_model": drafter,
         "num_assistant_tokens": drafter.config.num_draft_tokens,
         "prompt_lookup_num_tokens": 0,
     }
-    settings = argparse.Namespace(
-        batch_size=arguments.batch_size,
-        max_new_tokens=max(answers.most_answer_tokens for answers in evaluation.answers),
-        sample=False,
-        acceptance="match",
+    longest = max(int((labels != IGNORED).sum()) for _, labels in evaluation.answers)
+    settings = dict(batch_size=batch_size, max_new_tokens=longest, sample=False, acceptance="match")
+    found = evaluate_decoding(
+        target, tokenizer, drafting, evaluation.prompts, evaluation.kinds, argparse.Namespace(**settings)
     )
-    found = evaluate_decoding(target, tokenizer, drafting, evaluation.prompts, evaluation.kinds, settings)
+    expected = computed(drafter, target, evaluation, batch_size)["all"]
     names = ("prompts", "identical", "tokens_per_pass", "tasks", "acceptance_per_slot", "seconds")
-    return {**vars(settings), **{name: found[name] for name in names}}
+    return {
+        **settings,
+        **{name: found[name] for name in names},
+        "computed": expected[f"tokens_per_pass_k{drafter.config.num_draft_tokens}"],
+    }
 
 
 def table(result: dict) -> str:
@@ -211,7 +193,7 @@ def table(result: dict) -> str:
     titles = ["variant", "million weights", f"right at slots 1 to {k}"]
     titles += [f"tokens per pass, {kind}" for kind in kinds or result["evaluated_on"]]
     if "decoded" in first:
-        titles += ["the same, decoded", "times plain `generate`, decoded"]
+        titles += ["decoded / computed for these", "times plain `generate`, decoded"]
     if sizes:
         batches = ", ".join(map(str, sizes))
         titles += [f"draft, ms, batch {batches}", f"times plain, by rounds, batch {batches}"]
@@ -223,7 +205,7 @@ def table(result: dict) -> str:
         of_kinds = [[run["offline"]["tasks"][kind] for run in runs] for kind in kinds] or [every]
         cells += [" / ".join(f"{each[f'tokens_per_pass_k{k}']:.3f}" for each in kind) for kind in of_kinds]
         if done := runs[0].get("decoded"):
-            cells.append(" / ".join(f"{each['tokens_per_pass']:.3f}" for each in done["tasks"].values()))
+            cells.append(f"{done['tokens_per_pass']:.3f} / {done['computed']:.3f}")
             cells.append(f"{done['seconds']['plain'] / done['seconds']['drafting']:.2f}")
         if sizes:
             cells.append(", ".join(f"{1e3 * each['draft_seconds']:.1f}" for each in runs[0]["rounds"]))
@@ -245,7 +227,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--result", type=Path, default=Path("benchmarks/results/ablations.json"))
     parser.add_argument("--other-data", type=Path, help="text that the target did not write")
     parser.add_argument("--answers", type=Path, nargs="+", default=[], help="folders of distill for evaluation prompts")
-    parser.add_argument("--prompts", nargs="+", default=[], help="of each of these folders, to be decoded")
+    parser.add_argument("--prompts", nargs="+", default=[], help="of each of these folders, to be decoded as well")
+    parser.add_argument("--decode", type=int, default=8, help="how many of each are decoded")
     parser.add_argument("--target", help="folder or Hub id of the target; default: the one of fetch_target")
     parser.add_argument(
         "--store-hidden-states",

@@ -57,10 +57,6 @@ class Answers(torch.utils.data.Dataset):
     def num_answer_tokens(self) -> int:
         return sum(len(tokens) - prompt_length for tokens, prompt_length in self.rows)
 
-    @property
-    def most_answer_tokens(self) -> int:
-        return max(len(tokens) - prompt_length for tokens, prompt_length in self.rows)
-
     def those_answered(self, values: list) -> list:
         """Of what belongs to all prompts, what belongs to the prompt of each answer.
 

@@ -1,0 +1,129 @@
+"""Tables of speed and of where the time goes, in Markdown, from the JSON files under benchmarks/results."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from specformer.scripts.contenders import PLAIN, PLAIN_ONEDNN
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+
+OTHER_SPEEDS = ["benchmark_cpu_256", "benchmark_cpu_sampling", "benchmark_cpu_long"]
+"""Other regimes: long answers, sampling, long prompts."""
+
+
+def ratios_of(figures: dict | None) -> str:
+    """Times plain generate(), times the best of the plain ones if that is another one, and tokens per pass."""
+    if not figures:
+        return ""
+    ratios = [figures[key]["median"] for key in ("ratio_to_plain", "ratio_to_best_plain")]
+    rate = f" ({figures['tokens_per_pass']:.2f})" if "tokens_per_pass" in figures else ""
+    return " / ".join(dict.fromkeys(f"{ratio:.2f}" for ratio in ratios)) + rate
+
+
+def machine_of(result: dict) -> str:
+    machine = result["machine"]
+    return f"{machine['torch_threads']} threads of {machine['device']} ({machine['cpu']})"
+
+
+def speed_table(name: str) -> list[str]:
+    """Speed beside plain generate(), with drafters at both ends of what can be."""
+    result = json.loads((RESULTS / f"{name}.json").read_text())
+    regime, contests = result["regime"], result["contests"]
+    names = [name for name in contests[-1]["contenders"] if name != PLAIN]
+    names += [name for name in contests[0]["contenders"] if name not in (PLAIN, *names)]  # of a batch of one
+    lines = [
+        "| contender | " + " | ".join(f"batch {contest['batch_size']}" for contest in contests) + " |",
+        "|---" * (1 + len(contests)) + "|",
+        f"| {PLAIN} | "
+        + " | ".join(f"{contest['contenders'][PLAIN]['tokens_per_second']:.0f} tokens/s" for contest in contests)
+        + " |",
+    ]
+    for name in names:
+        cells = [ratios_of(contest["contenders"].get(name)) for contest in contests]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    identical, texts = (
+        sum(numbers)
+        for numbers in zip(
+            *((f["identical"], c["texts"]) for c in contests for f in c["contenders"].values()), strict=True
+        )
+    )
+    return [
+        *lines,
+        "",
+        f"Greedy, {regime['max_new_tokens']} new tokens, {regime['dtype']}, MT-Bench prompts, medians of "
+        f"{contests[0]['turns']} turns with other prompts each, {machine_of(result)}; {identical} of {texts} texts "
+        f"identical to plain `generate`; {result['date']}.",
+    ]
+
+
+def speed_legend() -> list[str]:
+    return [
+        'Times the speed of plain `generate`, and in brackets tokens per target pass. "auto" is the default: it drafts '
+        "as much as seems to pay. The drafters that are always right or always wrong know the text and cost nothing; a "
+        "real one takes time. Drawn in benchmarks/results/benchmark_cpu.png.",
+    ]
+
+
+def contenders_legend() -> list[str]:
+    return [
+        "Times the speed of plain `generate`, where another plain one is faster / times the speed of that one, and in "
+        f'brackets tokens per target pass. "{PLAIN_ONEDNN}" has the matrix products of this package\'s passes, '
+        "where those are faster than torch's own: what is gained beside it, drafting gains. The drafters that are "
+        'always right, always wrong, or right at 7 of 10 tokens know the text and cost nothing. "In step" all rows '
+        'are right at the same tokens and advance together, "ragged" each row has its own: beside each other they '
+        'show what raggedness costs. "default alone" drafts without copies. Drawn in '
+        "benchmarks/results/benchmark_cpu_contenders.png and benchmark_cpu_amd.png.",
+    ]
+
+
+def other_speeds() -> list[str]:
+    """Speed of the default drafter in other regimes."""
+    lines = []
+    for name in OTHER_SPEEDS:
+        result = json.loads((RESULTS / f"{name}.json").read_text())
+        for contest in result["contests"]:
+            found, prompts = contest["contenders"], contest["prompt_tokens"]
+            names = [name for name in found if name.startswith("default")]
+            if not lines:
+                lines = [
+                    "| decoding | prompt tokens | new tokens | batch | "
+                    + " | ".join([PLAIN, *names])
+                    + " | identical |",
+                    "|---" * (6 + len(names)) + "|",
+                ]
+            identical = sum(figures["identical"] for figures in found.values())
+            lines.append(
+                f"| {contest['decoding']} | {' to '.join(dict.fromkeys(map(str, prompts.values())))} | "
+                f"{result['regime']['max_new_tokens']} | {contest['batch_size']} | "
+                f"{found[PLAIN]['tokens_per_second']:.0f} tokens/s | "
+                + " | ".join(ratios_of(found[name]) for name in names)
+                + f" | {identical} of {contest['texts'] * len(found)} |"
+            )
+    sampling = json.loads((RESULTS / "benchmark_cpu_sampling.json").read_text())["regime"]["decoding"]["sampling"]
+    settings = ", ".join(f"{key} {value}" for key, value in sampling.items() if key != "do_sample")
+    return [
+        *lines,
+        "",
+        f"The same on {machine_of(result)}, medians of {contest['turns']} turns. Sampling: {settings}. Long prompts "
+        "are pieces of all prompts in a row.",
+    ]
+
+
+def profile_section() -> str:
+    """Shares of one call's time."""
+    result = json.loads((RESULTS / "profile_cpu_batch_16.json").read_text())
+    regime, seconds, outside = result["regime"], result["median_seconds"], result["share_outside_the_models"]
+    return (
+        "| part | share of the call |\n|---|---|\n"
+        f"| target | {seconds['target'] / seconds['total']:.1%} |\n"
+        f"| drafter | {seconds['drafter'] / seconds['total']:.1%} |\n"
+        f"| everything else | {outside['median']:.1%} ({outside['min']:.1%} to {outside['max']:.1%}) |\n\n"
+        f"{regime['target']} in {regime['dtype']}, greedy, {regime['batch_size']} different MT-Bench prompts, "
+        f"{regime['max_new_tokens']} new tokens, {regime['num_assistant_tokens']} drafted a round, without copies, "
+        f"median of {regime['repeats']} runs of {seconds['total']:.1f} s; {result['machine']['device']} "
+        f"({result['machine']['cpu']}, {result['machine']['torch_threads']} threads), torch "
+        f"{result['versions']['torch']}, transformers {result['versions']['transformers']}.\n"
+    )

@@ -29,7 +29,7 @@ RECIPES = {
             [
                 *("--epochs", "4", "--batch-size", "64", "--learning-rate", "1e-3", "--max-length", "768"),
                 *("--num-draft-tokens", "8", "--default-num-assistant-tokens", "4", "--mixed-precision", "bf16"),
-                *("--draft-vocab-size", "16384", "--acceptance-weights", "0.5"),
+                *("--draft-vocab-size", "16384", "--acceptance-weights", "0.5", "--base-loss", "1"),
                 *("--config", "previous_token_rank=256", "confidence_head=true"),
                 *("--held-out", "512", "--evaluations", "12", "--logging-steps", "50"),
             ]

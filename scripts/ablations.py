@@ -21,7 +21,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 from typing import NamedTuple
 
 import torch
@@ -68,13 +68,12 @@ def main(arguments: argparse.Namespace) -> None:
     target = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).eval()
     target.to("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = AutoTokenizer.from_pretrained(name)
-    results = {}
+    some, results = evaluation.some(arguments.decode) if arguments.prompts else None, {}
     for variant, folders in tqdm(runs.items(), unit="variant"):
         results[variant] = [trained(folder, target, evaluation, arguments) for folder in folders]
         drafter = load(folders[0], target)
         results[variant][0]["rounds"] = rounds(drafter, target, arguments)
-        if arguments.prompts:
-            some = evaluation.some(arguments.decode)
+        if some:
             results[variant][0]["decoded"] = decoded(drafter, target, tokenizer, some, arguments.batch_size)
     seen = min(run["tokens_seen"] for each in results.values() for run in each)
     result = {
@@ -189,7 +188,8 @@ def table(result: dict) -> str:
     """Markdown: one line per variant, its seeds side by side; times are the first seed's."""
     first = next(iter(result["variants"].values()))[0]
     k = sum(name.startswith("accuracy_slot_") for name in first["offline"]["all"])
-    kinds, sizes = list(first["offline"]["tasks"]), [each["batch_size"] for each in first.get("rounds", [])]
+    kinds, times = list(first["offline"]["tasks"]), at_one_pace(result["variants"])
+    sizes = [each["batch_size"] for each in first["rounds"]]
     titles = ["variant", "million weights", f"right at slots 1 to {k}"]
     titles += [f"tokens per pass, {kind}" for kind in kinds or result["evaluated_on"]]
     if "decoded" in first:
@@ -207,16 +207,33 @@ def table(result: dict) -> str:
         if done := runs[0].get("decoded"):
             cells.append(f"{done['tokens_per_pass']:.3f} / {done['computed']:.3f}")
         if sizes:
-            cells.append(", ".join(f"{1e3 * each['draft_seconds']:.1f}" for each in runs[0]["rounds"]))
-            cells.append(", ".join(f"{speed_up(runs[0], each):.2f}" for each in runs[0]["rounds"]))
+            gained = every[0][f"tokens_per_pass_k{k}"]
+            cells.append(", ".join(f"{1e3 * draft:.1f}" for draft, _, _ in times[variant]))
+            cells.append(
+                ", ".join(f"{gained * plain / (draft + verify):.2f}" for draft, verify, plain in times[variant])
+            )
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def speed_up(run: dict, times: dict) -> float:
-    """Times the speed of plain decoding, told from tokens per pass and the times of rounds."""
-    gained = run["offline"]["all"][f"tokens_per_pass_k{times['k']}"]
-    return gained * times["plain_seconds"] / (times["verify_seconds"] + times["draft_seconds"])
+def at_one_pace(every: dict[str, list[dict]]) -> dict[str, list[tuple[float, float, float]]]:
+    """Seconds of drafting, verifying and a plain step of each variant, at each batch size.
+
+    The target's passes are the same for all variants: their median is everyone's, and how long verifying took beside
+    drafting tells how fast the machine was at that moment, which on a shared one is not the same for all.
+    """
+    of_variants = {variant: runs[0]["rounds"] for variant, runs in every.items()}
+    of_sizes = list(zip(*of_variants.values(), strict=True))
+    plain, verify = (
+        [median(each[f"{what}_seconds"] for each in size) for size in of_sizes] for what in ("plain", "verify")
+    )
+    return {
+        variant: [
+            (each["draft_seconds"] * usual / each["verify_seconds"], usual, step)
+            for each, usual, step in zip(rounds, verify, plain, strict=True)
+        ]
+        for variant, rounds in of_variants.items()
+    }
 
 
 def parse() -> argparse.Namespace:

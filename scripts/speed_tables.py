@@ -10,7 +10,7 @@ from specformer.scripts.contenders import PLAIN, PLAIN_ONEDNN
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 
-OTHER_SPEEDS = ["benchmark_cpu_256", "benchmark_cpu_sampling", "benchmark_cpu_long"]
+OTHER_SPEEDS = ["benchmark_cpu_256", "benchmark_cpu_256_again", "benchmark_cpu_sampling", "benchmark_cpu_long"]
 """Other regimes: long answers, sampling, long prompts."""
 
 
@@ -81,13 +81,13 @@ def contenders_legend() -> list[str]:
 
 def other_speeds() -> list[str]:
     """Speed of the default drafter in other regimes."""
-    lines = []
+    lines, names = [], []
     for name in OTHER_SPEEDS:
         result = json.loads((RESULTS / f"{name}.json").read_text())
         for contest in result["contests"]:
             found, prompts = contest["contenders"], contest["prompt_tokens"]
-            names = [name for name in found if name.startswith("default")]
             if not lines:
+                names = [name for name in found if name.startswith("default")]
                 lines = [
                     "| decoding | prompt tokens | new tokens | batch | "
                     + " | ".join([PLAIN, *names])
@@ -99,7 +99,7 @@ def other_speeds() -> list[str]:
                 f"| {contest['decoding']} | {' to '.join(dict.fromkeys(map(str, prompts.values())))} | "
                 f"{result['regime']['max_new_tokens']} | {contest['batch_size']} | "
                 f"{found[PLAIN]['tokens_per_second']:.0f} tokens/s | "
-                + " | ".join(ratios_of(found[name]) for name in names)
+                + " | ".join(ratios_of(found.get(name)) for name in names)
                 + f" | {identical} of {contest['texts'] * len(found)} |"
             )
     sampling = json.loads((RESULTS / "benchmark_cpu_sampling.json").read_text())["regime"]["decoding"]["sampling"]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
 
@@ -50,10 +50,10 @@ class StoredStates(torch.utils.data.Dataset):
         tokens, labels = self.answers[index]
         return tokens, labels, self._place(index)
 
-    def fill(self, texts: Iterable[int], process_index: int = 0, num_processes: int = 1) -> None:
+    def fill(self, texts: Sequence[int], process_index: int = 0, num_processes: int = 1) -> None:
         """Compute what is missing of this process's share of `texts`. A text is read alone, so that its states are the
         same whatever was computed before an interruption."""
-        mine = [index for index in list(texts)[process_index::num_processes] if not self.done[index]]
+        mine = [index for index in texts[process_index::num_processes] if not self.done[index]]
         for index in tqdm(mine, desc="read answers", unit="text", disable=process_index > 0 or not mine):
             batch = Answers.collate([self.answers[index]])
             batch = {name: values.to(self.borrowed.target.device) for name, values in batch.items()}

@@ -320,6 +320,15 @@ def test_every_variant_is_another_drafter_or_training(folder: Path, monkeypatch)
         assert not same, f"{name} is {same}"
 
 
+def test_times_of_variants_do_not_depend_on_the_machines_pace():
+    """The third was timed while the machine took twice as long for everything."""
+    times = dict(batch_size=8, plain_seconds=1.0, verify_seconds=2.0)
+    every = {name: [{"rounds": [times | {"draft_seconds": draft}]}] for name, draft in {"a": 0.1, "b": 0.3}.items()}
+    every["c"] = [{"rounds": [dict(batch_size=8, plain_seconds=2.0, verify_seconds=4.0, draft_seconds=0.2)]}]
+    found = ablations.at_one_pace(every)
+    assert found == {"a": [(0.1, 2.0, 1.0)], "b": [(0.3, 2.0, 1.0)], "c": [(0.1, 2.0, 1.0)]}
+
+
 @pytest.mark.slow
 def test_ablations(folder: Path, monkeypatch):
     """On the target's answers and on other text, evaluated on held-out answers and on others; nothing is run twice."""

@@ -141,7 +141,8 @@ def test_every_argument_of_generate_passes_through(repository: Path, target: Pre
     asked = spy.copy()
     spy.clear()
     assert torch.equal(target.generate(**arguments, **strategy(repository)), reference)
-    assert spy == [length for length in asked if length < 9 + NEW_TOKENS]  # at max_length the answer is of no use
+    # a length may come again once rows are apart, and at max_length the answer is of no use
+    assert set(spy) == {length for length in asked if length < 9 + NEW_TOKENS}
 
 
 def test_bf16_drafter_computes_in_the_targets_dtype(repository: Path, target: PreTrainedModel):

@@ -2,8 +2,9 @@
 
 torch multiplies float32 matrices on a CPU with the library that it was built with, MKL as a rule, and carries oneDNN
 besides. On AMD processors MKL takes more than twice the time, above all for the few rows of a verifying pass: two
-tokens cost it twice what one does. Which of them is faster here is measured once in a process. Each adds up in an order
-of its own: results differ as much as those of two batch shapes do.
+tokens cost it twice what one does. On Intel processors it is the faster one, but for the large weights beside few rows,
+which it reads again and again: ten rows cost it twice what sixteen do. What is faster here is measured once in a
+process. Each adds up in an order of its own: results differ as much as those of two batch shapes do.
 """
 
 from __future__ import annotations
@@ -23,6 +24,10 @@ PADDED = 256
 LEAST_GAIN = 1.3
 """How many times faster oneDNN has to be. Machines are far from it, on one side or the other, so that two processes on
 one machine come to the same answer."""
+FEW = range(4, 16)
+"""Rows beside which MKL reads a large weight several times."""
+LARGE = 2**21
+"""Numbers in a weight that is large: more than a core keeps to itself."""
 
 _here = threading.local()  # `inside`: whether this thread is
 _lock = threading.Lock()
@@ -37,16 +42,14 @@ def fast_linears(*models: nn.Module | None):
     Layers with a forward of their own (adapters, quantised or offloaded weights) stay as they are, and so does all of a
     model of which a part is compiled, as that would be compiled again.
     """
-    layers = []
+    rows_of = {}
     if torch.backends.mkldnn.enabled:
-        layers = [layer for model in models if model is not None for layer in plain_linears(model)]
-    if layers and not onednn_is_faster(torch.get_num_threads()):
-        layers = []
+        rows_of = faster_layers([layer for model in models if model is not None for layer in plain_linears(model)])
     entered, outer = [], getattr(_here, "inside", False)
     try:
-        for layer in layers:
+        for layer, rows in rows_of.items():
             entered.append(layer)
-            _use(layer)
+            _use(layer, rows)
         _here.inside = True
         yield
     finally:
@@ -55,10 +58,19 @@ def fast_linears(*models: nn.Module | None):
             _leave(layer)
 
 
-def _use(layer: nn.Linear) -> None:
+def faster_layers(layers: list[nn.Linear]) -> dict[nn.Linear, range | None]:
+    """Those of `layers` that are faster through oneDNN, and for how many rows: `None` for any number."""
+    threads = torch.get_num_threads()
+    if layers and onednn_is_faster(threads):
+        return dict.fromkeys(layers)
+    large = [layer for layer in layers if layer.weight.numel() >= LARGE]
+    return dict.fromkeys(large, FEW) if large and onednn_is_faster_for_few_rows(threads) else {}
+
+
+def _use(layer: nn.Linear, rows: range | None) -> None:
     with _lock:
         _users[layer] = _users.get(layer, 0) + 1
-        vars(layer).setdefault("forward", FastForward(layer))  # setattr would search its submodules first
+        vars(layer).setdefault("forward", FastForward(layer, rows))  # setattr would search its submodules first
 
 
 def _leave(layer: nn.Linear) -> None:
@@ -71,13 +83,18 @@ def _leave(layer: nn.Linear) -> None:
 
 
 class FastForward:
-    """The forward of a plain linear layer that some thread is using."""
+    """The forward of a plain linear layer that some thread is using.
 
-    def __init__(self, layer: nn.Linear):
-        self.layer = layer
+    Args:
+        rows: how many rows are multiplied by oneDNN; `None`: any number.
+    """
+
+    def __init__(self, layer: nn.Linear, rows: range | None):
+        self.layer, self.rows = layer, rows
 
     def __call__(self, input: torch.Tensor) -> torch.Tensor:
-        multiply = linear if getattr(_here, "inside", False) else functional.linear
+        is_faster = self.rows is None or input.numel() // max(1, input.shape[-1]) in self.rows
+        multiply = linear if is_faster and getattr(_here, "inside", False) else functional.linear
         return multiply(input, self.layer.weight, self.layer.bias)
 
 
@@ -159,14 +176,26 @@ def with_rows(states: torch.Tensor) -> torch.Tensor:
 
 @functools.cache
 def onednn_is_faster(num_threads: int) -> bool:
-    """Whether oneDNN is at hand and multiplies float32 matrices faster than torch does by itself. It takes about a
-    tenth of a second to find out, once in a process.
+    """Whether oneDNN is at hand and multiplies any float32 matrices faster than torch does by itself.
 
     Many rows are multiplied: their time is that of arithmetic, and hardly depends on what else uses the memory.
     """
+    return _gain(rows=128, num_weights=4, num_channels=1024) >= LEAST_GAIN
+
+
+@functools.cache
+def onednn_is_faster_for_few_rows(num_threads: int) -> bool:
+    """The same of `FEW` rows and large weights. What is multiplied takes 128 MiB for a moment: more than a processor
+    keeps to itself."""
+    return _gain(rows=10, num_weights=1, num_channels=32768) >= LEAST_GAIN
+
+
+def _gain(rows: int, num_weights: int, num_channels: int) -> float:
+    """How many times faster oneDNN multiplies states (rows, 1024) with so many weights (num_channels, 1024). 0 where
+    it cannot, or is wrong. It takes one or two tenths of a second to find out."""
     with torch.inference_mode(), torch.device("cpu"):
-        weights = torch.full((4, 1024, 1024), 0.5, dtype=torch.float32)
-        states = torch.full((128, 1024), 0.5, dtype=torch.float32)
+        weights = torch.full((num_weights, num_channels, 1024), 0.5, dtype=torch.float32)
+        states = torch.full((rows, 1024), 0.5, dtype=torch.float32)
         seconds = {product: [], functional.linear: []}
         try:
             for _ in range(5):
@@ -175,7 +204,7 @@ def onednn_is_faster(num_threads: int) -> bool:
                     results = [multiply(states, weight) for weight in weights]
                     times.append(time.perf_counter() - started)
                     if not all(result.eq(256.0).all() for result in results):
-                        return False
+                        return 0.0
         except (AttributeError, NotImplementedError, RuntimeError):  # another version or build of torch has no such op
-            return False
-    return LEAST_GAIN * min(seconds[product]) < min(seconds[functional.linear])
+            return 0.0
+    return min(seconds[functional.linear]) / max(min(seconds[product]), 1e-9)

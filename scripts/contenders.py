@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from specformer.generation.drafter import NoDrafter
-from specformer.generation.fast_linear import fast_linears, onednn_is_faster
+from specformer.generation.fast_linear import fast_linears, faster_layers, plain_linears
 from specformer.generation.generate import generate
 from specformer.generation.statistics import GenerationStatistics
 
@@ -137,8 +137,7 @@ def ways(
     """
     batch_size, on_gpu = len(answer), target.device.type == "cuda"
     found = {PLAIN: plain_way(target)}
-    on_cpu = target.device.type == "cpu" and target.dtype == torch.float32
-    if on_cpu and onednn_is_faster(torch.get_num_threads()):
+    if torch.backends.mkldnn.enabled and faster_layers(plain_linears(target)):
         found[PLAIN_ONEDNN] = onednn_way(target)
     if on_gpu:
         found[STATIC] = plain_way(target, cache_implementation="static")

@@ -12,8 +12,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from hypothesis import settings  # noqa: E402
 
 torch.set_num_threads(1)
+settings.register_profile("specformer", deadline=None)  # no test fails because the machine is busy
+settings.load_profile("specformer")
 
 
 @pytest.fixture(autouse=True)

@@ -5,13 +5,22 @@ from __future__ import annotations
 import re
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 from exactness import check, plain
 from specformer import generate
 from specformer.generation import fast_linear
-from specformer.generation.fast_linear import fast_linears, linear, onednn_is_faster, plain_linears, with_rows
+from specformer.generation.fast_linear import (
+    FEW,
+    fast_linears,
+    linear,
+    onednn_is_faster,
+    onednn_is_faster_for_few_rows,
+    plain_linears,
+    with_rows,
+)
 from test_alignment import make_network
 from tiny import llama, ragged_batch
 from torch import nn
@@ -241,14 +250,19 @@ def test_the_drafter_and_assistants_too(products):
     ("result", "seconds", "expected"), [(256.0, 0.0, True), (256.0, 0.01, False), (255.0, 0.0, False)]
 )
 def test_the_faster_one(result: float, seconds: float, expected: bool, monkeypatch):
-    """Products that take no time, that take too long, and that are wrong."""
+    """Products that take no time, that take too long, and that are wrong, beside torch's own."""
 
-    def product(states, weight):
-        time.sleep(seconds)
-        return torch.full((len(states), 1), result)
+    def taking(seconds: float, result: float):
+        def multiply(states, weight):
+            time.sleep(seconds)
+            return torch.full((len(states), 1), result)
 
-    monkeypatch.setattr(fast_linear, "product", product)
+        return multiply
+
+    monkeypatch.setattr(fast_linear, "product", taking(seconds, result))
+    monkeypatch.setattr(fast_linear, "functional", SimpleNamespace(linear=taking(0.002, 256.0)))
     assert onednn_is_faster.__wrapped__(1) is expected
+    assert onednn_is_faster_for_few_rows.__wrapped__(1) is expected
 
 
 @pytest.mark.parametrize("error", [AttributeError, NotImplementedError, RuntimeError])
@@ -257,7 +271,7 @@ def test_torch_without_the_product(error: type[Exception], monkeypatch):
         raise error
 
     monkeypatch.setattr(fast_linear, "product", product)
-    assert onednn_is_faster.__wrapped__(1) is False
+    assert onednn_is_faster.__wrapped__(1) is onednn_is_faster_for_few_rows.__wrapped__(1) is False
 
 
 @pytest.mark.filterwarnings("ignore:TF32")
@@ -267,8 +281,47 @@ def test_switched_off(products):
         assert forwards(target) == 0
 
 
-def test_where_it_does_not_pay_nothing_is_touched(products, monkeypatch):
+@pytest.fixture
+def only_few_rows(products, monkeypatch) -> list[tuple[int, ...]]:
+    """oneDNN is taken to be faster for few rows and large weights, of 2,000 numbers here."""
     monkeypatch.setattr(fast_linear, "onednn_is_faster", lambda num_threads: False)
+    monkeypatch.setattr(fast_linear, "onednn_is_faster_for_few_rows", lambda num_threads: True)
+    monkeypatch.setattr(fast_linear, "LARGE", 2000)
+    return products
+
+
+@needs_onednn
+def test_only_few_rows_and_large_weights(only_few_rows):
+    model = nn.Sequential(nn.Linear(40, 50), nn.Linear(50, 39))
+    for shape in ((3, 40), (16, 40), (2, 8, 40), (0, 40), (40,)):
+        states = torch.randn(shape)
+        expected = model(states)
+        with fast_linears(model):
+            assert torch.equal(model(states), expected)
+    assert not only_few_rows
+    with fast_linears(model):
+        for shape in ((4, 40), (3, 5, 40)):
+            states = torch.randn(shape)
+            torch.testing.assert_close(
+                model(states),
+                functional.linear(functional.linear(states, *model[0].parameters()), *model[1].parameters()),
+            )
+    assert only_few_rows == [(4, 40), (15, 40)]
+
+
+@needs_onednn
+def test_same_text_where_only_few_rows_are_faster(only_few_rows):
+    target, batch = llama(torch.float32), ragged_batch()  # a head of 64 tokens and 32 channels
+    reference = plain(target, batch, max_new_tokens=16)
+    check(target, batch, reference, make_network("anchor", target), 3, max_new_tokens=16)
+    assert {shape[0] for shape in only_few_rows} <= set(FEW) and only_few_rows
+
+
+@pytest.mark.parametrize("large", [2000, 10**9], ids=["large", "small"])
+def test_where_it_does_not_pay_nothing_is_touched(large: int, products, monkeypatch):
+    monkeypatch.setattr(fast_linear, "onednn_is_faster", lambda num_threads: False)
+    monkeypatch.setattr(fast_linear, "onednn_is_faster_for_few_rows", lambda num_threads: large > 2000)
+    monkeypatch.setattr(fast_linear, "LARGE", large)
     target, batch = llama(torch.float32), ragged_batch()
     check(target, batch, plain(target, batch, max_new_tokens=8), make_network("anchor", target), 3, max_new_tokens=8)
     assert not products

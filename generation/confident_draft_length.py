@@ -98,9 +98,9 @@ class ConfidentDraftLength(AutoDraftLength):
         return [tokens / max(time, 1e-9) for tokens, time in zip(self._tokens(mean), seconds, strict=True)]
 
     def _tokens(self, expected: list[float]) -> list[float]:
-        """Expected tokens, as far as such expectations came true."""
+        """Expected tokens, as far as such expectations came true, and as they shorten the batch."""
         trust = self.experience.accepted / max(self.experience.predicted, 1e-9)
-        return [1 + trust * (tokens - 1) for tokens in expected]
+        return [1 + self.worth * trust * (tokens - 1) for tokens in expected]
 
     def _worthy(self, expected: list[float], drafting: float, seconds: list[float], speed: float) -> int:
         """How many drafts to verify once `drafting` seconds have been spent."""

@@ -17,8 +17,10 @@ from specformer.scripts.answers import Answers
 from specformer.scripts.confidence import BINS, calibrate, calibration, confidence_loss, count_by_confidence
 from specformer.scripts.losses import IGNORED
 from specformer.scripts.offline import confidences, drafts_of_text
-from test_draft_length import World, live
+from test_draft_length import World, alike, live
 from tiny import llama, ragged_batch
+
+__all__ = ["alike"]  # a fixture
 
 N, D = 400, 3
 
@@ -199,6 +201,7 @@ UNEVEN = {
 }
 
 
+@pytest.mark.usefixtures("alike")
 @pytest.mark.parametrize("name", UNEVEN)
 def test_beside_the_best_fixed_length(name: str):
     (world, least), most = UNEVEN[name], 4
@@ -241,6 +244,7 @@ def test_times_may_be_known_before_confidences():
     assert asked
 
 
+@pytest.mark.usefixtures("alike")
 @pytest.mark.parametrize("rates", [(0.7, 0.6), (0.1, 0.0)], ids=["pays", "never pays"])
 def test_every_length_is_timed(rates: tuple):
     """What confidences are worth depends on the times of all lengths, so each is verified now and then, whatever they

@@ -27,6 +27,12 @@ __all__ = ["target"]  # a fixture
 # ---- in worlds whose costs are known
 
 
+@pytest.fixture
+def alike(monkeypatch):
+    """The rows of a `World` are as fast as one another, so that an accepted draft is worth a whole token."""
+    monkeypatch.setattr(auto_draft_length, "SPREAD", 0.0)
+
+
 @dataclass
 class World:
     """Rounds of `rows` rows: a pass over 1 + k tokens takes 1 + slope * k, or slope[k], drafting takes `draft`; each
@@ -92,6 +98,7 @@ WORLDS = {
 }
 
 
+@pytest.mark.usefixtures("alike")
 @pytest.mark.parametrize("name", WORLDS)
 @pytest.mark.parametrize("start", [1, 2, 4])
 def test_close_to_the_best_length(name: str, start: int):
@@ -102,6 +109,7 @@ def test_close_to_the_best_length(name: str, start: int):
     assert speed > 0.95 * world.best(), (speed, world.best(), chosen)
 
 
+@pytest.mark.usefixtures("alike")
 @pytest.mark.parametrize("name", [name for name, world in WORLDS.items() if not any(world.rates)])
 def test_a_useless_drafter_is_soon_left_alone(name: str):
     length, world = auto(), WORLDS[name]
@@ -113,6 +121,7 @@ def test_a_useless_drafter_is_soon_left_alone(name: str):
     assert chosen[0] >= (380 if world.seconds(2) > 1.3 else 330)
 
 
+@pytest.mark.usefixtures("alike")
 @pytest.mark.parametrize("rates", [[0.0] * 4, [0.5, 0.4, 0.3, 0.3]], ids=["useless", "worth it"])
 def test_a_machine_whose_speed_changes(rates: list[float]):
     """Every length was timed while the machine was now faster and now slower. None seems better for that."""
@@ -130,6 +139,7 @@ def test_a_machine_whose_speed_changes(rates: list[float]):
     assert lost < 0.05 * spent, lost / spent
 
 
+@pytest.mark.usefixtures("alike")
 def test_calls_keep_up_the_pace():
     """Many short calls with a useless drafter ask hardly more often than a long one does."""
     world, experience, asked = World([0.0] * 4, 0.2, 0.15), Experience(), 0
@@ -148,6 +158,7 @@ def test_a_fixed_length_would_fail_these_worlds():
         assert min(world.tokens(fixed) / world.seconds(fixed) / world.best() for world in WORLDS.values()) < 0.9
 
 
+@pytest.mark.usefixtures("alike")
 def test_follows_a_change():
     """A drafter that becomes useless, and good again: drafting stops, and resumes."""
     good, useless = World([0.8] * 4, 0.02, 0.1), World([0.0] * 4, 0.02, 0.1)
@@ -160,6 +171,7 @@ def test_follows_a_change():
     assert chosen[4] > 200
 
 
+@pytest.mark.usefixtures("alike")
 def test_another_number_of_rows_is_timed_anew():
     length = auto()
     few, many = World([0.6] * 4, 0.01, 0.05, rows=2), World([0.6] * 4, 0.6, 0.05, rows=64)
@@ -176,6 +188,7 @@ def test_the_round_that_catches_up_is_not_timed():
     assert experience.times[()].known() == pytest.approx({(8, 2): 1.5, (8, 0): 1.0})
 
 
+@pytest.mark.usefixtures("alike")
 @pytest.mark.parametrize("proposed", [0, 1])
 def test_a_drafter_that_drafts_less_than_asked_is_not_asked_for_ever(proposed: int):
     """It never drafts as many as the first rounds ask for, and what it drafts is wrong."""
@@ -189,6 +202,7 @@ def test_a_drafter_that_drafts_less_than_asked_is_not_asked_for_ever(proposed: i
     assert 1 < asked < 50
 
 
+@pytest.mark.usefixtures("alike")
 @pytest.mark.parametrize("many", [4, 16])
 def test_rows_that_were_never_timed_begin_where_it_pays(many: int):
     """What is known of eight rows tells of four and of sixteen, so nothing has to be tried out again."""
@@ -199,6 +213,58 @@ def test_rows_that_were_never_timed_begin_where_it_pays(many: int):
     experience.allowance = 0.0
     speed, chosen = live(length, world, 8)
     assert speed > 0.97 * world.best(), chosen
+
+
+ONE, EIGHT, MANY = (34, 40, 41, 43, 47), (50, 54, 61, 69, 73), (77, 107, 130, 153, 177)  # rows of a CPU, k = 0 to 4
+
+
+def on_a_cpu(rows: int, k: int) -> float:
+    (fewer, less), (more, dear) = ((1, ONE), (8, EIGHT)) if rows <= 8 else ((8, EIGHT), (32, MANY))
+    drafting = 6 * (1 + rows / 16) if k else 0
+    return less[k] + (dear[k] - less[k]) * (rows - fewer) / (more - fewer) + drafting
+
+
+def on_a_gpu(rows: int, k: int) -> float:
+    return 20 + 0.02 * rows * (k + 1) + 4 * (k > 0)
+
+
+def time_of_batch(length: DraftLength, cost, num_rows: int, chance: random.Random) -> float:
+    """Until all rows have 64 tokens. Some texts are easier to draft than others."""
+    ease = [max(0.0, chance.gauss(1, 0.45)) for _ in range(num_rows)]
+    missing, spent = [64] * num_rows, 0.0
+    while running := [row for row in range(num_rows) if missing[row] > 0]:
+        k, outcome = length.next(len(running)), []
+        for row in running:
+            accepted = 0
+            while accepted < k and chance.random() < (0.45, 0.35, 0.3, 0.3)[accepted] * ease[row]:
+                accepted += 1
+            missing[row] -= accepted + 1
+            outcome.append((accepted, accepted + 1))
+        spent += cost(len(running), k)
+        length.record(len(running), k, outcome, cost(len(running), k))
+    return spent
+
+
+@pytest.mark.parametrize("num_rows", [1, 3, 32])
+@pytest.mark.parametrize("cost", [on_a_cpu, on_a_gpu])
+def test_a_batch_lasts_as_long_as_its_slowest_row(cost, num_rows: int, monkeypatch):
+    """Whole batches take little longer than at the best fixed length. Without what drafts are worth in several rows, 32
+    of them would."""
+
+    def mean_time(make) -> float:
+        return sum(time_of_batch(make(), cost, num_rows, random.Random(seed)) for seed in range(20)) / 20
+
+    def auto_time() -> float:
+        experience = Experience()
+        for seed in range(20, 30):
+            time_of_batch(AutoDraftLength(4, 2, experience), cost, num_rows, random.Random(seed))
+        return mean_time(lambda: AutoDraftLength(4, 2, experience))
+
+    best = min(mean_time(lambda: DraftLength(k)) for k in range(5))  # noqa: B023
+    assert auto_time() < 1.05 * best
+    if (cost, num_rows) == (on_a_gpu, 32):
+        monkeypatch.setattr(auto_draft_length, "SPREAD", 0.0)
+        assert auto_time() > 1.1 * best
 
 
 # ---- in generate()
@@ -352,7 +418,7 @@ def test_drafts_where_it_pays(slow: str, drafts: bool):
 
 
 def test_a_second_call_begins_with_what_the_first_one_found():
-    world, experience = WORLDS["useless"], Experience()
+    world, experience = WORLDS["one row, useless"], Experience()
     plain_rounds = [live(AutoDraftLength(4, 2, experience), world, 40)[1][0] for _ in range(2)]
     assert plain_rounds[0] < plain_rounds[1] >= 36, plain_rounds
     assert max(experience.rates) < 0.2

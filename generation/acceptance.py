@@ -38,9 +38,16 @@ class AcceptanceRule:
     def __exit__(self, *exception) -> None:
         pass
 
-    def draft(self, scores: torch.Tensor, rows: list[int], steps: list[int]):
-        """Draft tokens (N, q) for a drafter's scores (N, q, V), and the distributions (N, q, V) that they were sampled
-        from, if `take` needs them."""
+    def draft(
+        self,
+        scores: torch.Tensor,
+        rows: list[int],
+        steps: list[int],
+        vocab_size: int,
+        token_ids: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Where a drafter's scores (N, q, C), of `token_ids` (N, q, C) or of the vocabulary, have the drafts: (N, q).
+        And the distributions (N, q, C) that they were sampled from, if `take` needs them."""
         raise NotImplementedError
 
     def take(
@@ -66,7 +73,7 @@ class Greedy(AcceptanceRule):
 
     takes_the_best = True
 
-    def draft(self, scores, rows, steps):
+    def draft(self, scores, rows, steps, vocab_size, token_ids=None):
         return best_tokens(scores), None
 
     def take(self, scores, drafts, proposals, rows, steps):
@@ -91,8 +98,8 @@ class Match(AcceptanceRule):
     def __exit__(self, *exception) -> None:
         self.noise.__exit__(*exception)
 
-    def draft(self, scores, rows, steps):
-        noise = self.noise.gather(rows, steps, scores.shape[-1])
+    def draft(self, scores, rows, steps, vocab_size, token_ids=None):
+        noise = self.noise.gather(rows, steps, vocab_size, None if token_ids is None else token_ids.flatten(0, 1))
         return sample_with_noise(scores, noise.view(scores.shape)).clamp(min=0), None
 
     def take(self, scores, drafts, proposals, rows, steps):
@@ -112,7 +119,7 @@ class Rejection(AcceptanceRule):
 
     text_depends_on_drafts = True
 
-    def draft(self, scores, rows, steps):
+    def draft(self, scores, rows, steps, vocab_size, token_ids=None):
         noise = torch.empty_like(scores).exponential_(1)
         return sample_with_noise(scores, noise).clamp(min=0), scores.softmax(dim=-1)
 

@@ -83,13 +83,15 @@ class StepNoise:
             self.kept.popitem(last=False)
         return noise
 
-    def gather(self, rows: list[int], steps: list[int], vocab_size: int) -> torch.Tensor:
-        """Noise of (row, step) pairs, (len(rows), V)."""
+    def gather(
+        self, rows: list[int], steps: list[int], vocab_size: int, token_ids: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Noise of N (row, step) pairs: (N, V), or of the tokens `token_ids` (N, C)."""
         noise = torch.empty(len(rows), vocab_size, dtype=torch.float32, device=self.device)
         for step in sorted(set(steps)):
             places = [place for place, other in enumerate(steps) if other == step]
             noise[places] = self.step(step, vocab_size)[[rows[place] for place in places]]
-        return noise
+        return noise if token_ids is None else noise.gather(1, token_ids)
 
     def forget_before(self, step: int) -> None:
         """No row will ask for a step before `step` again."""
@@ -124,11 +126,14 @@ class HashedNoise:
     def __exit__(self, *exception) -> None:
         pass
 
-    def gather(self, rows: list[int], steps: list[int], vocab_size: int) -> torch.Tensor:
-        """Noise of (row, step) pairs, (len(rows), V)."""
+    def gather(
+        self, rows: list[int], steps: list[int], vocab_size: int, token_ids: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Noise of N (row, step) pairs: (N, V), or of the tokens `token_ids` (N, C)."""
         rows, steps = (torch.tensor(numbers, device=self.device) for numbers in (rows, steps))
         position = mix(mix(self.seeds[rows]) + steps)  # (N,)
-        token_ids = torch.arange(vocab_size, device=self.device)
+        if token_ids is None:
+            token_ids = torch.arange(vocab_size, device=self.device)
         bits = mix(position[:, None] + token_ids * GOLDEN_GAMMA) & (2**63 - 1)
         # The smallest numbers decide which token is taken: floats are as exact there as anywhere, so -log(1 - u).
         uniform = (bits.float() * 2.0**-63).clamp(min=2.0**-64, max=1 - 2.0**-24)

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from transformers import LogitsProcessorList
 
-PREFIX_FREE = {
+SCORES_ALONE = {
     "TemperatureLogitsWarper",
     "TopPLogitsWarper",
     "TopKLogitsWarper",
@@ -23,6 +23,10 @@ PREFIX_FREE = {
     "EtaLogitsWarper",
     "InfNanRemoveLogitsProcessor",
     "LogitNormalization",
+}
+"""Those of the prefix-free ones that do not know which token a score is of."""
+
+PREFIX_FREE = SCORES_ALONE | {
     "SuppressTokensLogitsProcessor",
     "BarkEosPrioritizerLogitsProcessor",
     "VibeVoiceTokenConstraintProcessor",
@@ -63,9 +67,11 @@ class Processors:
         self.all = processors
         self.prefix_free = LogitsProcessorList(p for p in processors if library_name(p) in PREFIX_FREE)
         self.need_prefix = len(self.prefix_free) < len(processors)
+        self.know_tokens = any(library_name(p) not in SCORES_ALONE for p in self.prefix_free)
 
     def warp(self, scores: torch.Tensor) -> torch.Tensor:
-        """Apply the prefix-free processors to scores (..., V)."""
+        """Apply the prefix-free processors to scores (..., V), or to those of some tokens if none of them must know
+        which (`know_tokens`)."""
         return self.prefix_free(None, scores.flatten(0, -2)).view(scores.shape)
 
 

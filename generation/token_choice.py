@@ -50,13 +50,19 @@ class TokenChoice:
             token_ids = token_ids.to(logits.device).expand(logits.shape)
         if self.rule.takes_the_best and not self.processors.prefix_free:  # no need to look at the other tokens
             return best_tokens(logits, token_ids)
-        if token_ids is not None:
+        if token_ids is not None and self.processors.know_tokens:
             # low, not -inf: a processor may forbid all of `token_ids`, and others fail where nothing is left
             everywhere = (logits.amin(dim=-1, keepdim=True) - 1e4).repeat(1, 1, self.vocab_size)
-            logits = everywhere.scatter_(-1, token_ids, logits)
-        tokens, proposals = self.rule.draft(self.processors.warp(logits), *self._positions(logits.shape[1], ahead))
+            logits, token_ids = everywhere.scatter_(-1, token_ids, logits), None
+        positions = self._positions(logits.shape[1], ahead)
+        drafts, proposals = self.rule.draft(self.processors.warp(logits), *positions, self.vocab_size, token_ids)
+        if token_ids is not None:
+            drafts = token_ids.gather(-1, drafts[..., None])[..., 0]
+            if proposals is not None:
+                everywhere = proposals.new_zeros(*proposals.shape[:-1], self.vocab_size)
+                proposals = everywhere.scatter_(-1, token_ids, proposals)
         self.proposals.append(proposals)
-        return tokens
+        return drafts
 
     def of_target(self, logits: torch.Tensor, drafts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The target's tokens (R, k + 1) from its logits (R, k + 1, V) behind `drafts` (R, k), and how many drafts it

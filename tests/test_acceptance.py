@@ -318,9 +318,7 @@ def proposals_are_as_before_the_warpers(monkeypatch) -> None:
 
 def drafts_are_the_best_tokens(monkeypatch) -> None:
     """And not samples of the proposals."""
-    monkeypatch.setattr(
-        Rejection, "draft", lambda self, scores, rows, steps: (scores.argmax(-1), scores.softmax(dim=-1))
-    )
+    monkeypatch.setattr(Rejection, "draft", lambda self, scores, *_: (scores.argmax(-1), scores.softmax(dim=-1)))
 
 
 def change_rejection(monkeypatch, change: Callable) -> None:
@@ -353,25 +351,25 @@ def possible_drafts_are_accepted(monkeypatch) -> None:
 
 def noise_is_that_of_the_first_step(monkeypatch) -> None:
     monkeypatch.setattr(
-        HashedNoise, "gather", lambda self, rows, steps, size: gather(self, rows, [0 for _ in steps], size)
+        HashedNoise, "gather", lambda self, rows, steps, *of: gather(self, rows, [0 for _ in steps], *of)
     )
 
 
 def noise_lasts_for_two_steps(monkeypatch) -> None:
     monkeypatch.setattr(
-        HashedNoise, "gather", lambda self, rows, steps, size: gather(self, rows, [step // 2 for step in steps], size)
+        HashedNoise, "gather", lambda self, rows, steps, *of: gather(self, rows, [step // 2 for step in steps], *of)
     )
 
 
 def noise_is_shared_by_four_rows(monkeypatch) -> None:
     monkeypatch.setattr(
-        HashedNoise, "gather", lambda self, rows, steps, size: gather(self, [row // 4 * 4 for row in rows], steps, size)
+        HashedNoise, "gather", lambda self, rows, steps, *of: gather(self, [row // 4 * 4 for row in rows], steps, *of)
     )
 
 
 def noise_is_uniform(monkeypatch) -> None:
     monkeypatch.setattr(
-        HashedNoise, "gather", lambda self, rows, steps, size: -torch.expm1(-gather(self, rows, steps, size))
+        HashedNoise, "gather", lambda self, rows, steps, *of: -torch.expm1(-gather(self, rows, steps, *of))
     )
 
 
@@ -538,7 +536,7 @@ def test_scores_that_cannot_be_sampled(bad: float):
 def test_drafter_whose_scores_cannot_be_sampled():
     """Its draft is rejected, and the token is a sample of p."""
     rule, size = Rejection(), 20_000
-    drafts, q = rule.draft(torch.full((size, 1, TOKENS), torch.nan), [], [])
+    drafts, q = rule.draft(torch.full((size, 1, TOKENS), torch.nan), [], [], TOKENS)
     assert ((drafts >= 0) & (drafts < TOKENS)).all()
     p = random_distribution(TOKENS)
     tokens, accepted = rule.take(p.log().expand(size, 1, -1), drafts, q, [], [])

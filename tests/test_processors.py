@@ -11,7 +11,9 @@ import torch
 import transformers
 from exactness import check, oracle, plain
 from specformer.generation import processors as kinds
-from specformer.generation.processors import PREFIX_FREE, STATEFUL, Processors
+from specformer.generation.acceptance import acceptance_rule
+from specformer.generation.processors import PREFIX_FREE, SCORES_ALONE, STATEFUL, Processors
+from specformer.generation.token_choice import TokenChoice
 from test_exactness import NEW_TOKENS, SAMPLING, meaningful_target
 from tiny import VOCAB
 from transformers import LogitsProcessorList, WatermarkingConfig
@@ -108,6 +110,52 @@ def test_prefix_free_processors_see_neither_text_nor_other_rows(name: str):
     for row in range(6):
         text = torch.randint(VOCAB, (1, 4))
         assert torch.equal(processor(text, scores[row : row + 1].clone())[0], together[row])
+
+
+class TwoRows:
+    """As much of a `Text` as drafting looks at: two rows with 3 and 5 tokens."""
+
+    rows, generated, ids = [0, 1], [3, 5], torch.zeros(2, 1, dtype=torch.long)
+
+    def running_lengths(self) -> list[int]:
+        return self.generated
+
+
+@pytest.mark.parametrize("name", sorted(SCORES_ALONE))
+@pytest.mark.parametrize("rule", ["match", "coupled", "rejection"])
+def test_drafts_from_some_tokens_are_those_of_the_vocabulary_where_no_others_are_likely(
+    name: str, rule: str, monkeypatch
+):
+    """The scores of a few tokens are processed as they are, which is the same as beside others that are never drawn."""
+    torch.manual_seed(1)
+    logits, token_ids = 2 * torch.randn(2, 3, 8), torch.stack([torch.randperm(VOCAB)[:8] for _ in range(6)])
+    token_ids, drafts, proposals = token_ids.view(2, 3, 8), [], []
+    for know_tokens in (False, True):
+        processors = Processors(LogitsProcessorList([library_class(name)(**ARGUMENTS[name])]))
+        assert not processors.know_tokens
+        processors.know_tokens = know_tokens
+        torch.manual_seed(2)
+        rule_of_call = acceptance_rule(rule, True, 2, torch.device("cpu"), 5 if rule == "coupled" else None)
+        choice = TokenChoice(rule_of_call, processors, TwoRows())
+        choice.vocab_size = VOCAB
+        with monkeypatch.context() as patch:
+            if rule == "rejection":  # it draws as many numbers as there are scores, and others for fewer of them
+                patch.setattr(torch.Tensor, "exponential_", lambda self, *_, **__: self.fill_(1.0))
+            drafts.append(choice.of_drafter(logits, 1, token_ids))
+        proposals.append(choice.proposals[0])
+    assert torch.equal(drafts[0], drafts[1])
+    assert (drafts[0][..., None] == token_ids).any(dim=-1).all()
+    if rule == "rejection":
+        assert proposals[0].shape == (2, 3, VOCAB)
+        torch.testing.assert_close(proposals[0], proposals[1], rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(proposals[0].sum(dim=-1), torch.ones(2, 3))
+    else:
+        assert proposals == [None, None]
+
+
+@pytest.mark.parametrize("name", sorted(PREFIX_FREE - SCORES_ALONE))
+def test_processors_that_know_tokens(name: str):
+    assert Processors(LogitsProcessorList([library_class(name)(**ARGUMENTS[name])])).know_tokens
 
 
 def test_unknown_processors_are_shown_the_text():

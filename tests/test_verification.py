@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from specformer.generation import noise as noise_module
-from specformer.generation.noise import StepNoise
+from specformer.generation.noise import HashedNoise, StepNoise
 from specformer.generation.verification import count_accepted, places_of_best, sample_with_noise
 
 CPU = torch.device("cpu")
@@ -103,6 +103,14 @@ def test_gather_takes_each_pair_of_row_and_step(kept_bytes):
     gathered = StepNoise(BATCH, CPU).gather([row for row, _ in pairs], [step for _, step in pairs], VOCAB)
     for noise, (row, step) in zip(gathered, pairs, strict=True):
         assert torch.equal(noise, reference[step][row])
+
+
+@pytest.mark.parametrize("noise", [lambda: StepNoise(BATCH, CPU), lambda: HashedNoise([3, 1, 4], CPU)])
+def test_gather_takes_some_tokens(noise):
+    pairs = [2, 0, 1, 2], [1, 5, 1, 0]
+    token_ids = torch.stack([torch.randperm(VOCAB)[:7] for _ in range(4)])
+    found = [noise().gather(*pairs, VOCAB, ids) for ids in (None, token_ids)]
+    assert torch.equal(found[0].gather(1, token_ids), found[1])
 
 
 @pytest.mark.parametrize("forgotten", [0, 1, 3, 4])

@@ -27,6 +27,7 @@ import torch
 from specformer.generation.statistics import GenerationStatistics
 from specformer.scripts.contenders import PLAIN, Way, ways
 from specformer.scripts.fetch_target import HUB_ID, fetch_target
+from specformer.scripts.peak_memory import PeakMemory
 from specformer.scripts.prompts import encode, read_prompts
 from specformer.scripts.provenance import provenance
 
@@ -35,18 +36,15 @@ DECODING = {"greedy": dict(do_sample=False), "sampling": dict(do_sample=True, te
 
 
 def timed(device: torch.device, way: Way, batch: dict):
-    """Token ids, statistics, seconds, and on a GPU the most GiB that were allocated."""
+    """Token ids, statistics, and seconds."""
     torch.manual_seed(0)
-    peak = None
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
-        torch.accelerator.reset_peak_memory_stats(device)
     start = time.perf_counter()
     sequences, counts = way.call(**batch)
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
-        peak = torch.accelerator.max_memory_allocated(device) / 2**30
-    return sequences, counts, time.perf_counter() - start, peak
+    return sequences, counts, time.perf_counter() - start
 
 
 class Contest:
@@ -61,23 +59,26 @@ class Contest:
         self.lengths: list[int] = []  # of prompts
         self.tokens = self.texts = 0  # of a turn's answers
         self.plain: list[str] = []
-        self.first_call: dict[str, float] = {}
+        self.first_call: dict[str, dict] = {}  # by contender, its figures
         self.turns: dict[str, list[dict]] = {}  # by contender, what came of each turn
 
     def run(self, batch: dict, expected: torch.Tensor, first: int, is_first_call: bool) -> Iterator[str]:
         """A turn: `batch` with every contender from the one at place `first` on. Yields the name of each that is
-        through. First calls, which compile, measure and fill caches, are kept apart."""
+        through. First calls, which compile, measure and fill caches, are kept apart; their memory is looked at, since
+        that may change the times of what follows."""
         found = self.ways_of(batch, expected)
         names = list(found)
         self.plain = [name for name in names if found[name].is_plain]
         for place in range(len(names)):
             name = names[(first + place) % len(names)]
-            sequences, counts, seconds, peak = timed(expected.device, found[name], batch)
             if is_first_call:
-                self.first_call[name] = seconds
+                peak = PeakMemory(expected.device)
+                seconds = timed(expected.device, found[name], batch)[2]
+                self.first_call[name] = {"first_call_seconds": seconds, "first_call_gib": peak.gib()}
             else:
+                sequences, counts, seconds = timed(expected.device, found[name], batch)
                 figures = {"seconds": seconds, "identical": int((sequences == expected).all(dim=1).sum())}
-                self.turns.setdefault(name, []).append({**figures, "counts": counts, "peak": peak})
+                self.turns.setdefault(name, []).append({**figures, "counts": counts})
             yield name
         if not is_first_call:
             self.lengths += batch["attention_mask"].sum(dim=1).tolist()
@@ -90,10 +91,7 @@ class Contest:
         table = {}
         for name in self.first_call:
             turns = self.turns[name]
-            figures = {
-                "tokens_per_second": self.tokens / statistics.median(seconds[name]),
-                "first_call_seconds": self.first_call[name],
-            }
+            figures = {"tokens_per_second": self.tokens / statistics.median(seconds[name]), **self.first_call[name]}
             for reference, key in ((PLAIN, "ratio_to_plain"), (best_plain, "ratio_to_best_plain")):
                 ratios = [base / own for base, own in zip(seconds[reference], seconds[name], strict=True)]
                 figures[key] = {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
@@ -101,8 +99,6 @@ class Contest:
             counted = [turn["counts"] for turn in turns]
             if counted[0] is not None:
                 figures |= rounds_of(counted, sum(seconds[name]))
-            if turns[0]["peak"] is not None:
-                figures["peak_gib"] = max(turn["peak"] for turn in turns)
             table[name] = figures
         turns = len(seconds[PLAIN])
         return {
@@ -133,10 +129,13 @@ def rounds_of(counted: list[GenerationStatistics], seconds: float) -> dict:
 
 
 def make_batches(
-    tokenizer, prompts: list[str], batch_size: int, turns: int, prompt_tokens: int | None, device
+    tokenizer, prompts: list[str], batch_size: int, turns: int, prompt_tokens: int | None, device, same: bool = False
 ) -> list[dict]:
     """A batch for every turn, each spread over all prompts; or of pieces of `prompt_tokens` tokens of all prompts in a
-    row."""
+    row. `same`: the rows of a batch are one prompt again and again."""
+    if same:
+        batches = make_batches(tokenizer, prompts, 1, turns, prompt_tokens, device)
+        return [{name: part.repeat(batch_size, 1) for name, part in batch.items()} for batch in batches]
     if prompt_tokens is None:
         if batch_size > len(prompts):
             raise ValueError(f"a batch of {batch_size} was asked for, and there are {len(prompts)} prompts.")
@@ -193,6 +192,7 @@ def main(arguments: argparse.Namespace) -> None:
         "decoding": {decoding: DECODING[decoding] for decoding in arguments.decoding},
         "batch_sizes": arguments.batch_sizes,
         "prompt_tokens": arguments.prompt_tokens,
+        "same_prompt": arguments.same_prompt,
     }
     new = {**provenance("specformer.scripts.benchmark"), "regime": regime, "finished": False, "contests": []}
     result = begin(arguments.output, new)
@@ -210,7 +210,9 @@ def main(arguments: argparse.Namespace) -> None:
         }
 
     for number, (prompt_tokens, decoding, batch_size) in enumerate(every[len(whole) :], len(whole) + 1):
-        batches = make_batches(tokenizer, prompts, batch_size, arguments.repeats, prompt_tokens, target.device)
+        batches = make_batches(
+            tokenizer, prompts, batch_size, arguments.repeats, prompt_tokens, target.device, arguments.same_prompt
+        )
         settings = dict(DECODING[decoding], max_new_tokens=arguments.max_new_tokens, eos_token_id=None)
         known.clear()
         contest, progress = Contest(ways_of), tqdm(desc=f"{number} of {len(every)}", unit="call")
@@ -268,6 +270,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--decoding", nargs="+", default=["greedy"], choices=list(DECODING))
     parser.add_argument(
         "--prompt-tokens", type=int, nargs="+", help="cut prompts of so many tokens; default: as they are"
+    )
+    parser.add_argument(
+        "--same-prompt", action="store_true", help="the rows of a batch are one prompt: what different ones cost"
     )
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--num-assistant-tokens", type=length, nargs="+", default=["auto", 4])

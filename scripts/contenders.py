@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from specformer.generation.drafter import NoDrafter
-from specformer.generation.fast_linear import fast_linears, faster_layers, plain_linears
+from specformer.generation.fast_linear import FEW, fast_linears, faster_layers, plain_linears
 from specformer.generation.generate import generate
 from specformer.generation.statistics import GenerationStatistics
 
@@ -137,7 +137,8 @@ def ways(
     """
     batch_size, on_gpu = len(answer), target.device.type == "cuda"
     found = {PLAIN: plain_way(target)}
-    if torch.backends.mkldnn.enabled and faster_layers(plain_linears(target)):
+    faster = faster_layers(plain_linears(target)).values() if torch.backends.mkldnn.enabled else ()
+    if None in faster or (FEW in faster and batch_size in FEW):  # otherwise plain generate() has no such products
         found[PLAIN_ONEDNN] = onednn_way(target)
     if on_gpu:
         found[STATIC] = plain_way(target, cache_implementation="static")

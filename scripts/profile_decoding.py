@@ -3,7 +3,8 @@
     python -m specformer.scripts.profile_decoding --prompts prompts.jsonl --output benchmarks/results/profile.json
 
 Wall-clock around the target's forward and around the drafter's network and head, on a device that runs them at once
-(CPU); what remains of the decode loop is its own: caches, masks, acceptance, stopping, bookkeeping.
+(CPU); what remains of the decode loop is its own: caches, masks, acceptance, stopping, bookkeeping. Of these, what
+rows of different lengths cost is named as well: positions, masks, advancing each row by its own number, dropping rows.
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ import time
 from collections import defaultdict
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from unittest.mock import patch
 
 import specformer
 import torch
+from specformer.generation.ragged_cache import RaggedCache
 from specformer.scripts.fetch_target import fetch_target
 from specformer.scripts.prompts import encode, read_prompts
 from specformer.scripts.provenance import provenance
@@ -47,13 +50,10 @@ def timed_calls(seconds: dict[str, float], part: str, owner, *names: str):
 
         return call
 
-    for name in names:
-        setattr(owner, name, wrap(getattr(owner, name)))
-    try:
-        yield
-    finally:
+    with ExitStack() as stack:
         for name in names:
-            delattr(owner, name)
+            stack.enter_context(patch.object(owner, name, wrap(getattr(owner, name))))
+        yield
 
 
 def profile_once(target, drafter, inputs, arguments) -> dict[str, float]:
@@ -70,6 +70,7 @@ def profile_once(target, drafter, inputs, arguments) -> dict[str, float]:
             return borrowed
 
         stack.enter_context(timed_calls(seconds, "target", target, "forward"))
+        stack.enter_context(timed_calls(seconds, "alignment", RaggedCache, "prepare", "mask", "advance", "select_rows"))
         stack.enter_context(timed_calls(seconds, "drafter", drafter, "encode_context", "draft"))
         if drafter.config.previous_token_rank is not None:
             stack.enter_context(timed_calls(seconds, "drafter", drafter.previous_token_correction, "forward"))
@@ -113,7 +114,7 @@ def main(arguments: argparse.Namespace) -> None:
             "repeats": arguments.repeats,
         },
         "median_seconds": {
-            part: statistics.median(run[part] for run in runs) for part in ("total", "target", "drafter")
+            part: statistics.median(run[part] for run in runs) for part in ("total", "target", "drafter", "alignment")
         },
         "share_outside_the_models": {"median": statistics.median(outside), "min": min(outside), "max": max(outside)},
         "rounds": runs[0]["rounds"],

@@ -20,6 +20,7 @@ from specformer.scripts import (
     distill,
     evaluate_drafter,
     model_card,
+    peak_memory,
     plots,
     reproduce,
     train,
@@ -86,7 +87,7 @@ def test_benchmark(folder: Path, monkeypatch):
         for figures in table.values():
             ratio = figures["ratio_to_plain"]
             assert 0 < ratio["min"] <= ratio["median"] <= ratio["max"]
-            assert figures["first_call_seconds"] > 0
+            assert figures["first_call_seconds"] > 0 and figures["first_call_gib"] >= 0
             assert sum(figures.get("share_of_time", {"other": 1}).values()) == pytest.approx(1)
 
 
@@ -125,8 +126,25 @@ def test_batches_of_the_turns():
         batches = benchmark.make_batches(tokenizer, TEXTS, batch_size, turns, None, "cpu")
         texts = [ids[mask.bool()] for batch in batches for ids, mask in zip(*batch.values(), strict=True)]
         assert len({tuple(ids.tolist()) for ids in texts}) == len(texts) == len(TEXTS)
+    for batch in benchmark.make_batches(tokenizer, TEXTS, 9, 2, None, "cpu", same=True):
+        assert batch["input_ids"].shape[0] == batch["attention_mask"].shape[0] == 9 and batch["attention_mask"].all()
+        assert (batch["input_ids"] == batch["input_ids"][0]).all()
     with pytest.raises(ValueError, match="a batch of 9 was asked for, and there are 8 prompts"):
         benchmark.make_batches(tokenizer, TEXTS, 9, 2, None, "cpu")
+
+
+@pytest.mark.skipif(not peak_memory.FORGET.exists(), reason="reads the peak where Linux keeps it")
+def test_peak_memory_of_a_call():
+    kept, peak = torch.ones(2**24), peak_memory.PeakMemory(torch.device("cpu"))
+    before = peak.gib()
+    (torch.ones(2**25) + kept.sum()).sum()  # twice 128 MiB for a moment
+    assert 0.2 < peak.gib() - before < 0.5
+    assert peak_memory.PeakMemory(torch.device("cpu")).gib() < 0.1
+
+
+def test_peak_memory_where_it_cannot_be_told(monkeypatch, tmp_path: Path):
+    monkeypatch.setattr(peak_memory, "FORGET", tmp_path / "nowhere" / "clear_refs")
+    assert peak_memory.PeakMemory(torch.device("cpu")).gib() is None
 
 
 @pytest.mark.parametrize("name", ["static", "continuous"])

@@ -37,7 +37,10 @@ bench-gpu:
 	$(BENCH) --batch-sizes 1 2 4 8 16 32 64 128 --num-assistant-tokens auto 4 7 --max-new-tokens 256 \
 		--output $(RESULTS)/benchmark_gpu.json
 	$(BENCH) --batch-sizes 1 32 --decoding sampling --max-new-tokens 256 --output $(RESULTS)/benchmark_gpu_sampling.json
-	$(BENCH) --batch-sizes 1 32 --prompt-tokens 2048 8192 --output $(RESULTS)/benchmark_gpu_long.json
+	$(BENCH) --batch-sizes 1 32 --prompt-tokens 2048 8000 --output $(RESULTS)/benchmark_gpu_long.json
+	$(BENCH) --batch-sizes 1 32 --num-assistant-tokens auto 0 1 2 3 4 5 6 7 8 --contenders "default, " \
+		--max-new-tokens 256 --output $(RESULTS)/benchmark_gpu_lengths.json
+	$(BENCH) --batch-sizes 32 --same-prompt --max-new-tokens 256 --output $(RESULTS)/benchmark_gpu_same_prompt.json
 	$(COST) --shape Qwen3-8B --output $(RESULTS)/cost_qwen3_8b.json
 	$(COST) --shape Llama-3.1-8B --output $(RESULTS)/cost_llama3_8b.json
 

@@ -10,8 +10,12 @@ from specformer.scripts.contenders import PLAIN, PLAIN_ONEDNN
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 
-OTHER_SPEEDS = ["benchmark_cpu_256", "benchmark_cpu_256_again", "benchmark_cpu_sampling", "benchmark_cpu_long"]
-"""Other regimes: long answers, sampling, long prompts."""
+OTHER_SPEEDS = ["256", "sampling", "long", "8k", "64", "128"]
+"""Other regimes: long answers, sampling, long prompts, large batches."""
+
+
+def benchmark_of(regime: str) -> dict:
+    return json.loads((RESULTS / f"benchmark_cpu_{regime}.json").read_text())
 
 
 def ratios_of(figures: dict | None) -> str:
@@ -81,19 +85,16 @@ def contenders_legend() -> list[str]:
 
 def other_speeds() -> list[str]:
     """Speed of the default drafter in other regimes."""
-    lines, names = [], []
-    for name in OTHER_SPEEDS:
-        result = json.loads((RESULTS / f"{name}.json").read_text())
+    results = [benchmark_of(regime) for regime in OTHER_SPEEDS]
+    every = [name for result in results for contest in result["contests"] for name in contest["contenders"]]
+    names = [name for name in dict.fromkeys(every) if name.startswith("default")]
+    lines = [
+        "| decoding | prompt tokens | new tokens | batch | " + " | ".join([PLAIN, *names]) + " | identical |",
+        "|---" * (6 + len(names)) + "|",
+    ]
+    for result in results:
         for contest in result["contests"]:
             found, prompts = contest["contenders"], contest["prompt_tokens"]
-            if not lines:
-                names = [name for name in found if name.startswith("default")]
-                lines = [
-                    "| decoding | prompt tokens | new tokens | batch | "
-                    + " | ".join([PLAIN, *names])
-                    + " | identical |",
-                    "|---" * (6 + len(names)) + "|",
-                ]
             identical = sum(figures["identical"] for figures in found.values())
             lines.append(
                 f"| {contest['decoding']} | {' to '.join(dict.fromkeys(map(str, prompts.values())))} | "
@@ -102,14 +103,62 @@ def other_speeds() -> list[str]:
                 + " | ".join(ratios_of(found.get(name)) for name in names)
                 + f" | {identical} of {contest['texts'] * len(found)} |"
             )
-    sampling = json.loads((RESULTS / "benchmark_cpu_sampling.json").read_text())["regime"]["decoding"]["sampling"]
+    sampling = benchmark_of("sampling")["regime"]["decoding"]["sampling"]
     settings = ", ".join(f"{key} {value}" for key, value in sampling.items() if key != "do_sample")
     return [
         *lines,
         "",
-        f"The same on {machine_of(result)}, medians of {contest['turns']} turns. Sampling: {settings}. Long prompts "
-        "are pieces of all prompts in a row.",
+        f"The same on {machine_of(result)}, medians of {contest['turns']} turns. Sampling: {settings}. Prompts that "
+        "are all of one length are pieces of all prompts in a row. Batches of 64 and more have short prompts of "
+        "Spec-Bench besides.",
     ]
+
+
+def lengths_section() -> str:
+    """Speed of the default drafter by how many tokens a round drafts."""
+    result = benchmark_of("lengths")
+    contests = result["contests"]
+    names = [name for name in contests[0]["contenders"] if name.startswith("default")]
+    lines = ["| drafted a round | " + " | ".join(f"batch {contest['batch_size']}" for contest in contests) + " |"]
+    lines.append("|---" * (1 + len(contests)) + "|")
+    for name in names:
+        cells = [ratios_of(contest["contenders"][name]) for contest in contests]
+        lines.append(f"| {name.removeprefix('default, ').removeprefix('k = ')} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", f"Times plain `generate`. {regime_of(result)}"]) + "\n"
+
+
+def same_prompt_section() -> str:
+    """Batches of one prompt again and again, beside such of different ones."""
+    same, different = benchmark_of("same_prompt"), json.loads((RESULTS / "benchmark_cpu.json").read_text())
+    (contest,) = same["contests"]
+    (other,) = (found for found in different["contests"] if found["batch_size"] == contest["batch_size"])
+    lines = ["| contender | different prompts | one prompt again and again |", "|---|---|---|"]
+    for name, figures in contest["contenders"].items():
+        if theirs := other["contenders"].get(name):
+            speeds = [f"{one['tokens_per_second']:.0f} tokens/s, {ratios_of(one)}" for one in (theirs, figures)]
+            lines.append(f"| {name} | {' | '.join(speeds)} |")
+    return "\n".join([*lines, "", f"Batches of {contest['batch_size']}. {regime_of(same)}"]) + "\n"
+
+
+def memory_section() -> str:
+    """What the first call of each contender took, of memory and of time."""
+    result = json.loads((RESULTS / "benchmark_cpu.json").read_text())
+    contests = result["contests"]
+    lines = ["| contender | " + " | ".join(f"batch {contest['batch_size']}" for contest in contests) + " |"]
+    lines.append("|---" * (1 + len(contests)) + "|")
+    for name in contests[0]["contenders"]:
+        found = [contest["contenders"][name] for contest in contests]
+        cells = [f"{one['first_call_gib']:.2f} GiB, {one['first_call_seconds']:.1f} s" for one in found]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", regime_of(result)]) + "\n"
+
+
+def regime_of(result: dict) -> str:
+    regime = result["regime"]
+    return (
+        f"Greedy, {regime['max_new_tokens']} new tokens, {regime['dtype']}, MT-Bench prompts, medians of "
+        f"{regime['turns']} turns, {machine_of(result)}; {result['date']}."
+    )
 
 
 def profile_section() -> str:
@@ -120,7 +169,8 @@ def profile_section() -> str:
         "| part | share of the call |\n|---|---|\n"
         f"| target | {seconds['target'] / seconds['total']:.1%} |\n"
         f"| drafter | {seconds['drafter'] / seconds['total']:.1%} |\n"
-        f"| everything else | {outside['median']:.1%} ({outside['min']:.1%} to {outside['max']:.1%}) |\n\n"
+        f"| everything else | {outside['median']:.1%} ({outside['min']:.1%} to {outside['max']:.1%}) |\n"
+        f"| of which rows of different lengths cost | {seconds['alignment'] / seconds['total']:.1%} |\n\n"
         f"{regime['target']} in {regime['dtype']}, greedy, {regime['batch_size']} different MT-Bench prompts, "
         f"{regime['max_new_tokens']} new tokens, {regime['num_assistant_tokens']} drafted a round, without copies, "
         f"median of {regime['repeats']} runs of {seconds['total']:.1f} s; {result['machine']['device']} "

@@ -14,9 +14,12 @@ from specformer.scripts.speed_tables import (
     RESULTS,
     ROOT,
     contenders_legend,
+    lengths_section,
     machine_of,
+    memory_section,
     other_speeds,
     profile_section,
+    same_prompt_section,
     speed_legend,
     speed_table,
 )
@@ -116,7 +119,13 @@ def ablations_section() -> str:
 
 SECTIONS = {
     "README.md": {"results": results_section, "drafter": drafter_section},
-    "docs/speed.md": {"profile": profile_section, "speeds": speeds_section},
+    "docs/speed.md": {
+        "profile": profile_section,
+        "lengths": lengths_section,
+        "same prompt": same_prompt_section,
+        "memory": memory_section,
+        "speeds": speeds_section,
+    },
     "docs/experiments.md": {"ablations": ablations_section},
 }
 """By page, what stands between the markers <!-- name --> and <!-- /name -->."""

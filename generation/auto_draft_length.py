@@ -10,7 +10,7 @@ from statistics import NormalDist
 from weakref import WeakKeyDictionary
 
 from .draft_length import DraftLength
-from .round_times import RoundTimes
+from .round_times import RoundTimes, lasting_share
 
 
 class Experience:
@@ -61,7 +61,7 @@ class AutoDraftLength(DraftLength):
     LEAST_LOSS = 0.3  # of such a turn, in rounds: however good a length seems, the best known one has most rounds
     FADING_LOSS = 0.9  # weight of what turns have lost, a turn later
     FADING = 0.995  # weight of what was seen before, one row's drafts later
-    LEAST_GAIN = 1.03  # what drafting must promise, beside plain decoding: how nothing looks from a few hundred drafts
+    LEAST_GAIN = 1.03  # what drafting must promise beside plain decoding: a hundred drafts in vain may promise less
     MOST_ASKED = 4  # rounds in which a drafter may draft nothing at first
     FIRST_RATE, FIRST_WEIGHT = 0.6, 4.0  # acceptance to begin with, and how many drafts experience is worth
 
@@ -107,7 +107,8 @@ class AutoDraftLength(DraftLength):
         if self.planned:
             return self.planned.pop()
         seconds = times.estimate(num_rows, self.most)
-        self.worth = worth_of_drafts(num_rows, times.estimate(1, 0)[0] / max(seconds[0], 1e-9))
+        if num_rows > 1:
+            self.worth = worth_of_drafts(num_rows, lasting_share(times.known(), num_rows), self.rates()[0])
         speeds = self.speeds(seconds)
         speeds[0] *= self.LEAST_GAIN
         best, speed = self.best(speeds)
@@ -166,19 +167,24 @@ class AutoDraftLength(DraftLength):
         self.experience.rates = self.rates()
 
 
-SPREAD = 0.45
-"""By how much of their mean the drafts that are accepted each round differ between texts: the standard deviation that
-answers to MT-Bench show, of 64 and of 256 tokens, with copies and without."""
+SPREAD = 0.9
+"""By how much the drafts that are accepted each round differ between texts: their standard deviation in parts of their
+mean, where hardly a draft is accepted. It was 0.45 in answers to MT-Bench, of 64 and of 256 tokens, with copies and
+without, where half of the first drafts are; where all are, texts cannot differ."""
 
 
-def worth_of_drafts(num_rows: int, lasting: float) -> float:
+def worth_of_drafts(num_rows: int, lasting: float, rate: float) -> float:
     """By how much a draft that is accepted in a row shortens a batch, where one for every row shortens it by 1.
 
     The slowest of many rows has fewer of them than the mean row, and until it is through, the share `lasting` of a
     round's time goes on that does not depend on the rows. What the other rows' own share of it is, they save.
+
+    Args:
+        rate: how likely the first draft is accepted.
     """
-    slowest = 1 - SPREAD * NormalDist().inv_cdf((num_rows - 0.375) / (num_rows + 0.25))
-    return 1 - min(lasting, 1.0) * (1 - max(slowest, 0.0))
+    expected_slowest = NormalDist().inv_cdf((num_rows - 0.375) / (num_rows + 0.25))  # standard deviations from the mean
+    slowest = max(1 - SPREAD * (1 - rate) * expected_slowest, 0.0)
+    return 1 - lasting * (1 - slowest)
 
 
 _experience: WeakKeyDictionary = WeakKeyDictionary()  # target -> what drafts for it -> in which way -> what is known

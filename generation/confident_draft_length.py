@@ -17,7 +17,8 @@ class ConfidentDraftLength(AutoDraftLength):
 
     Rows that get s tokens a second elsewhere lose s tokens with every second of a pass: of v drafts, the v of the
     highest expected tokens - s * seconds is verified, 0 included. s is the speed of doing so, or that of plain decoding
-    if this is higher; then nothing is drafted at all. Both follow from the confidences of the last rounds.
+    if this is higher; then nothing is drafted at all. Both follow from the confidences of the last rounds. In several
+    rows drafts count as what they are worth there.
 
     A cut looks at all of a round's drafts, so this is for rules whose text does not depend on the drafts.
     """

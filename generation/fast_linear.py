@@ -42,9 +42,7 @@ def fast_linears(*models: nn.Module | None):
     Layers with a forward of their own (adapters, quantised or offloaded weights) stay as they are, and so does all of a
     model of which a part is compiled, as that would be compiled again.
     """
-    rows_of = {}
-    if torch.backends.mkldnn.enabled:
-        rows_of = faster_layers([layer for model in models if model is not None for layer in plain_linears(model)])
+    rows_of = faster_layers([layer for model in models if model is not None for layer in plain_linears(model)])
     entered, outer = [], getattr(_here, "inside", False)
     try:
         for layer, rows in rows_of.items():
@@ -61,7 +59,9 @@ def fast_linears(*models: nn.Module | None):
 def faster_layers(layers: list[nn.Linear]) -> dict[nn.Linear, range | None]:
     """Those of `layers` that are faster through oneDNN, and for how many rows: `None` for any number."""
     threads = torch.get_num_threads()
-    if layers and onednn_is_faster(threads):
+    if not layers or not torch.backends.mkldnn.enabled:
+        return {}
+    if onednn_is_faster(threads):
         return dict.fromkeys(layers)
     large = [layer for layer in layers if layer.weight.numel() >= LARGE]
     return dict.fromkeys(large, FEW) if large and onednn_is_faster_for_few_rows(threads) else {}
@@ -83,7 +83,8 @@ def _leave(layer: nn.Linear) -> None:
 
 
 class FastForward:
-    """The forward of a plain linear layer that some thread is using.
+    """The forward of a plain linear layer that some thread is using. Threads that share a layer share what the first of
+    them found to be faster.
 
     Args:
         rows: how many rows are multiplied by oneDNN; `None`: any number.
@@ -194,10 +195,10 @@ def _gain(rows: int, num_weights: int, num_channels: int) -> float:
     """How many times faster oneDNN multiplies states (rows, 1024) with so many weights (num_channels, 1024). 0 where
     it cannot, or is wrong. It takes one or two tenths of a second to find out."""
     with torch.inference_mode(), torch.device("cpu"):
-        weights = torch.full((num_weights, num_channels, 1024), 0.5, dtype=torch.float32)
-        states = torch.full((rows, 1024), 0.5, dtype=torch.float32)
         seconds = {product: [], functional.linear: []}
         try:
+            weights = torch.full((num_weights, num_channels, 1024), 0.5, dtype=torch.float32)
+            states = torch.full((rows, 1024), 0.5, dtype=torch.float32)
             for _ in range(5):
                 for multiply, times in seconds.items():
                     started = time.perf_counter()
@@ -205,6 +206,6 @@ def _gain(rows: int, num_weights: int, num_channels: int) -> float:
                     times.append(time.perf_counter() - started)
                     if not all(result.eq(256.0).all() for result in results):
                         return 0.0
-        except (AttributeError, NotImplementedError, RuntimeError):  # another version or build of torch has no such op
+        except (AttributeError, NotImplementedError, RuntimeError):  # a torch without the op, or too little memory
             return 0.0
     return min(seconds[functional.linear]) / max(min(seconds[product]), 1e-9)

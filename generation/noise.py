@@ -87,11 +87,14 @@ class StepNoise:
         self, rows: list[int], steps: list[int], vocab_size: int, token_ids: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Noise of N (row, step) pairs: (N, V), or of the tokens `token_ids` (N, C)."""
-        noise = torch.empty(len(rows), vocab_size, dtype=torch.float32, device=self.device)
+        width = vocab_size if token_ids is None else token_ids.shape[1]
+        noise = torch.empty(len(rows), width, dtype=torch.float32, device=self.device)
         for step in sorted(set(steps)):
             places = [place for place, other in enumerate(steps) if other == step]
-            noise[places] = self.step(step, vocab_size)[[rows[place] for place in places]]
-        return noise if token_ids is None else noise.gather(1, token_ids)
+            chosen = torch.tensor([rows[place] for place in places], device=self.device)
+            of_step = self.step(step, vocab_size)
+            noise[places] = of_step[chosen] if token_ids is None else of_step[chosen[:, None], token_ids[places]]
+        return noise
 
     def forget_before(self, step: int) -> None:
         """No row will ask for a step before `step` again."""

@@ -86,6 +86,16 @@ class RoundTimes:
         return [max(times[0], seconds) for seconds in times]  # drafting makes no round shorter: such a time was noise
 
 
+def lasting_share(known: dict[Shape, float], num_rows: int) -> float:
+    """The share of a plain round of `num_rows` rows that goes on as long as any row runs: what a round of one row
+    takes. Told from plain rounds of several numbers of rows, else from all rounds that are `known`."""
+    points = [(rows, seconds) for (rows, drafted), seconds in known.items() if drafted == 0]
+    if len(points) < 2:
+        points = [(rows * (drafted + 1), seconds) for (rows, drafted), seconds in known.items()]
+    line = straight_line(points)
+    return min(line(1) / max(line(num_rows), 1e-9), 1.0)
+
+
 def straight_line(points: list[tuple[int, float]]) -> Callable[[int], float]:
     """The rising line through points (tokens, seconds) of the least relative errors, as a function."""
     # of (a + b * tokens) / seconds - 1, summed and squared

@@ -137,7 +137,7 @@ def ways(
     """
     batch_size, on_gpu = len(answer), target.device.type == "cuda"
     found = {PLAIN: plain_way(target)}
-    faster = faster_layers(plain_linears(target)).values() if torch.backends.mkldnn.enabled else ()
+    faster = faster_layers(plain_linears(target)).values()
     if None in faster or (FEW in faster and batch_size in FEW):  # otherwise plain generate() has no such products
         found[PLAIN_ONEDNN] = onednn_way(target)
     if on_gpu:

@@ -22,7 +22,7 @@ class PeakMemory:
     def __init__(self, device: torch.device):
         self.device, self.before = device, None
         if device.type == "cpu":
-            with suppress(OSError, AttributeError):  # another system than Linux, or no right to
+            with suppress(OSError, AttributeError, TypeError):  # another system than Linux with glibc, or no right to
                 ctypes.CDLL(None).malloc_trim(0)
                 FORGET.write_text("5")  # the peak so far
                 self.before = resident("VmRSS")
@@ -35,7 +35,7 @@ class PeakMemory:
         if self.before is None:
             return None
         if self.device.type == "cpu":
-            return (resident("VmHWM") - self.before) / 2**30
+            return max(resident("VmHWM") - self.before, 0) / 2**30
         return (torch.accelerator.max_memory_allocated(self.device) - self.before) / 2**30
 
 

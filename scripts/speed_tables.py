@@ -27,6 +27,12 @@ def ratios_of(figures: dict | None) -> str:
     return " / ".join(dict.fromkeys(f"{ratio:.2f}" for ratio in ratios)) + rate
 
 
+def names_of(contests: list[dict]) -> list[str]:
+    """All contenders, in the order of the contest that has most of them; not every batch size has all."""
+    by_number = sorted((list(contest["contenders"]) for contest in contests), key=len, reverse=True)
+    return list(dict.fromkeys(name for names in by_number for name in names))
+
+
 def machine_of(result: dict) -> str:
     machine = result["machine"]
     return f"{machine['torch_threads']} threads of {machine['device']} ({machine['cpu']})"
@@ -36,8 +42,7 @@ def speed_table(name: str) -> list[str]:
     """Speed beside plain generate(), with drafters at both ends of what can be."""
     result = json.loads((RESULTS / f"{name}.json").read_text())
     regime, contests = result["regime"], result["contests"]
-    names = [name for name in contests[-1]["contenders"] if name != PLAIN]
-    names += [name for name in contests[0]["contenders"] if name not in (PLAIN, *names)]  # of a batch of one
+    names = [name for name in names_of(contests) if name != PLAIN]
     lines = [
         "| contender | " + " | ".join(f"batch {contest['batch_size']}" for contest in contests) + " |",
         "|---" * (1 + len(contests)) + "|",
@@ -65,9 +70,11 @@ def speed_table(name: str) -> list[str]:
 
 def speed_legend() -> list[str]:
     return [
-        'Times the speed of plain `generate`, and in brackets tokens per target pass. "auto" is the default: it drafts '
-        "as much as seems to pay. The drafters that are always right or always wrong know the text and cost nothing; a "
-        "real one takes time. Drawn in benchmarks/results/benchmark_cpu.png.",
+        "Times the speed of plain `generate`, where another plain one is faster / times the speed of that one, and in "
+        f'brackets tokens per target pass. "{PLAIN_ONEDNN}" has the matrix products of this package\'s passes, where '
+        'some of those are faster than torch\'s own. "auto" is the default: it drafts as much as seems to pay. The '
+        "drafters that are always right or always wrong know the text and cost nothing; a real one takes time. Drawn "
+        "in benchmarks/results/benchmark_cpu.png.",
     ]
 
 
@@ -86,8 +93,8 @@ def contenders_legend() -> list[str]:
 def other_speeds() -> list[str]:
     """Speed of the default drafter in other regimes."""
     results = [benchmark_of(regime) for regime in OTHER_SPEEDS]
-    every = [name for result in results for contest in result["contests"] for name in contest["contenders"]]
-    names = [name for name in dict.fromkeys(every) if name.startswith("default")]
+    every = names_of([contest for result in results for contest in result["contests"]])
+    names = [name for name in every if name.startswith("default")]
     lines = [
         "| decoding | prompt tokens | new tokens | batch | " + " | ".join([PLAIN, *names]) + " | identical |",
         "|---" * (6 + len(names)) + "|",
@@ -124,7 +131,7 @@ def lengths_section() -> str:
     for name in names:
         cells = [ratios_of(contest["contenders"][name]) for contest in contests]
         lines.append(f"| {name.removeprefix('default, ').removeprefix('k = ')} | {' | '.join(cells)} |")
-    return "\n".join([*lines, "", f"Times plain `generate`. {regime_of(result)}"]) + "\n"
+    return "\n".join([*lines, "", f"Times plain `generate`, as above. {regime_of(result)}"]) + "\n"
 
 
 def same_prompt_section() -> str:
@@ -146,11 +153,21 @@ def memory_section() -> str:
     contests = result["contests"]
     lines = ["| contender | " + " | ".join(f"batch {contest['batch_size']}" for contest in contests) + " |"]
     lines.append("|---" * (1 + len(contests)) + "|")
-    for name in contests[0]["contenders"]:
-        found = [contest["contenders"][name] for contest in contests]
-        cells = [f"{one['first_call_gib']:.2f} GiB, {one['first_call_seconds']:.1f} s" for one in found]
+    for name in names_of(contests):
+        found = [contest["contenders"].get(name) for contest in contests]
+        cells = [f"{one['first_call_gib']:.2f} GiB, {one['first_call_seconds']:.1f} s" if one else "" for one in found]
         lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join([*lines, "", regime_of(result)]) + "\n"
+    regime = result["regime"]
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"The first call of each, with its widest batch: {regime['max_new_tokens']} new tokens, {regime['dtype']}, "
+            f"{machine_of(result)}; {result['date']}. Memory is the most that was resident beside what was there "
+            "before the call, the weights for one. The first calls in the process, in the first column, find out what "
+            "is faster here, probe the target and load the drafter.\n",
+        ]
+    )
 
 
 def regime_of(result: dict) -> str:

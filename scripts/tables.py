@@ -136,6 +136,8 @@ def render(page: str) -> str:
     text = (ROOT / page).read_text()
     for name, section in SECTIONS[page].items():
         begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
+        if text.count(begin) != 1 or text.count(end) != 1:
+            raise ValueError(f"{page}: expected the markers {begin.strip()} and {end} once each.")
         content = section()
         text = re.sub(f"(?<={re.escape(begin)}).*?(?={re.escape(end)})", lambda _: content, text, flags=re.S)  # noqa: B023
     return text

@@ -230,6 +230,7 @@ def test_times_may_be_known_before_confidences():
     """As after calls with "rejection", which do not look at these."""
     experience, world = Experience(), World([0.9] * 4, 0.01, 0.05)
     live(AutoDraftLength(4, 2, experience), world, 50)
+    experience.allowance = 0.0  # no turn of another length
     length = ConfidentDraftLength(4, 2, experience)
     assert length.next(world.rows) == 4
     assert not length.is_trial

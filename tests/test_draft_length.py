@@ -267,6 +267,15 @@ def test_a_batch_lasts_as_long_as_its_slowest_row(cost, num_rows: int, monkeypat
         assert auto_time() > 1.1 * best
 
 
+@pytest.mark.parametrize("num_rows", [2, 64, 1000])
+def test_rows_of_a_drafter_that_is_always_right_cannot_differ(num_rows: int):
+    world = World([1.0] * 4, [on_a_gpu(num_rows, k) for k in range(5)], 0.0, rows=num_rows)
+    length = auto()
+    live(length, world, 100)
+    speed, chosen = live(length, world, 400)
+    assert speed > 0.95 * world.best(), chosen
+
+
 # ---- in generate()
 
 

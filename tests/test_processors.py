@@ -122,7 +122,7 @@ class TwoRows:
 
 
 @pytest.mark.parametrize("name", sorted(SCORES_ALONE))
-@pytest.mark.parametrize("rule", ["match", "coupled", "rejection"])
+@pytest.mark.parametrize("rule", ["greedy", "match", "coupled", "rejection"])
 def test_drafts_from_some_tokens_are_those_of_the_vocabulary_where_no_others_are_likely(
     name: str, rule: str, monkeypatch
 ):
@@ -135,7 +135,7 @@ def test_drafts_from_some_tokens_are_those_of_the_vocabulary_where_no_others_are
         assert not processors.know_tokens
         processors.know_tokens = know_tokens
         torch.manual_seed(2)
-        rule_of_call = acceptance_rule(rule, True, 2, torch.device("cpu"), 5 if rule == "coupled" else None)
+        rule_of_call = acceptance_rule(rule, rule != "greedy", 2, torch.device("cpu"), 5 if rule == "coupled" else None)
         choice = TokenChoice(rule_of_call, processors, TwoRows())
         choice.vocab_size = VOCAB
         with monkeypatch.context() as patch:

@@ -7,7 +7,7 @@ from threading import Thread
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from specformer.generation.round_times import RoundTimes, interpolate, straight_line
+from specformer.generation.round_times import RoundTimes, interpolate, lasting_share, straight_line
 
 
 def times_of(seconds: dict[tuple[int, int], float], count: int = 2) -> RoundTimes:
@@ -142,6 +142,15 @@ def test_rows_that_are_slower_than_others_are_so_at_every_length():
     others = times_of({(1, 0): 1.0, (1, 4): 1.4})
     factor = times.estimate(8, 4)[0] / others.estimate(8, 4)[0]
     assert factor == pytest.approx(3.4 / 1.7)
+
+
+def test_what_lasts_is_told_from_plain_rounds():
+    """Where there are two of them: what drafting takes is no part of it."""
+    known = {(1, 4): 2.0, (8, 4): 6.0, (8, 0): 1.2}
+    assert lasting_share(known, 8) == pytest.approx(0.42, abs=0.1)
+    assert lasting_share(known | {(4, 0): 1.1}, 8) == pytest.approx(1.025 / 1.2)
+    assert lasting_share({(8, 0): 1.2}, 8) == 1.0
+    assert lasting_share({(2, 0): 1.0, (8, 0): 4.0}, 8) == pytest.approx(0.125)
 
 
 def test_interpolate():

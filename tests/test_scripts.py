@@ -87,7 +87,8 @@ def test_benchmark(folder: Path, monkeypatch):
         for figures in table.values():
             ratio = figures["ratio_to_plain"]
             assert 0 < ratio["min"] <= ratio["median"] <= ratio["max"]
-            assert figures["first_call_seconds"] > 0 and figures["first_call_gib"] >= 0
+            assert figures["first_call_seconds"] > 0
+            assert figures["first_call_gib"] is None or figures["first_call_gib"] >= 0
             assert sum(figures.get("share_of_time", {"other": 1}).values()) == pytest.approx(1)
 
 

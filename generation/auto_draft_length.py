@@ -61,7 +61,7 @@ class AutoDraftLength(DraftLength):
     LEAST_LOSS = 0.3  # of such a turn, in rounds: however good a length seems, the best known one has most rounds
     FADING_LOSS = 0.9  # weight of what turns have lost, a turn later
     FADING = 0.995  # weight of what was seen before, one row's drafts later
-    LEAST_GAIN = 1.03  # what drafting must promise beside plain decoding: a hundred drafts in vain may promise less
+    LEAST_GAIN = 1.03  # what drafting must promise beside plain decoding: a hundred drafts in vain promise no more
     MOST_ASKED = 4  # rounds in which a drafter may draft nothing at first
     FIRST_RATE, FIRST_WEIGHT = 0.6, 4.0  # acceptance to begin with, and how many drafts experience is worth
 

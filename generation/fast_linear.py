@@ -206,6 +206,6 @@ def _gain(rows: int, num_weights: int, num_channels: int) -> float:
                     times.append(time.perf_counter() - started)
                     if not all(result.eq(256.0).all() for result in results):
                         return 0.0
-        except (AttributeError, NotImplementedError, RuntimeError):  # a torch without the op, or too little memory
+        except (AttributeError, NotImplementedError, RuntimeError):  # this torch lacks the op, or memory is short
             return 0.0
     return min(seconds[functional.linear]) / max(min(seconds[product]), 1e-9)

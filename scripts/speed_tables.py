@@ -10,12 +10,12 @@ from specformer.scripts.contenders import PLAIN, PLAIN_ONEDNN
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 
-OTHER_SPEEDS = ["256", "sampling", "long", "8k", "64"]
+OTHER_SPEEDS = [f"benchmark_cpu_{regime}" for regime in ("256", "sampling", "long", "8k", "64")]
 """Other regimes: long answers, sampling, long prompts, large batches."""
 
 
-def benchmark_of(regime: str) -> dict:
-    return json.loads((RESULTS / f"benchmark_cpu_{regime}.json").read_text())
+def result_of(name: str) -> dict:
+    return json.loads((RESULTS / f"{name}.json").read_text())
 
 
 def ratios_of(figures: dict | None) -> str:
@@ -40,7 +40,7 @@ def machine_of(result: dict) -> str:
 
 def speed_table(name: str) -> list[str]:
     """Speed beside plain generate(), with drafters at both ends of what can be."""
-    result = json.loads((RESULTS / f"{name}.json").read_text())
+    result = result_of(name)
     regime, contests = result["regime"], result["contests"]
     names = [name for name in names_of(contests) if name != PLAIN]
     lines = [
@@ -92,7 +92,7 @@ def contenders_legend() -> list[str]:
 
 def other_speeds() -> list[str]:
     """Speed of the default drafter in other regimes."""
-    results = [benchmark_of(regime) for regime in OTHER_SPEEDS]
+    results = [result_of(name) for name in OTHER_SPEEDS]
     every = names_of([contest for result in results for contest in result["contests"]])
     names = [name for name in every if name.startswith("default")]
     lines = [
@@ -110,7 +110,7 @@ def other_speeds() -> list[str]:
                 + " | ".join(ratios_of(found.get(name)) for name in names)
                 + f" | {identical} of {contest['texts'] * len(found)} |"
             )
-    sampling = benchmark_of("sampling")["regime"]["decoding"]["sampling"]
+    sampling = result_of("benchmark_cpu_sampling")["regime"]["decoding"]["sampling"]
     settings = ", ".join(f"{key} {value}" for key, value in sampling.items() if key != "do_sample")
     return [
         *lines,
@@ -123,7 +123,7 @@ def other_speeds() -> list[str]:
 
 def lengths_section() -> str:
     """Speed of the default drafter by how many tokens a round drafts."""
-    result = benchmark_of("lengths")
+    result = result_of("benchmark_cpu_lengths")
     contests = result["contests"]
     names = [name for name in contests[0]["contenders"] if name.startswith("default")]
     lines = ["| drafted a round | " + " | ".join(f"batch {contest['batch_size']}" for contest in contests) + " |"]
@@ -136,7 +136,7 @@ def lengths_section() -> str:
 
 def same_prompt_section() -> str:
     """Batches of one prompt again and again, beside such of different ones."""
-    same, different = benchmark_of("same_prompt"), json.loads((RESULTS / "benchmark_cpu.json").read_text())
+    same, different = result_of("benchmark_cpu_same_prompt"), result_of("benchmark_cpu")
     (contest,) = same["contests"]
     (other,) = (found for found in different["contests"] if found["batch_size"] == contest["batch_size"])
     lines = ["| contender | different prompts | one prompt again and again |", "|---|---|---|"]
@@ -149,7 +149,7 @@ def same_prompt_section() -> str:
 
 def memory_section() -> str:
     """What the first call of each contender took, of memory and of time."""
-    result = json.loads((RESULTS / "benchmark_cpu.json").read_text())
+    result = result_of("benchmark_cpu")
     contests = result["contests"]
     lines = ["| contender | " + " | ".join(f"batch {contest['batch_size']}" for contest in contests) + " |"]
     lines.append("|---" * (1 + len(contests)) + "|")
@@ -164,7 +164,7 @@ def memory_section() -> str:
             "",
             f"The first call of each, with its widest batch: {regime['max_new_tokens']} new tokens, {regime['dtype']}, "
             f"{machine_of(result)}; {result['date']}. Memory is the most that was resident beside what was there "
-            "before the call, the weights for one. The first calls in the process, in the first column, find out what "
+            "before the call, such as the weights. The first calls in the process, in the first column, find out what "
             "is faster here, probe the target and load the drafter.\n",
         ]
     )
@@ -180,7 +180,7 @@ def regime_of(result: dict) -> str:
 
 def profile_section() -> str:
     """Shares of one call's time."""
-    result = json.loads((RESULTS / "profile_cpu_batch_16.json").read_text())
+    result = result_of("profile_cpu_batch_16")
     regime, seconds, outside = result["regime"], result["median_seconds"], result["share_outside_the_models"]
     return (
         "| part | share of the call |\n|---|---|\n"

@@ -11,7 +11,6 @@ import re
 from specformer.scripts import ablations
 from specformer.scripts.model_card import regime_text, task_table, training_text
 from specformer.scripts.speed_tables import (
-    RESULTS,
     ROOT,
     contenders_legend,
     lengths_section,
@@ -19,6 +18,7 @@ from specformer.scripts.speed_tables import (
     memory_section,
     other_speeds,
     profile_section,
+    result_of,
     same_prompt_section,
     speed_legend,
     speed_table,
@@ -44,7 +44,7 @@ def results_section() -> str:
     """The table of real decoding, and the regime it was measured in."""
     rows, notes = [], []
     for name in REAL_DECODING:
-        result = json.loads((RESULTS / f"{name}.json").read_text())
+        result = result_of(name)
         regime, (low, high) = result["regime"], result["tokens_per_pass_95"]
         slots = ", ".join(f"{share:.0%}" for share in result["acceptance_per_slot"])
         same = (
@@ -65,7 +65,7 @@ def results_section() -> str:
             f"are slots in the last column; {result['machine']['device']} ({result['machine']['cpu']}), torch "
             f"{result['versions']['torch']}, transformers {result['versions']['transformers']}."
         )
-    demo = json.loads((RESULTS / "demo_cpu.json").read_text())
+    demo = result_of("demo_cpu")
     ratio = demo["tokens_per_second"] / demo["plain_tokens_per_second"]
     speed = (
         f"`make demo` on {machine_of(demo)}: {demo['tokens_per_second']:.0f} tokens/s where plain `generate` makes "
@@ -84,17 +84,17 @@ def results_section() -> str:
 def drafter_section() -> str:
     """What the default drafter is, how it was trained, and what it comes to by task."""
     config = json.loads((ROOT / "config.json").read_text())
-    log = json.loads((RESULTS / "default_drafter_training.json").read_text())
+    log = result_of("default_drafter_training")
     lines = [f"For {config['target_name_or_path']}: {training_text(log, config)}", ""]
     for name in BY_TASK:
-        result = json.loads((RESULTS / f"{name}.json").read_text())
+        result = result_of(name)
         lines += [*task_table(result), "", regime_text(result), ""]
     return "\n".join([*lines, *copies_table()]) + "\n"
 
 
 def copies_table() -> list[str]:
     """By task, what the drafter and copies of the text come to together, in real decoding."""
-    results = [json.loads((RESULTS / f"{name}.json").read_text()) for name in WITH_COPIES]
+    results = [result_of(name) for name in WITH_COPIES]
     rows = [
         f"| {task} | {figures['prompts']} | "
         + " | ".join(f"{(result['tasks'] | {'all': result})[task]['tokens_per_pass']:.2f}" for result in results)
@@ -114,7 +114,7 @@ def speeds_section() -> str:
 
 def ablations_section() -> str:
     """What variants of the drafter come to under one budget."""
-    return ablations.table(json.loads((RESULTS / "ablations.json").read_text())) + "\n"
+    return ablations.table(result_of("ablations")) + "\n"
 
 
 SECTIONS = {

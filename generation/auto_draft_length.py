@@ -107,8 +107,7 @@ class AutoDraftLength(DraftLength):
         if self.planned:
             return self.planned.pop()
         seconds = times.estimate(num_rows, self.most)
-        if num_rows > 1:
-            self.worth = worth_of_drafts(num_rows, lasting_share(times.known(), num_rows), self.rates()[0])
+        self.worth = worth_of_drafts(num_rows, lasting_share(times.known(), num_rows), self.rates()[0])
         speeds = self.speeds(seconds)
         speeds[0] *= self.LEAST_GAIN
         best, speed = self.best(speeds)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 import sys
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -25,7 +26,7 @@ def provenance(module: str) -> dict:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     arguments = [os.path.basename(value) if value.startswith(("/", "~", "..")) else value for value in sys.argv[1:]]
     return {
-        "command": " ".join(["python -m", module, *arguments]),
+        "command": shlex.join(["python", "-m", module, *arguments]),
         "date": datetime.now(UTC).date().isoformat(),
         "versions": {
             "python": platform.python_version(),

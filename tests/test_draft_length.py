@@ -267,6 +267,16 @@ def test_a_batch_lasts_as_long_as_its_slowest_row(cost, num_rows: int, monkeypat
         assert auto_time() > 1.1 * best
 
 
+def test_a_draft_of_the_last_row_is_worth_a_token():
+    """Also where there were others before."""
+    length = auto()
+    live(length, World([0.5, 0.4, 0.3, 0.3], 0.1, 0.1, rows=8), 50)
+    assert length.worth < 0.9
+    length.planned.clear()
+    length.next(1)
+    assert length.worth == 1
+
+
 @pytest.mark.parametrize("num_rows", [2, 64, 1000])
 def test_rows_of_a_drafter_that_is_always_right_cannot_differ(num_rows: int):
     world = World([1.0] * 4, [on_a_gpu(num_rows, k) for k in range(5)], 0.0, rows=num_rows)

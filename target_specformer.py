@@ -97,6 +97,20 @@ class BorrowedTarget:
         self._exit.close()
         self._seen.clear()
 
+    @contextmanager
+    def aside(self):
+        """Passes inside leave their states in the dict that this yields, and not for `take_hidden_states`."""
+        seen, self._seen = self._seen, {}
+        try:
+            yield self._seen
+        finally:
+            self._seen = seen
+
+    def leave(self, states: dict[int, list[torch.Tensor]]) -> None:
+        """What a pass left `aside`, as if its hooks had been called now."""
+        for layer_id, passes in states.items():
+            self._seen.setdefault(layer_id, []).extend(passes)
+
     @property
     def device(self) -> torch.device:
         """Where the drafter computes: beside the LM head that it shares."""

@@ -85,7 +85,7 @@ def drafter_under(rule: AcceptanceRule, drafter: Drafter) -> Drafter:
 
 
 def choose_draft_length(
-    requested: int | str | None, drafter: Drafter, model, assistant_model, rule: AcceptanceRule
+    requested: int | str | None, drafter: Drafter, model, assistant_model, rule: AcceptanceRule, cuda_graphs: bool
 ) -> DraftLength:
     """How much each round drafts; `drafter` and `requested` are what `choose_drafter` returned."""
     if requested is None and rule.text_depends_on_drafts:  # and would depend on the clock
@@ -97,5 +97,5 @@ def choose_draft_length(
         start = drafter.default_num_assistant_tokens or most
         kind = AutoDraftLength if rule.text_depends_on_drafts else ConfidentDraftLength
         experience = experience_of(model, unwrapped(assistant_model), (type(drafter), most))
-        return kind(most, start, experience, (model.device, model.dtype))
+        return kind(most, start, experience, (model.device, model.dtype, cuda_graphs))
     return DraftLength(min(requested, drafter.max_draft_tokens))

@@ -82,6 +82,10 @@ class CopyingDrafter:
         self.copies: torch.Tensor | None = None  # of this round, (R, k)
         self.matched: torch.Tensor | None = None  # how much stood in front of them before, (R,); 0 where none is used
 
+    @property
+    def borrowed(self):
+        return getattr(self.drafter, "borrowed", None)
+
     def __enter__(self):
         self.drafter.__enter__()
         return self

@@ -57,7 +57,7 @@ def decode(
             started = perf_counter()
             k = round_draft_length(draft_length.next(len(text.rows)), min(text.running_lengths()), text.limit)
             if k:
-                drafts = drafter.propose(k, choice.of_drafter).to(input_ids.device)  # (R, k) or fewer
+                drafts = drafter.propose(k, choice.for_drafter).to(input_ids.device)  # (R, k) or fewer
                 confidences = getattr(drafter, "confidences", None)
                 drafts = drafts[:, : draft_length.keep(drafts, confidences, text.device_idle, started)]
             else:

@@ -12,6 +12,7 @@ from .acceptance import acceptance_rule, check_acceptance
 from .attention import usable_attention
 from .capabilities import check_arguments, check_call, check_target, unwrapped
 from .choose_drafter import choose_draft_length, choose_drafter, drafter_under
+from .cuda_graphs import check_recordable, recorded_passes
 from .decoding import decode
 from .probe import probe_target
 from .processors import PrefixFunctionForWantedRows, Processors
@@ -61,6 +62,7 @@ def generate(
     num_assistant_tokens: int | str | None = None,
     acceptance: str = "match",
     seed: int | list[int] | None = None,
+    cuda_graphs: bool = False,
     custom_generate=None,
     **kwargs,
 ):
@@ -82,6 +84,8 @@ def generate(
             gives a text with the same distribution. See `acceptance`.
         seed: for "coupled", an integer (row b of the expanded batch has seed + b) or one integer per row; `None` draws
             one from torch's generator.
+        cuda_graphs: on one CUDA GPU, record the passes of target and drafter and replay them, which saves the time in
+            which a GPU waits for the host: see `cuda_graphs`. Meanwhile hooks of other code are not called.
         tokenizer: needed for `stop_strings`.
         assistant_tokenizer: must be the target's, since tokens are not translated; pipelines pass one.
 
@@ -106,6 +110,8 @@ def generate(
         )
     check_arguments(assistant_model, inputs, synced_gpus, tokenizer, assistant_tokenizer, settings)
     check_target(model)
+    if cuda_graphs:
+        check_recordable(model)
     drafter, num_assistant_tokens = choose_drafter(
         model,
         assistant_model,
@@ -152,8 +158,9 @@ def generate(
         probe_target(model)
         chunk_size = generation_config.prefill_chunk_size
         drafting = drafter_under(rule, drafter)
-        draft_length = choose_draft_length(num_assistant_tokens, drafting, model, assistant_model, rule)
-        statistics = decode(model, drafting, text, choice, layout, model_kwargs, draft_length, chunk_size)
+        draft_length = choose_draft_length(num_assistant_tokens, drafting, model, assistant_model, rule, cuda_graphs)
+        with recorded_passes(cuda_graphs, getattr(drafting, "borrowed", None)):
+            statistics = decode(model, drafting, text, choice, layout, model_kwargs, draft_length, chunk_size)
         if wants is None:
             return text.result()
         return SpeculativeOutput(

@@ -18,6 +18,7 @@ from torch.nn import functional
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 KV_LENGTH_STEP = 64
+"""What attention sees grows by so many slots: shapes that recur save more than the masked slots cost."""
 
 
 class RaggedLayer(CacheLayerMixin):
@@ -123,7 +124,13 @@ class RaggedCache(Cache):
         ring: most slots of the layers that are rings: their window - 1, and the most tokens that are written behind a
             row's length before it is known which of them are kept.
         ring_layers: indices of these layers.
+
+    Attributes:
+        kv_length: slots that attention sees.
+        moves: how often the buffers were replaced by others.
     """
+
+    kv_length_step = KV_LENGTH_STEP
 
     def __init__(
         self,
@@ -138,6 +145,7 @@ class RaggedCache(Cache):
         self.lengths, self.longest = lengths, longest
         self.capacity, self.max_length, self.ring = capacity, max_length, ring
         self.kv_length = longest
+        self.moves = 0
         self.slots: torch.Tensor | None = None
         self.ring_slots: torch.Tensor | None = None
         self.rows: torch.Tensor | None = None
@@ -159,19 +167,22 @@ class RaggedCache(Cache):
                 ragged.load(rows, dynamic.keys, dynamic.values, (columns - dropped).clamp(min=0))
                 dynamic.keys = dynamic.values = None
 
-    def prepare(self, query_length: int) -> torch.Tensor:
-        """Choose the slots of the next pass; returns its position ids (B, q)."""
+    def reserve(self, query_length: int) -> None:
+        """Make room for the next pass."""
         needed = min(self.longest + query_length, self.max_length)
         if needed > self.capacity:
-            self.capacity = min(max(2 * self.capacity, needed), self.max_length)
-            for layer in self.layers:
-                layer.resize()
-        self.kv_length = min(-(-needed // KV_LENGTH_STEP) * KV_LENGTH_STEP, self.capacity)
+            self._grow(min(max(2 * self.capacity, needed), self.max_length))
+        self.kv_length = min(-(-needed // self.kv_length_step) * self.kv_length_step, self.capacity)
+
+    def prepare(self, query_length: int) -> torch.Tensor:
+        """Choose the slots of the next pass; returns its position ids (B, q)."""
+        self.reserve(query_length)
         positions = self.lengths[:, None] + torch.arange(query_length, device=self.lengths.device)
         is_kept = positions < self.max_length
-        self.slots = torch.where(is_kept, positions, self.capacity)
+        # filled, since torch.where would copy its number from the host
+        self.slots = positions.masked_fill(~is_kept, self.capacity)
         if self.ring is not None:
-            self.ring_slots = torch.where(is_kept, positions % self.ring, min(self.ring, self.capacity))
+            self.ring_slots = (positions % self.ring).masked_fill(~is_kept, min(self.ring, self.capacity))
         self.rows = torch.arange(len(positions), device=positions.device)[:, None]
         return positions.clamp(max=self.max_length - 1)
 
@@ -182,19 +193,23 @@ class RaggedCache(Cache):
     def select_rows(self, index: torch.Tensor, longest: int) -> None:
         """Keep only the rows of `index` (R,); `longest` is the largest of their lengths."""
         self.lengths, self.longest = self.lengths[index], longest
+        self.moves += 1
         for layer in self.layers:
             layer.select_rows(index)
 
     def replace_rows(self, index: torch.Tensor, other: RaggedCache, longest: int) -> None:
         """Put the rows of `other` in the place of rows `index` (N,); `longest` is the largest length that results."""
         if other.capacity > self.capacity:
-            self.capacity = other.capacity
-            for layer in self.layers:
-                layer.resize()
+            self._grow(other.capacity)
         for layer, theirs in zip(self.layers, other.layers, strict=True):
             layer.replace_rows(index, theirs)
         self.lengths = self.lengths.index_copy(0, index, other.lengths)
         self.longest = longest
+
+    def _grow(self, capacity: int) -> None:
+        self.capacity, self.moves = capacity, self.moves + 1
+        for layer in self.layers:
+            layer.resize()
 
     def mask(self, position_ids: torch.Tensor, window: int | None = None, chunk: int | None = None) -> torch.Tensor:
         """Which slots the queries at `position_ids` (B, q) see, bool (B, 1, q, kv_length): themselves and what came

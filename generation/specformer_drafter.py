@@ -8,9 +8,11 @@ from contextlib import ExitStack
 import torch
 from transformers import DynamicCache
 
+from .cuda_graphs import run_pass
 from .fast_linear import fast_linears
 from .ragged_cache import RaggedCache
 from .target import FIRST_CAPACITY
+from .token_choice import BestDrafts
 
 MOST_UNREAD = 32
 """Positions of a row, of rounds without a proposal, after which the target's hidden states are read anyway, since they
@@ -77,19 +79,30 @@ class SpecFormerDrafter:
     @torch.no_grad()
     def propose(self, num_tokens, choose) -> torch.Tensor:
         self._read()
-        states = self._draft()[:, :num_tokens]  # (R, k, d)
+
+        def slots(context: torch.Tensor, newest: torch.Tensor) -> tuple[torch.Tensor]:
+            return (self._draft(context, newest)[:, :num_tokens],)  # (R, k, d)
+
+        def drafts(context: torch.Tensor, newest: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+            return choose_drafts(self.network, self.borrowed, slots(context, newest)[0], newest, choose)
+
+        inputs = self.context, self.newest
+        if isinstance(choose, BestDrafts):  # nothing but tensors, so that one pass can be made of it all
+            tokens, self.confidences = run_pass(self.cache, 0, ("drafts", num_tokens), drafts, *inputs)
+            return tokens
+        (states,) = run_pass(self.cache, 0, ("slots", num_tokens), slots, *inputs)
         tokens, self.confidences = choose_drafts(self.network, self.borrowed, states, self.newest, choose)
         return tokens
 
-    def _draft(self) -> torch.Tensor:
-        """States of all slots of every row, (R, D, d)."""
+    def _draft(self, context: torch.Tensor, newest: torch.Tensor) -> torch.Tensor:
+        """States of all slots of every row, (R, D, d), from context states (R, d) and the `newest` tokens (R, 1)."""
         config, seen = self.network.config, {}
-        anchors = embed(self.borrowed, self.newest)[:, 0] if config.anchor_slot else None
+        anchors = embed(self.borrowed, newest)[:, 0] if config.anchor_slot else None
         if config.draft_attends_context:
             positions = self.cache.lengths[:, None] - 1  # (R, 1), of the context states
             mask = self.cache.mask(positions)
             seen = dict(position_ids=positions, attention_mask=mask, past_key_values=self.cache)
-        return self.network.draft(self.context, anchors, **seen)
+        return self.network.draft(context, anchors, **seen)
 
     def update(self, tokens, counts, longest) -> None:
         # Read when there is a proposal to make: rounds without one cost nothing, and are caught up with in one pass.
@@ -112,14 +125,24 @@ class SpecFormerDrafter:
         """Context states of the tokens that the target has read since the last proposal."""
         if not self.unread:
             return
+        of_one_round = len(self.unread) == 1
         hidden_states, tokens, counts = self._take_unread()
-        positions = self.cache.prepare(tokens.shape[1])
-        states = self.network.encode_context(
-            hidden_states, self._anchors(tokens), positions, self.cache.mask(positions), self.cache
-        )
+        width = tokens.shape[1]
+
+        def read(hidden_states, tokens, counts, context) -> tuple[torch.Tensor]:
+            positions = self.cache.prepare(width)
+            states = self.network.encode_context(
+                hidden_states, self._anchors(tokens), positions, self.cache.mask(positions), self.cache
+            )
+            newest = states[self.rows, (counts - 1).clamp(min=0)]  # (R, d)
+            return (torch.where(counts[:, None] > 0, newest, context),)
+
+        inputs = hidden_states, tokens, counts, self.context
+        if of_one_round:
+            (self.context,) = run_pass(self.cache, width, ("read",), read, *inputs)
+        else:  # of any width, which may never come up again
+            (self.context,) = read(*inputs)
         self.cache.advance(counts, self.longest)
-        newest = states[self.rows, (counts - 1).clamp(min=0)]  # (R, d)
-        self.context = torch.where(counts[:, None] > 0, newest, self.context)
 
     def _take_unread(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Hidden states (R, q, S, d), the tokens behind them (R, q), and how many of each row count (R,): the first."""

@@ -7,6 +7,7 @@ import inspect
 import torch
 from transformers import DynamicCache
 
+from .cuda_graphs import run_pass
 from .grouped_heads import folded_heads
 from .prompt import PromptLayout
 from .ragged_cache import RaggedCache, attention_masks, sliding_layers
@@ -100,13 +101,18 @@ def read_prompts(
 
 def verify(model, cache: RaggedCache, tokens: torch.Tensor) -> torch.Tensor:
     """One pass over `tokens` (B, q), which follow what the cache holds of each row: logits (B, q, V)."""
-    position_ids = cache.prepare(tokens.shape[1])
-    with folded_heads():
-        return model(
-            input_ids=tokens,
-            position_ids=position_ids,
-            attention_mask=attention_masks(model.config, cache, position_ids, model.dtype),
-            past_key_values=cache,
-            use_cache=True,
-            return_dict=True,
-        ).logits
+
+    def one_pass(tokens: torch.Tensor) -> tuple[torch.Tensor]:
+        position_ids = cache.prepare(tokens.shape[1])
+        with folded_heads():
+            outputs = model(
+                input_ids=tokens,
+                position_ids=position_ids,
+                attention_mask=attention_masks(model.config, cache, position_ids, model.dtype),
+                past_key_values=cache,
+                use_cache=True,
+                return_dict=True,
+            )
+        return (outputs.logits,)
+
+    return run_pass(cache, tokens.shape[1], ("verify",), one_pass, tokens)[0]

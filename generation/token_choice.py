@@ -5,6 +5,9 @@ Logits become scores as in plain generate(), through its processors; the accepta
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 from torch.nn import functional
 
@@ -13,6 +16,18 @@ from .processors import PrefixFunctionForWantedRows, Processors
 from .step_outputs import StepOutputs
 from .text import Text
 from .verification import NO_TOKEN, best_tokens, count_accepted
+
+
+@dataclass(frozen=True)
+class BestDrafts:
+    """What `TokenChoice.of_drafter` computes where the highest logit is the draft: a function of tensors alone."""
+
+    vocab_size: int
+
+    def __call__(self, logits: torch.Tensor, ahead: int = 0, token_ids: torch.Tensor | None = None) -> torch.Tensor:
+        if token_ids is None:
+            logits = logits[..., : self.vocab_size]
+        return best_tokens(logits.float(), token_ids)
 
 
 class TokenChoice:
@@ -36,6 +51,13 @@ class TokenChoice:
         self.vocab_size = 0  # of the target's logits, known from the first ones
         self.proposals: list[torch.Tensor | None] = []  # what this round's drafts were sampled from
 
+    @property
+    def for_drafter(self) -> Callable[..., torch.Tensor]:
+        """What a drafter chooses with."""
+        if self.rule.takes_the_best and not self.processors.prefix_free:
+            return BestDrafts(self.vocab_size)
+        return self.of_drafter
+
     def of_drafter(self, logits: torch.Tensor, ahead: int = 0, token_ids: torch.Tensor | None = None) -> torch.Tensor:
         """Draft tokens (R, n) from a drafter's logits (R, n, C), for the positions from `ahead` drafts on.
 
@@ -48,8 +70,6 @@ class TokenChoice:
             logits = functional.pad(logits, (0, self.vocab_size - logits.shape[-1]), value=-torch.inf)
         else:
             token_ids = token_ids.to(logits.device).expand(logits.shape)
-        if self.rule.takes_the_best and not self.processors.prefix_free:  # no need to look at the other tokens
-            return best_tokens(logits, token_ids)
         if token_ids is not None and self.processors.know_tokens:
             # low, not -inf: a processor may forbid all of `token_ids`, and others fail where nothing is left
             everywhere = (logits.amin(dim=-1, keepdim=True) - 1e4).repeat(1, 1, self.vocab_size)

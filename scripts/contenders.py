@@ -20,6 +20,8 @@ CONTINUOUS_BLOCK = 256
 THEIR_LOOKUP = "transformers' prompt lookup"
 THEIR_ASSISTANT = "transformers' assisted decoding"
 LOOKUP = "prompt lookup"
+RECORDED = ", CUDA graphs"
+"""Behind the name of a contender of this package whose passes are recorded."""
 
 
 class KnownText(NoDrafter):
@@ -152,9 +154,13 @@ def ways(
     for name, is_right in knowledge(answer).items():
         every[name] = known.setdefault(name, KnownText(drafter.config.num_draft_tokens))
         every[name].know(answer, is_right)
+    paths = {"": {}} | ({RECORDED: dict(cuda_graphs=True)} if on_gpu else {})
     for name, one in every.items():
         # in step or ragged: at one length, so that only that differs
         for length in lengths if "7 of 10" not in name else [length for length in lengths if length != "auto"]:
-            found[f"{name}, {'' if length == 'auto' else 'k = '}{length}"] = our_way(target, one, length)
+            for path, more in paths.items():
+                found[f"{name}, {'' if length == 'auto' else 'k = '}{length}{path}"] = our_way(
+                    target, one, length, **more
+                )
     found["default alone, auto"] = our_way(target, drafter, "auto", prompt_lookup_num_tokens=0)
     return found

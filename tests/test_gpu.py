@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
+import warnings
+
 import pytest
 import torch
 from exactness import Recorder, choose_eos
 from oracles import Oracle
 from specformer import generate
+from test_cuda_graphs import network_of
 from test_exactness import NEW_TOKENS, SAMPLING, meaningful_target
+from tiny import PRESETS
 
 pytestmark = [
     pytest.mark.gpu,
@@ -45,11 +50,47 @@ def test_exact_on_cuda(name: str):
         torch.manual_seed(3)
         reference = target.generate(**batch, **arguments, streamer=streamer)
         state, streamed = torch.cuda.get_rng_state(), streamer.calls
-        for kind in ("sometimes", "adversarial"):
+        for kind, cuda_graphs in itertools.product(("sometimes", "adversarial"), (False, True)):
             drafter = CudaOracle(reference, batch["input_ids"].shape[1], kind, arguments["eos_token_id"])
             streamer = Recorder()
             torch.manual_seed(3)
-            output = generate(target, drafter, **batch, **arguments, num_assistant_tokens=4, streamer=streamer)
+            settings = dict(arguments, num_assistant_tokens=4, streamer=streamer, cuda_graphs=cuda_graphs)
+            output = generate(target, drafter, **batch, **settings)
             assert output.tolist() == reference.tolist()
             assert streamer.calls == streamed
             assert torch.equal(torch.cuda.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("sampling", [{}, SAMPLING], ids=["greedy", "sampling"])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_recorded_drafters_on_cuda(preset: str, sampling: dict):
+    """Texts, and acceptance, which is that of the passes as they are written."""
+    target, batch, eos = meaningful_target("llama")
+    network = network_of(target, preset).cuda()
+    target, batch = target.cuda(), {key: value.cuda() for key, value in batch.items()}
+    arguments = dict(batch, **sampling, max_new_tokens=NEW_TOKENS, eos_token_id=eos)
+    torch.manual_seed(3)
+    expected = target.generate(**arguments)
+    arguments |= dict(num_assistant_tokens=4, return_dict_in_generate=True, prompt_lookup_num_tokens=0)
+    outputs = []
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*without CUDA graphs.*")
+        for cuda_graphs in (False, True):
+            torch.manual_seed(3)
+            outputs.append(generate(target, network, **arguments, cuda_graphs=cuda_graphs))
+    assert outputs[1].sequences.tolist() == outputs[0].sequences.tolist() == expected.tolist()
+    assert outputs[1].statistics.accepted_per_slot == outputs[0].statistics.accepted_per_slot
+
+
+def test_sampling_goes_on_behind_what_cannot_be_recorded():
+    """torch's generator can be used again."""
+    target, batch, eos = meaningful_target("llama")
+    target, batch = target.cuda(), {key: value.cuda() for key, value in batch.items()}
+    target.model.layers[1].mlp.register_forward_hook(lambda module, args, output: output * float(output.sum() < 1e9))
+    arguments = dict(batch, **SAMPLING, max_new_tokens=NEW_TOKENS, eos_token_id=eos)
+    torch.manual_seed(3)
+    expected = target.generate(**arguments)
+    torch.manual_seed(3)
+    with pytest.warns(UserWarning, match="goes on without CUDA graphs"):
+        output = generate(target, target, **arguments, num_assistant_tokens=3, cuda_graphs=True)
+    assert output.tolist() == expected.tolist()

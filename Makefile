@@ -34,8 +34,8 @@ BENCH := $(PYTHON) -m specformer.scripts.benchmark --prompts $(PROMPTS) --dtype 
 COST := $(PYTHON) -m specformer.scripts.cost_model --batch-sizes 1 8 32 128
 RESULTS := benchmarks/results
 bench-gpu:
-	$(BENCH) --batch-sizes 1 2 4 8 16 32 64 128 --num-assistant-tokens auto 4 7 --max-new-tokens 256 \
-		--output $(RESULTS)/benchmark_gpu.json
+	$(BENCH) --batch-sizes 1 8 32 128 2 4 16 64 --max-new-tokens 256 --output $(RESULTS)/benchmark_gpu.json \
+		--contenders "default, " "always right, k" "always wrong, auto"
 	$(BENCH) --batch-sizes 1 32 --decoding sampling --max-new-tokens 256 --output $(RESULTS)/benchmark_gpu_sampling.json
 	$(BENCH) --batch-sizes 1 32 --prompt-tokens 2048 8000 --output $(RESULTS)/benchmark_gpu_long.json
 	$(BENCH) --batch-sizes 1 32 --num-assistant-tokens auto 0 1 2 3 4 5 6 7 8 --contenders "default, " \

@@ -85,7 +85,8 @@ def generate(
         seed: for "coupled", an integer (row b of the expanded batch has seed + b) or one integer per row; `None` draws
             one from torch's generator.
         cuda_graphs: on one CUDA GPU, record the passes of target and drafter and replay them, which saves the time in
-            which a GPU waits for the host: see `cuda_graphs`. Meanwhile hooks of other code are not called.
+            which a GPU waits for the host: see `cuda_graphs`. Replays do not call other code's hooks, and no other
+            thread may use the GPU's random numbers meanwhile.
         tokenizer: needed for `stop_strings`.
         assistant_tokenizer: must be the target's, since tokens are not translated; pipelines pass one.
 

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 from specformer.configuration_specformer import SpecFormerConfig
+from specformer.generation.fast_linear import fast_linears
 from specformer.generation.ragged_cache import RaggedCache
 from specformer.generation.specformer_drafter import choose_drafts
 from specformer.generation.target import verify
@@ -28,6 +29,15 @@ from specformer.scripts.provenance import provenance
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
 SHAPES = {
+    "SmolLM2-1.7B": lambda: LlamaConfig(
+        vocab_size=49152,
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=24,
+        num_attention_heads=32,
+        max_position_embeddings=8192,
+        tie_word_embeddings=True,
+    ),
     "Qwen3-8B": lambda: Qwen3Config(
         vocab_size=151936,
         hidden_size=4096,
@@ -77,7 +87,8 @@ def time_round(target, drafter: SpecFormerModel, batch_size: int, k: int, contex
     device, config = target.device, drafter.config
     tokens = torch.randint(config.vocab_size, (batch_size, k + 1), device=device)
     cache = full_cache(config.target_num_hidden_layers, batch_size, context, k + 1, device)
-    result = {"verify_seconds": median_seconds(lambda: verify(target, cache, tokens), device, repeats)}
+    with fast_linears(target):
+        result = {"verify_seconds": median_seconds(lambda: verify(target, cache, tokens), device, repeats)}
     if k == 0:
         return result
     borrowed = drafter.borrow(target)
@@ -99,7 +110,8 @@ def time_round(target, drafter: SpecFormerModel, batch_size: int, k: int, contex
         drafted = drafter.draft(read[:, -1], anchors[:, -1] if config.anchor_slot else None, **seen)
         return choose_drafts(drafter, borrowed, drafted[:, :k], tokens[:, :1], greedy)[0]
 
-    return result | {"draft_seconds": median_seconds(draft, device, repeats)}
+    with fast_linears(drafter, borrowed.rows):
+        return result | {"draft_seconds": median_seconds(draft, device, repeats)}
 
 
 def tokens_per_pass(acceptance: float, k: int) -> float:

@@ -13,6 +13,7 @@ from exactness import choose_eos
 from specformer import SpecFormerModel, generate
 from specformer.context_specformer import SeenContext
 from specformer.generation.specformer_drafter import SpecFormerDrafter
+from specformer.generation.token_choice import TokenChoice
 from specformer.scripts.answers import Answers
 from specformer.scripts.losses import (
     IGNORED,
@@ -67,7 +68,7 @@ def record_drafts(monkeypatch, answer: torch.Tensor | None = None) -> list[Draft
     """Note what every running row drafts. With `answer` (B, T), what it proposes is the answer instead, wrong from
     another slot on in every row and round."""
     drafts: list[Draft] = []
-    propose = SpecFormerDrafter.propose
+    propose, for_drafter, choices = SpecFormerDrafter.propose, TokenChoice.for_drafter.fget, []
 
     def recorded(self, num_tokens, choose):
         seen = []
@@ -78,7 +79,7 @@ def record_drafts(monkeypatch, answer: torch.Tensor | None = None) -> list[Draft
 
         tokens = propose(self, num_tokens, noted)
         logits = torch.cat(seen, dim=1)
-        text, proposed = choose.__self__.text, tokens.clone()
+        text, proposed = choices[-1].text, tokens.clone()
         for place, row in enumerate(text.rows):
             if not text.is_running(row):
                 continue
@@ -94,6 +95,7 @@ def record_drafts(monkeypatch, answer: torch.Tensor | None = None) -> list[Draft
         return proposed
 
     monkeypatch.setattr(SpecFormerDrafter, "propose", recorded)
+    monkeypatch.setattr(TokenChoice, "for_drafter", property(lambda self: choices.append(self) or for_drafter(self)))
     return drafts
 
 

@@ -189,7 +189,7 @@ def test_cost_model(folder: Path, monkeypatch):
         assert row["break_even_tokens_per_pass"] == pytest.approx(cost)
         k = row["num_assistant_tokens"]
         assert row["speed_up"]["0.5"] == pytest.approx((2 - 0.5**k) / cost)
-    assert set(cost_model.SHAPES) == {"Qwen3-8B", "Llama-3.1-8B"}
+    assert {"Qwen3-8B", "Llama-3.1-8B"} <= set(cost_model.SHAPES)
     for shape in cost_model.SHAPES.values():
         with torch.device("meta"):
             target = AutoModelForCausalLM.from_config(shape())

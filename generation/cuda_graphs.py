@@ -19,8 +19,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .ragged_cache import RaggedCache
 
-KV_LENGTH_STEP = 256
-"""Fewer shapes are worth more than masked slots cost."""
 MOST_RECORDED = 64
 """Graphs of one call, which each take some memory. What comes up later runs as it is written."""
 
@@ -55,7 +53,7 @@ def run_pass(cache: RaggedCache, width: int, name: tuple, function: Callable[...
     graphs = getattr(_here, "graphs", None)
     if graphs is None or not can_record(inputs[0].device):
         return function(*inputs)
-    cache.kv_length_step = KV_LENGTH_STEP
+    cache.is_recorded = True
     cache.reserve(width)
     return graphs.run(cache, name, function, inputs)
 

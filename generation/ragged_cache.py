@@ -19,6 +19,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 KV_LENGTH_STEP = 64
 """What attention sees grows by so many slots: shapes that recur save more than the masked slots cost."""
+KV_LENGTH_STEP_RECORDED = 256
 
 
 class RaggedLayer(CacheLayerMixin):
@@ -59,11 +60,14 @@ class RaggedLayer(CacheLayerMixin):
         """Write this pass's states (B, kv heads, q, head_dim) at the owner's slots; return the slots in use."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        slots = self.owner.slots if self.ring is None else self.owner.ring_slots
-        rows, slots = self.owner.rows.to(self.device), slots.to(self.device)  # (B, 1), (B, q)
-        # Under torch.autocast a pass may leave other dtypes than the prompt's did.
-        self.keys[rows, :, slots] = key_states.transpose(1, 2).to(self.keys.dtype)
-        self.values[rows, :, slots] = value_states.transpose(1, 2).to(self.values.dtype)
+        if self.owner.span is not None and self.ring is None:
+            self.keys[:, :, self.owner.span], self.values[:, :, self.owner.span] = key_states, value_states
+        else:
+            slots = self.owner.slots if self.ring is None else self.owner.ring_slots
+            rows, slots = self.owner.rows.to(self.device), slots.to(self.device)  # (B, 1), (B, q)
+            # Under torch.autocast a pass may leave other dtypes than the prompt's did.
+            self.keys[rows, :, slots] = key_states.transpose(1, 2).to(self.keys.dtype)
+            self.values[rows, :, slots] = value_states.transpose(1, 2).to(self.values.dtype)
         return self.keys[:, :, : self.kv_length], self.values[:, :, : self.kv_length]
 
     def load(
@@ -128,9 +132,9 @@ class RaggedCache(Cache):
     Attributes:
         kv_length: slots that attention sees.
         moves: how often the buffers were replaced by others.
+        is_recorded: whether passes are replayed later with other lengths, so that these may not be taken for constants,
+            and few shapes are better than narrow ones.
     """
-
-    kv_length_step = KV_LENGTH_STEP
 
     def __init__(
         self,
@@ -145,7 +149,8 @@ class RaggedCache(Cache):
         self.lengths, self.longest = lengths, longest
         self.capacity, self.max_length, self.ring = capacity, max_length, ring
         self.kv_length = longest
-        self.moves = 0
+        self.moves, self.is_recorded = 0, False
+        self.span: slice | None = None  # slots of the next pass, where there is but one row, on a CPU
         self.slots: torch.Tensor | None = None
         self.ring_slots: torch.Tensor | None = None
         self.rows: torch.Tensor | None = None
@@ -172,11 +177,17 @@ class RaggedCache(Cache):
         needed = min(self.longest + query_length, self.max_length)
         if needed > self.capacity:
             self._grow(min(max(2 * self.capacity, needed), self.max_length))
-        self.kv_length = min(-(-needed // self.kv_length_step) * self.kv_length_step, self.capacity)
+        step = KV_LENGTH_STEP_RECORDED if self.is_recorded else KV_LENGTH_STEP
+        self.kv_length = min(-(-needed // step) * step, self.capacity)
 
     def prepare(self, query_length: int) -> torch.Tensor:
         """Choose the slots of the next pass; returns its position ids (B, q)."""
         self.reserve(query_length)
+        self.span = None
+        if len(self.lengths) == 1 and is_on_host(self.lengths) and not self.is_recorded:
+            start = int(self.lengths[0])
+            if start + query_length <= self.max_length:
+                self.span = slice(start, start + query_length)
         positions = self.lengths[:, None] + torch.arange(query_length, device=self.lengths.device)
         is_kept = positions < self.max_length
         # filled, since torch.where would copy its number from the host
@@ -226,6 +237,11 @@ class RaggedCache(Cache):
         if chunk is not None:
             visible = visible & (slot // chunk == query // chunk)
         return visible
+
+
+def is_on_host(tensor: torch.Tensor) -> bool:
+    """Whether its values can be read without waiting for a GPU."""
+    return tensor.device.type == "cpu"
 
 
 def positions_held(newest: torch.Tensor, count: int, ring: int) -> torch.Tensor:

@@ -9,7 +9,7 @@ import torch
 from architectures import FAMILIES, make_target
 from exactness import check, oracle, plain
 from specformer import SpecFormerModel, generate
-from specformer.generation import cuda_graphs
+from specformer.generation import cuda_graphs, ragged_cache
 from specformer.generation.cuda_graphs import RecordedPass, Watch
 from specformer.generation.ragged_cache import RaggedCache
 from specformer.generation.specformer_drafter import SpecFormerDrafter
@@ -126,7 +126,7 @@ def test_an_assistant(assistant: str, tapes):
 def test_long_texts_and_buffers_that_grow(tapes, monkeypatch):
     monkeypatch.setattr("specformer.generation.target.FIRST_CAPACITY", 8)
     monkeypatch.setattr("specformer.generation.specformer_drafter.FIRST_CAPACITY", 8)
-    monkeypatch.setattr(cuda_graphs, "KV_LENGTH_STEP", 16)
+    monkeypatch.setattr(ragged_cache, "KV_LENGTH_STEP_RECORDED", 16)
     target, batch = llama(), ragged_batch()
     network = network_of(target, "context")
     reference = plain(target, batch, max_new_tokens=100, eos_token_id=None)

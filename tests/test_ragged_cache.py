@@ -41,6 +41,26 @@ def test_update_writes_behind_each_row():
     assert cache.get_seq_length() == 6
 
 
+@pytest.mark.parametrize("is_recorded", [False, True])
+def test_one_row_is_written_as_the_first_of_two(is_recorded: bool):
+    """Its slots are known to the host, unless the pass is recorded; past max_length they are the spare one again."""
+    one, two = make_cache([5], capacity=6, max_length=14), make_cache([5, 3], capacity=6, max_length=14)
+    one.is_recorded, length = is_recorded, 5
+    for q, count in ((3, 2), (1, 1), (4, 4), (3, 1), (2, 1)):
+        keys, values = states(2, q), states(2, q)
+        seen = []
+        for cache in (one, two):
+            rows = len(cache.lengths)
+            assert cache.prepare(q)[0].tolist() == [min(length + i, 13) for i in range(q)]
+            seen.append(cache.update(keys[:rows], values[:rows], 0))
+            cache.advance(torch.full((rows,), count), length + count)
+        assert (one.span is None) == (is_recorded or length + q > 14)
+        for ours, theirs in zip(*seen, strict=True):
+            assert torch.equal(ours[0, :, : length + q], theirs[0, :, : length + q])
+        length += count
+    assert length == 14
+
+
 def test_unwritten_slots_are_zero():
     cache = make_cache([0, 0])
     cache.prepare(2)

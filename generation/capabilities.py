@@ -63,6 +63,14 @@ def unwrapped(model):
     return model
 
 
+def is_compiled(model: torch.nn.Module) -> bool:
+    """Whether torch.compile was applied to `model` itself or to a part of it."""
+    return any(
+        module._compiled_call_impl is not None or hasattr(module.forward, "_torchdynamo_orig_callable")
+        for module in model.modules()
+    )
+
+
 def check_adapters(model, peft_model) -> None:
     """Refuse PEFT adapters that are more than weights in the layers.
 

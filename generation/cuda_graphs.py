@@ -11,18 +11,19 @@ from __future__ import annotations
 
 import threading
 import warnings
+from collections import defaultdict
 from collections.abc import Callable
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .ragged_cache import RaggedCache
+from .capabilities import is_compiled
+from .ragged_cache import KV_LENGTH_STEP_RECORDED, RaggedCache
 
 MOST_RECORDED = 64
 """Graphs of one call, which each take some memory. What comes up later runs as it is written."""
 
-_recording = threading.Lock()  # torch's generator takes part in one recording at a time
 _here = threading.local()  # `graphs` of the call that this thread is in
 
 
@@ -37,6 +38,8 @@ def recorded_passes(wanted: bool, borrowed=None):
     try:
         yield
     finally:
+        if wanted:
+            _here.graphs.close()
         _here.graphs = outer
 
 
@@ -63,84 +66,130 @@ def can_record(device: torch.device) -> bool:
     return device.type == "cuda" and not torch.is_autocast_enabled(device.type)
 
 
-def check_recordable(model) -> None:
+def check_recordable(*models) -> None:
     """
     Raises:
-        ValueError: the target is not on one GPU.
+        ValueError: the target, the first of `models`, is not on one GPU, or one of them is compiled.
     """
-    devices = {parameter.device for parameter in model.parameters()}
+    devices = {parameter.device for parameter in models[0].parameters()}
     if len(devices) != 1 or not can_record(next(iter(devices))):
         raise ValueError(
             f"cuda_graphs=True was given and the target is on {', '.join(sorted(map(str, devices)))}; expected all of "
             "it on one CUDA GPU, and no torch.autocast around the call. Leave cuda_graphs out."
         )
+    if any(isinstance(model, torch.nn.Module) and is_compiled(model) for model in models):
+        raise ValueError(
+            "cuda_graphs=True was given together with a model that torch.compile was applied to; expected one of the "
+            "two. Leave cuda_graphs out, or load the model again."
+        )
 
 
 class Graphs:
-    """The recorded passes of one call."""
+    """The recorded passes of one call.
+
+    Attributes:
+        of_caches: by cache, how often its buffers had moved when its passes were recorded, and these by their shape.
+        unrecordable: caches and names of passes that run as they are written; `watched`: of those that may be recorded.
+    """
 
     def __init__(self, borrowed=None):
         self.borrowed = borrowed
         self.of_caches: dict[RaggedCache, tuple[int, dict[tuple, RecordedPass]]] = {}
-        self.pool = self.stream = None
-        self.given_up = False
+        self.memory: dict[torch.device, GraphMemory] = {}
+        self.unrecordable, self.watched = set(), set()
 
     def run(self, cache: RaggedCache, name: tuple, function, inputs: tuple[torch.Tensor, ...]) -> tuple:
         moves, recorded = self.of_caches.get(cache, (0, {}))
         if moves != cache.moves:  # its buffers are elsewhere now
             recorded = {}
-        self.of_caches[cache] = cache.moves, recorded
-        key = name, cache.kv_length, *((part.shape, part.dtype) for part in inputs)
+        key = cache.kv_length, name, *((part.shape, part.dtype) for part in inputs)
         if key in recorded:
             return recorded[key].replay(inputs)
-        if self.given_up or sum(len(passes) for _, passes in self.of_caches.values()) >= MOST_RECORDED:
+        # texts grow, so what saw fewer slots is not needed again, but where a drafter goes back a few tokens
+        recorded = {of: one for of, one in recorded.items() if of[0] >= cache.kv_length - KV_LENGTH_STEP_RECORDED}
+        self.of_caches[cache] = cache.moves, recorded
+        kind, count = (cache, name[0]), sum(len(passes) for _, passes in self.of_caches.values())
+        if kind in self.unrecordable or count >= MOST_RECORDED:
             return function(*inputs)
-        with Watch() as watch:  # the first time also loads what kernels need, which cannot be recorded
-            outputs = function(*inputs)
         try:
-            if watch.obstacle is not None:
-                raise RuntimeError(watch.obstacle)
+            outputs = self.first(kind, function, inputs)
             recorded[key] = self.record(cache, function, inputs, outputs)
-        except RuntimeError as error:
-            self.given_up = True
-            warnings.warn(f"This call goes on without CUDA graphs: {error}", stacklevel=2)
+        except Unrecordable as obstacle:
+            outputs = obstacle.outputs
+            self.unrecordable.add(kind)
+            warnings.warn(f"A pass ({name[0]}) goes on without CUDA graphs: {obstacle}", stacklevel=2)
+        return outputs
+
+    def first(self, kind: tuple, function, inputs) -> tuple:
+        """`function(*inputs)`, which loads what kernels need: that cannot be recorded. The first one is watched.
+
+        Raises:
+            Unrecordable: with these outputs.
+        """
+        if kind in self.watched:
+            return function(*inputs)
+        with Watch() as watch, waits_of_gpu() as waits:
+            outputs = function(*inputs)
+        if (obstacle := watch.obstacle or waits()) is not None:
+            raise Unrecordable(obstacle, outputs)
+        self.watched.add(kind)
         return outputs
 
     def record(self, cache: RaggedCache, function, inputs, outputs) -> RecordedPass:
         """
         Raises:
-            RuntimeError: it cannot be recorded, or computes something else than the `outputs` of `function(*inputs)`.
+            Unrecordable: it cannot be recorded, or computes something else than `function(*inputs)`, `outputs`.
         """
-        if self.pool is None:
-            self.pool = torch.cuda.graph_pool_handle()
-            self.stream = torch.cuda.Stream(inputs[0].device)
-        recorded = RecordedPass(cache, function, inputs, self.borrowed, self.pool, self.stream)
-        with aside(self.borrowed):
-            again = recorded.replay(inputs)
-        if not all(agree(ours, theirs) for ours, theirs in zip(again, outputs, strict=True)):
-            raise RuntimeError("a pass computed something else when it was replayed.")
-        return recorded
+        device = inputs[0].device
+        if device not in self.memory:
+            self.memory[device] = take_memory(device)
+        try:
+            recorded = RecordedPass(cache, function, inputs, self.borrowed, self.memory[device])
+            recorded.spoil()
+            with aside(self.borrowed):
+                again = recorded.replay(inputs)
+            if all(agree(ours, theirs) for ours, theirs in zip(again, outputs, strict=True)):
+                return recorded
+            reason = "it computed something else when it was replayed."
+        except Exception as error:  # of a model's own code, of torch or of CUDA
+            reason = f"{type(error).__name__}: {error}"
+        del self.memory[device]
+        with suppress(RuntimeError):
+            self.memory[device] = GraphMemory(device)  # a recording that ends well gives torch's generator back
+        with aside(self.borrowed):  # what a wrong replay has written to the cache is written again
+            raise Unrecordable(reason, function(*inputs))
+
+    def close(self) -> None:
+        with _recording:
+            self.of_caches.clear()
+            for device, memory in self.memory.items():
+                _free[device].append(memory)
+            self.memory.clear()
+
+
+class Unrecordable(Exception):
+    """
+    Attributes:
+        outputs: of the pass as it is written.
+    """
+
+    def __init__(self, reason: str, outputs: tuple):
+        super().__init__(reason)
+        self.outputs = outputs
 
 
 class RecordedPass:
     """One function at one shape. Its outputs are copied, since all passes that are recorded share their memory."""
 
-    def __init__(self, cache: RaggedCache, function, inputs, borrowed, pool, stream):
-        self.cache, self.borrowed, self.graph = cache, borrowed, torch.cuda.CUDAGraph()
+    def __init__(self, cache: RaggedCache, function, inputs, borrowed, memory: GraphMemory):
+        self.cache, self.borrowed = cache, borrowed
         self.inputs, self.lengths = [part.clone() for part in inputs], cache.lengths.clone()
         lengths, cache.lengths = cache.lengths, self.lengths
-        stream.wait_stream(torch.cuda.current_stream(stream.device))
         try:
-            # torch.cuda.graph() does the same, but frees all memory that is kept for later, each time.
-            with _recording, torch.cuda.stream(stream), aside(borrowed) as self.left:
-                self.graph.capture_begin(pool, capture_error_mode="thread_local")
-                try:
-                    self.outputs = function(*self.inputs)
-                finally:
-                    self.graph.capture_end()
+            with aside(borrowed) as self.left:
+                self.graph, self.outputs = memory.record(lambda: function(*self.inputs))
         finally:
             cache.lengths = lengths
-        torch.cuda.current_stream(stream.device).wait_stream(stream)
 
     def replay(self, inputs: tuple[torch.Tensor, ...]) -> tuple:
         self.lengths.copy_(self.cache.lengths)
@@ -151,6 +200,50 @@ class RecordedPass:
             self.borrowed.leave({layer: [states.clone() for states in passes] for layer, passes in self.left.items()})
         return tuple(None if output is None else output.clone() for output in self.outputs)
 
+    def spoil(self) -> None:
+        """Leave nothing where the first replay has to put something."""
+        for output in (*self.outputs, *(states for passes in self.left.values() for states in passes)):
+            if output is not None:
+                output.fill_(torch.nan if output.is_floating_point() else -1)
+
+
+class GraphMemory:
+    """The stream and the memory with which graphs are recorded on one GPU, which outlive them: torch does not record
+    again in memory of which no graph is left, and does not give it back to others by itself."""
+
+    def __init__(self, device: torch.device):
+        self.stream, self.pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
+        self.anchor = self.record(lambda: torch.zeros(1, device=device))
+
+    def record(self, function: Callable):
+        """The graph of `function()`, and what it returned: nothing yet."""
+        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.stream.device)
+        self.stream.wait_stream(current)
+        # torch.cuda.graph() does the same, but frees all memory that is kept for later, each time.
+        with _recording, torch.cuda.stream(self.stream):
+            graph.capture_begin(self.pool, capture_error_mode="thread_local")
+            try:
+                outputs = function()
+            except BaseException:
+                with suppress(RuntimeError):  # which only says that something went wrong
+                    graph.capture_end()
+                raise
+            graph.capture_end()
+        current.wait_stream(self.stream)
+        return graph, outputs
+
+
+_recording = threading.Lock()  # torch's generator takes part in one recording at a time
+_free: defaultdict[torch.device, list[GraphMemory]] = defaultdict(list)  # of calls that are over
+
+
+def take_memory(device: torch.device) -> GraphMemory:
+    """For one call: what two record at once must not be in one place."""
+    with _recording:
+        if _free[device]:
+            return _free[device].pop()
+    return GraphMemory(device)
+
 
 def aside(borrowed):
     """What passes inside leave for the drafter does not reach it; it is what this yields."""
@@ -159,7 +252,7 @@ def aside(borrowed):
 
 class Watch(TorchDispatchMode):
     """Looks for what cannot be recorded: where the host waits for a value, and random numbers, of which a replay would
-    draw others. To try and fail instead would leave torch's generator unusable.
+    draw others. To try and fail instead costs torch's generator and memory.
 
     Attributes:
         obstacle: the last one that was met, in words.
@@ -178,7 +271,11 @@ class Watch(TorchDispatchMode):
         self.obstacle: str | None = None
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        output, name = func(*args, **(kwargs or {})), func.name()
+        kwargs = kwargs or {}
+        with self:  # in inference mode what consists of other operations comes as a whole
+            if (output := func.decompose(*args, **kwargs)) is not NotImplemented:
+                return output
+        output, name = func(*args, **kwargs), func.name()
         obstacles = [words for tag, words in self.OBSTACLES.items() if tag in func.tags]
         if "scaled_dot_product" in name:  # random only where there is dropout
             obstacles = []
@@ -193,10 +290,37 @@ class Watch(TorchDispatchMode):
         return output
 
 
+@contextmanager
+def waits_of_gpu():
+    """Yields a function that says, in words, whether the host waited for a GPU inside: kernels of other libraries may
+    let it, which `Watch` does not see."""
+    if not torch.cuda.is_available():
+        yield lambda: None
+        return
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield lambda: next((f"{warning.message}." for warning in caught if is_wait(warning)), None)
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+    for warning in caught:
+        if not is_wait(warning):
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+
+
+def is_wait(warning) -> bool:
+    return "synchronizing CUDA operation" in str(warning.message)
+
+
 def agree(ours: torch.Tensor | None, theirs: torch.Tensor | None) -> bool:
-    """Whether numbers are the same up to rounding. Of token ids nothing is asked: they may be those of near ties."""
+    """Whether numbers are the same up to rounding, and most token ids, of which some may be those of near ties."""
     if ours is None or not ours.is_floating_point():
-        return True
-    precision = torch.finfo(ours.dtype).eps ** 0.5
-    spread = float(theirs.float().nan_to_num(0.0, 0.0, 0.0).std(correction=0))
+        return ours is theirs or bool((ours == theirs).float().mean() >= 0.5)
+    precision, usual = (
+        torch.finfo(ours.dtype).eps ** 0.5,
+        theirs.abs() < 1e4,
+    )  # logits of some tokens are as low as can be
+    spread = float(theirs[usual].float().std(correction=0)) if usual.any() else 0.0
     return torch.allclose(ours, theirs, rtol=precision, atol=precision * spread, equal_nan=True)

@@ -19,6 +19,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from .capabilities import is_compiled
+
 PADDED = 256
 """Up to here numbers of rows are rounded up."""
 LEAST_GAIN = 1.3
@@ -101,12 +103,11 @@ class FastForward:
 
 def plain_linears(model: nn.Module) -> list[nn.Linear]:
     """The layers of `model` that `fast_linears` may change."""
-    modules = list(model.modules())
-    if any(module._compiled_call_impl or hasattr(module.forward, "_torchdynamo_orig_callable") for module in modules):
+    if is_compiled(model):
         return []
     return [
         module
-        for module in modules
+        for module in model.modules()
         if type(module) is nn.Linear
         and ("forward" not in vars(module) or isinstance(module.forward, FastForward))
         and is_plain(module.weight)

@@ -112,7 +112,7 @@ def generate(
     check_arguments(assistant_model, inputs, synced_gpus, tokenizer, assistant_tokenizer, settings)
     check_target(model)
     if cuda_graphs:
-        check_recordable(model)
+        check_recordable(model, unwrapped(assistant_model))
     drafter, num_assistant_tokens = choose_drafter(
         model,
         assistant_model,

@@ -11,6 +11,7 @@ overwritten only once no later token sees it.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Collection
 
 import torch
@@ -20,6 +21,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 KV_LENGTH_STEP = 64
 """What attention sees grows by so many slots: shapes that recur save more than the masked slots cost."""
 KV_LENGTH_STEP_RECORDED = 256
+"""The same where passes are recorded: also the capacity is so many whole steps, so that no pass is cut off by it."""
 
 
 class RaggedLayer(CacheLayerMixin):
@@ -36,7 +38,7 @@ class RaggedLayer(CacheLayerMixin):
 
     def __init__(self, owner: RaggedCache, ring: int | None = None):
         super().__init__()
-        self.owner, self.ring = owner, ring
+        self.owner, self.ring = weakref.proxy(owner), ring  # or buffers would wait for Python's garbage collection
 
     @property
     def capacity(self) -> int:
@@ -175,10 +177,15 @@ class RaggedCache(Cache):
     def reserve(self, query_length: int) -> None:
         """Make room for the next pass."""
         needed = min(self.longest + query_length, self.max_length)
+        if self.is_recorded:
+            needed = whole_steps(needed, KV_LENGTH_STEP_RECORDED)
+            if needed > self.capacity:
+                self._grow(whole_steps(max(2 * self.capacity, needed), KV_LENGTH_STEP_RECORDED))
+            self.kv_length = needed
+            return
         if needed > self.capacity:
             self._grow(min(max(2 * self.capacity, needed), self.max_length))
-        step = KV_LENGTH_STEP_RECORDED if self.is_recorded else KV_LENGTH_STEP
-        self.kv_length = min(-(-needed // step) * step, self.capacity)
+        self.kv_length = min(whole_steps(needed, KV_LENGTH_STEP), self.capacity)
 
     def prepare(self, query_length: int) -> torch.Tensor:
         """Choose the slots of the next pass; returns its position ids (B, q)."""
@@ -237,6 +244,10 @@ class RaggedCache(Cache):
         if chunk is not None:
             visible = visible & (slot // chunk == query // chunk)
         return visible
+
+
+def whole_steps(count: int, step: int) -> int:
+    return -(-count // step) * step
 
 
 def is_on_host(tensor: torch.Tensor) -> bool:

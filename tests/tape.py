@@ -8,6 +8,7 @@ graphs share their memory.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from contextlib import nullcontext
 from types import SimpleNamespace
 from weakref import WeakSet
@@ -42,9 +43,11 @@ class Tape(TorchDispatchMode):
         self.own: list[torch.Tensor] = []  # computed, with memory of its own
         self.before: list[tuple[torch.Tensor, torch.Tensor]] = []
 
-    def capture_begin(self, pool=None, capture_error_mode: str = "global") -> None:
+    def capture_begin(self, pool, capture_error_mode: str) -> None:
         assert capture_error_mode == "thread_local"  # other threads may do what they like
-        self.is_valid = True
+        if pool.was_used and not any(tape.pool is pool for tape in Tape.tapes):
+            raise RuntimeError("use_count > 0 INTERNAL ASSERT FAILED")  # as torch says of memory without a graph
+        pool.was_used, self.pool, self.is_valid = True, pool, True
         self.__enter__()
 
     def capture_end(self) -> None:
@@ -62,7 +65,8 @@ class Tape(TorchDispatchMode):
     def replay(self) -> None:
         Tape.replayed += 1
         for tape in Tape.tapes - {self}:
-            tape.spoil()
+            if tape.pool is self.pool:
+                tape.spoil()
         for function, args, kwargs, outputs, are_new in self.operations:
             again = tree_leaves(function(*args, **kwargs))
             for output, values, is_new in zip(outputs, again, are_new, strict=True):
@@ -75,6 +79,9 @@ class Tape(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        with self:
+            if (output := func.decompose(*args, **kwargs)) is not NotImplemented:
+                return output
         inputs = [part for part in tree_leaves((args, kwargs)) if isinstance(part, torch.Tensor)]
         if must_wait(func, args):
             self.is_valid = False
@@ -99,7 +106,8 @@ def use_tapes(monkeypatch) -> type[Tape]:
     stream = SimpleNamespace(device=torch.device("cpu"), wait_stream=lambda other: None)
     monkeypatch.setattr(cuda_graphs, "can_record", lambda device: True)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Tape)
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: SimpleNamespace(was_used=False))
+    monkeypatch.setattr(cuda_graphs, "_free", defaultdict(list))
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: stream)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())

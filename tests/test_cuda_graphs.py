@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -142,8 +144,10 @@ def test_prompts_alone_and_one_token(tapes):
         check(target, batch, reference, network_of(target, "anchor"), 4, max_new_tokens=new, cuda_graphs=True)
 
 
-def test_inference_mode(tapes):
-    target, batch = llama(), ragged_batch()
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3"])
+def test_inference_mode(name: str, tapes):
+    """In which torch shows operations that consist of others as a whole, such as a dropout that drops nothing."""
+    target, batch = make_target(name), ragged_batch()
     network = network_of(target, "all of it")
     expected = target.generate(**batch, max_new_tokens=NEW_TOKENS)
     with torch.inference_mode():
@@ -196,6 +200,13 @@ def test_passes_of_a_drafter_need_no_values(preset: str, monkeypatch):
 # ---- what cannot be recorded
 
 
+def test_a_compiled_target_is_refused(tapes):
+    target = llama()
+    target.model.layers[0].compile()
+    with pytest.raises(ValueError, match="together with a model that torch"):
+        generate(target, None, **ragged_batch(), prompt_lookup_num_tokens=2, cuda_graphs=True)
+
+
 def test_a_target_on_a_cpu_is_refused():
     with pytest.raises(ValueError, match="on cpu; expected all of it on one CUDA GPU"):
         generate(llama(), None, **ragged_batch(), prompt_lookup_num_tokens=2, cuda_graphs=True)
@@ -214,7 +225,7 @@ def test_what_cannot_be_recorded_runs_as_it_is_written(obstacle: str, tapes):
     target, batch = llama(), ragged_batch()
     target.model.layers[1].mlp.register_forward_hook(lambda module, args, output: OBSTACLES[obstacle](output))
     expected = target.generate(**batch, max_new_tokens=NEW_TOKENS)
-    with pytest.warns(UserWarning, match="goes on without CUDA graphs: aten::.*cannot be recorded"):
+    with pytest.warns(UserWarning, match="verify. goes on without CUDA graphs: aten::.*cannot be recorded"):
         ours = generate(target, network_of(target, "anchor"), **batch, max_new_tokens=NEW_TOKENS, cuda_graphs=True)
     assert ours.tolist() == expected.tolist()
     assert tapes.failed == 0  # it was not even tried
@@ -228,10 +239,12 @@ def test_a_recording_that_fails(tapes, monkeypatch):
         lambda module, args, output: OBSTACLES["waits for a value"](output)
     )
     expected = target.generate(**batch, max_new_tokens=NEW_TOKENS)
-    with pytest.warns(UserWarning, match="goes on without CUDA graphs"):
-        ours = generate(target, network_of(target, "anchor"), **batch, max_new_tokens=NEW_TOKENS, cuda_graphs=True)
+    with pytest.warns(UserWarning, match="verify. goes on without CUDA graphs: RuntimeError: not permitted"):
+        settings = dict(max_new_tokens=NEW_TOKENS, num_assistant_tokens=4, cuda_graphs=True)
+        ours = generate(target, network_of(target, "anchor"), **batch, **settings)
     assert ours.tolist() == expected.tolist()
     assert tapes.failed == 1
+    assert tapes.replayed > 5  # of the drafter
 
 
 def test_no_more_are_recorded_than_there_is_room_for(tapes, monkeypatch):
@@ -239,16 +252,18 @@ def test_no_more_are_recorded_than_there_is_room_for(tapes, monkeypatch):
     target, batch = llama(), ragged_batch()
     reference = plain(target, batch, max_new_tokens=NEW_TOKENS)
     check(target, batch, reference, network_of(target, "anchor"), 4, max_new_tokens=NEW_TOKENS, cuda_graphs=True)
-    assert tapes.most_at_once == 2
+    assert tapes.most_at_once == 2 + 1  # which keeps the memory
 
 
 def test_nothing_is_left_after_a_call(tapes):
     target, batch = llama(), ragged_batch()
     generate(target, network_of(target, "anchor"), **batch, max_new_tokens=NEW_TOKENS, cuda_graphs=True)
-    assert not tapes.tapes and tapes.recorded
-    before = tapes.replayed
+    assert len(tapes.tapes) == 1 < tapes.recorded  # with which the next call goes on recording in the same memory
+    before = tapes.recorded, tapes.replayed
     generate(target, network_of(target, "anchor"), **batch, max_new_tokens=NEW_TOKENS)
-    assert tapes.replayed == before
+    assert (tapes.recorded, tapes.replayed) == before
+    generate(target, network_of(target, "anchor"), **batch, max_new_tokens=NEW_TOKENS, cuda_graphs=True)
+    assert len(tapes.tapes) == 1 and tapes.recorded == 2 * before[0] - 1
 
 
 # ---- faults that the tests must find
@@ -294,12 +309,41 @@ def test_texts_of_wrong_graphs_differ(fault, tapes, monkeypatch):
         check(target, batch, reference, oracle(reference, batch, "sometimes", None), 4, **settings)
 
 
-def test_a_wrong_graph_is_noticed_where_it_is_recorded(tapes, monkeypatch):
+def replays_with_wrong_weights(patch) -> None:
+    replay = Tape.replay
+
+    def fault(self):
+        changed = [args[0] for func, args, *_ in self.operations if func.name() == "aten::t"]
+        for weight in changed:
+            weight.mul_(2)
+        replay(self)
+        for weight in changed:
+            weight.div_(2)
+
+    patch.setattr(Tape, "replay", fault)
+
+
+@pytest.mark.parametrize("fault", [replays_nothing, replays_with_wrong_weights], ids=lambda fault: fault.__name__)
+def test_a_wrong_graph_is_noticed_where_it_is_recorded(fault, tapes, monkeypatch):
+    """And what it has written to the cache is written again."""
     target, batch = llama(), ragged_batch()
     reference = plain(target, batch, max_new_tokens=NEW_TOKENS)
-    replays_nothing(monkeypatch)
+    fault(monkeypatch)
     with pytest.warns(UserWarning, match="computed something else when it was replayed"):
         check(target, batch, reference, network_of(target, "anchor"), 4, max_new_tokens=NEW_TOKENS, cuda_graphs=True)
+
+
+def test_buffers_go_without_garbage_collection():
+    gc.disable()
+    try:
+        cache = RaggedCache(2, torch.tensor([3]), 3, 8, 20)
+        cache.prepare(1)
+        cache.update(torch.ones(1, 2, 1, 4), torch.ones(1, 2, 1, 4), 0)
+        buffer = weakref.ref(cache.layers[0].keys)
+        del cache
+        assert buffer() is None
+    finally:
+        gc.enable()
 
 
 def test_states_that_a_replay_leaves(tapes, monkeypatch):

@@ -44,12 +44,14 @@ class ConfidentDraftLength(AutoDraftLength):
                     known.expectations.popleft()  # it may have told before, which counts less and less
             return width if tried is None else tried
         counted = ~idle.to(confidences.device)[:, None]  # (R, 1)
-        if not counted.any():
+        # of a drafter whose numbers are broken nothing is expected
+        chances = confidences.nan_to_num(0.0).cumprod(dim=1).masked_fill(~counted, 0.0)
+        # the one wait of a round that the drafter's confidences cost
+        *chances, rows = torch.cat([chances, counted.to(chances)], dim=1).sum(dim=0).tolist()
+        if not rows:
             self.is_in_vain = True
             return 0
-        # of a drafter whose numbers are broken nothing is expected
-        chances = torch.where(counted, confidences.nan_to_num(0.0).cumprod(dim=1), 0.0).sum(dim=0) / counted.sum()
-        self.expected = list(accumulate(chances.tolist(), initial=1.0))
+        self.expected = list(accumulate((chance / rows for chance in chances), initial=1.0))
         if self.seconds is None:
             return width
         drafting = perf_counter() - started

@@ -12,12 +12,13 @@ from .acceptance import acceptance_rule, check_acceptance
 from .attention import usable_attention
 from .capabilities import check_arguments, check_call, check_target, unwrapped
 from .choose_drafter import choose_draft_length, choose_drafter, drafter_under
-from .cuda_graphs import check_recordable, recorded_passes
+from .cuda_graphs import recorded_passes
 from .decoding import decode
 from .probe import probe_target
 from .processors import PrefixFunctionForWantedRows, Processors
 from .prompt import PromptLayout
 from .prompt_groups import tokens_of_a_pass
+from .recordable import check_recordable
 from .settings import CallSettings
 from .statistics import GenerationStatistics
 from .step_outputs import StepOutputs

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 from weakref import WeakSet
 
 import torch
-from specformer.generation import cuda_graphs
+from specformer.generation import cuda_graphs, recordable
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -104,7 +104,8 @@ class Tape(TorchDispatchMode):
 def use_tapes(monkeypatch) -> type[Tape]:
     """Let this package take the CPU for a GPU whose graphs are tapes."""
     stream = SimpleNamespace(device=torch.device("cpu"), wait_stream=lambda other: None)
-    monkeypatch.setattr(cuda_graphs, "can_record", lambda device: True)
+    for module in (cuda_graphs, recordable):
+        monkeypatch.setattr(module, "can_record", lambda device: True)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Tape)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: SimpleNamespace(was_used=False))
     monkeypatch.setattr(cuda_graphs, "_free", defaultdict(list))

@@ -12,8 +12,9 @@ from architectures import FAMILIES, make_target
 from exactness import check, oracle, plain
 from specformer import SpecFormerModel, generate
 from specformer.generation import cuda_graphs, ragged_cache
-from specformer.generation.cuda_graphs import RecordedPass, Watch
+from specformer.generation.cuda_graphs import RecordedPass
 from specformer.generation.ragged_cache import RaggedCache
+from specformer.generation.recordable import Watch
 from specformer.generation.specformer_drafter import SpecFormerDrafter
 from specformer.generation.target import verify
 from specformer.generation.token_choice import BestDrafts

@@ -41,8 +41,11 @@ bench-gpu:
 	$(BENCH) --batch-sizes 1 32 --num-assistant-tokens auto 0 1 2 3 4 5 6 7 8 --contenders "default, " \
 		--max-new-tokens 256 --output $(RESULTS)/benchmark_gpu_lengths.json
 	$(BENCH) --batch-sizes 32 --same-prompt --max-new-tokens 256 --output $(RESULTS)/benchmark_gpu_same_prompt.json
+	$(PYTHON) -m specformer.scripts.loop_overhead --prompts $(PROMPTS) --dtype bfloat16 --batch-sizes 1 32 128 \
+		--output $(RESULTS)/loop_overhead_gpu.json
 	$(COST) --shape Qwen3-8B --output $(RESULTS)/cost_qwen3_8b.json
 	$(COST) --shape Llama-3.1-8B --output $(RESULTS)/cost_llama3_8b.json
+	$(COST) --shape Qwen3-8B --cuda-graphs --output $(RESULTS)/cost_qwen3_8b_graphs.json
 
 lint: $(VENV)/ready
 	$(VENV)/bin/ruff check .

@@ -50,11 +50,10 @@ class SpecFormerDrafter:
 
     def begin(self, input_ids, layout, first_tokens, max_length) -> None:
         device = self.borrowed.device
-        layout, input_ids, self.newest = layout.to(device), input_ids.to(device), first_tokens.to(device)  # (B, 1)
-        self.rows = torch.arange(len(input_ids), device=device)
+        layout, input_ids, newest = layout.to(device), input_ids.to(device), first_tokens.to(device)  # (B, 1)
         limit = max_length - input_ids.shape[1] + layout.longest
         capacity = min(layout.longest + FIRST_CAPACITY, limit)
-        self.cache = RaggedCache(1, layout.lengths, layout.longest, capacity, limit)
+        cache = RaggedCache(1, layout.lengths, layout.longest, capacity, limit)
         groups = layout.groups
         contexts = []
         for group, hidden_states in zip(
@@ -65,15 +64,23 @@ class SpecFormerDrafter:
             hidden_states, ids = (
                 group.layout.compact(part)[:, : group.layout.longest] for part in (hidden_states, ids)
             )
-            next_tokens = ids.roll(-1, dims=1).scatter(1, lengths[:, None] - 1, self.newest[group.rows])  # (N, T)
+            next_tokens = ids.roll(-1, dims=1).scatter(1, lengths[:, None] - 1, newest[group.rows])  # (N, T)
             prompt_cache = DynamicCache()
             states = self.network.encode_context(
                 hidden_states, self._anchors(next_tokens), past_key_values=prompt_cache
             )
             columns = torch.arange(group.layout.longest, device=device).expand(len(ids), -1)
-            self.cache.load(group.rows, prompt_cache, columns)
-            contexts.append(states[self.rows[: len(ids)], lengths - 1])
-        self.context = torch.cat(contexts)[torch.cat([group.rows for group in groups]).argsort()]  # (B, d)
+            cache.load(group.rows, prompt_cache, columns)
+            contexts.append(states[torch.arange(len(ids), device=device), lengths - 1])
+        context = torch.cat(contexts)[torch.cat([group.rows for group in groups]).argsort()]  # (B, d)
+        self.begin_behind(cache, context, newest)
+
+    def begin_behind(self, cache: RaggedCache, context: torch.Tensor, newest: torch.Tensor) -> None:
+        """Begin with what was read already: the context layer's cache of B rows, their context states (B, d), and the
+        tokens behind (B, 1)."""
+        self.cache, self.context, self.newest = cache, context, newest
+        self.rows = torch.arange(len(newest), device=newest.device)
+        self.longest = cache.longest
         self.unread: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []  # per round, as `_take_unread`
 
     @torch.no_grad()

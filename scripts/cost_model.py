@@ -19,11 +19,12 @@ from pathlib import Path
 
 import torch
 from specformer.configuration_specformer import SpecFormerConfig
+from specformer.generation.cuda_graphs import recorded_passes
 from specformer.generation.fast_linear import fast_linears
 from specformer.generation.ragged_cache import RaggedCache
-from specformer.generation.specformer_drafter import choose_drafts
+from specformer.generation.specformer_drafter import SpecFormerDrafter
 from specformer.generation.target import verify
-from specformer.generation.verification import best_tokens
+from specformer.generation.token_choice import BestDrafts
 from specformer.modeling_specformer import SpecFormerModel
 from specformer.scripts.provenance import provenance
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Qwen3Config
@@ -82,35 +83,31 @@ def full_cache(num_layers: int, batch_size: int, context: int, room: int, device
 
 
 @torch.no_grad()
-def time_round(target, drafter: SpecFormerModel, batch_size: int, k: int, context: int, repeats: int) -> dict:
-    """Seconds of the target's pass over k + 1 tokens a row, and of the drafter's part of a round."""
+def time_round(
+    target, drafter: SpecFormerModel, batch_size: int, k: int, context: int, repeats: int, cuda_graphs: bool = False
+) -> dict:
+    """Seconds of the target's pass over k + 1 tokens a row, and of the drafter's part of a round, when greedy."""
     device, config = target.device, drafter.config
     tokens = torch.randint(config.vocab_size, (batch_size, k + 1), device=device)
     cache = full_cache(config.target_num_hidden_layers, batch_size, context, k + 1, device)
-    with fast_linears(target):
+    with fast_linears(target), recorded_passes(cuda_graphs):
         result = {"verify_seconds": median_seconds(lambda: verify(target, cache, tokens), device, repeats)}
     if k == 0:
         return result
-    borrowed = drafter.borrow(target)
     states = torch.randn(
         batch_size, k + 1, len(config.target_layer_ids), config.hidden_size, device=device, dtype=target.dtype
     )
+    counts = torch.full_like(tokens[:, 0], k + 1)
     own_cache = full_cache(1, batch_size, context, k + 1, device)
-
-    def greedy(logits, ahead=0, token_ids=None):
-        return best_tokens(logits, token_ids)
+    drafting = SpecFormerDrafter(drafter, target)
+    drafting.begin_behind(own_cache, states[:, 0, 0], tokens[:, :1])
 
     def draft():
-        positions, anchors = own_cache.prepare(k + 1), borrowed.embed(tokens)
-        mask = own_cache.mask(positions)
-        read = drafter.encode_context(states, anchors if config.use_anchor_token else None, positions, mask, own_cache)
-        seen = {}
-        if config.draft_attends_context:
-            seen = dict(position_ids=positions[:, -1:], attention_mask=mask[:, :, -1:], past_key_values=own_cache)
-        drafted = drafter.draft(read[:, -1], anchors[:, -1] if config.anchor_slot else None, **seen)
-        return choose_drafts(drafter, borrowed, drafted[:, :k], tokens[:, :1], greedy)[0]
+        drafting.unread = [(states, tokens, counts)]
+        drafting.propose(k, BestDrafts(config.vocab_size))
+        own_cache.advance(-counts, context)
 
-    with fast_linears(drafter, borrowed.rows):
+    with drafting, recorded_passes(cuda_graphs, drafting.borrowed):
         return result | {"draft_seconds": median_seconds(draft, device, repeats)}
 
 
@@ -139,6 +136,7 @@ def main(arguments: argparse.Namespace) -> None:
             "weights": "random",
             "dtype": arguments.dtype,
             "context": arguments.context,
+            "cuda_graphs": arguments.cuda_graphs,
             "repeats": arguments.repeats,
             "draft_vocab_size": arguments.draft_vocab_size,
             "target_parameters": target.num_parameters(),
@@ -150,7 +148,15 @@ def main(arguments: argparse.Namespace) -> None:
     with tqdm(total=len(lengths) * len(arguments.batch_sizes), unit="round") as progress:
         for batch_size in arguments.batch_sizes:
             for k in lengths:
-                times = time_round(target, drafter, batch_size, k, arguments.context, arguments.repeats)
+                times = time_round(
+                    target,
+                    drafter,
+                    batch_size,
+                    k,
+                    arguments.context,
+                    arguments.repeats,
+                    arguments.cuda_graphs,
+                )
                 progress.update()
                 if k == 0:
                     plain = times["verify_seconds"]
@@ -196,6 +202,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--num-assistant-tokens", type=int, nargs="+", default=[2, 4, 7])
     parser.add_argument("--draft-vocab-size", type=int, help="default: the whole vocabulary")
     parser.add_argument("--context", type=int, default=1024, help="tokens that every row has read")
+    parser.add_argument("--cuda-graphs", action="store_true", help="with recorded passes")
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--output", type=Path, help="JSON file for the result")

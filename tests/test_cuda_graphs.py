@@ -185,11 +185,9 @@ def test_passes_of_a_drafter_need_no_values(preset: str, monkeypatch):
     monkeypatch.setattr("specformer.target_specformer.check_embeddings", lambda *_: None)
     monkeypatch.setattr("specformer.target_specformer.device_of", lambda module: device)
     drafter = SpecFormerDrafter(network.to("meta"), target.to("meta"))
-    drafter.cache, drafter.longest, drafter.rows = lengths_on_meta(), 12, torch.arange(3, device="meta")
-    drafter.cache.prepare(4)
     tokens, counts = (torch.ones(*shape, dtype=torch.long, device="meta") for shape in ((3, 4), (3,)))
     states = torch.zeros(3, 4, len(network.config.target_layer_ids), 32, dtype=target.dtype, device="meta")
-    drafter.newest, drafter.context = tokens[:, :1], states[:, 0, 0]
+    drafter.begin_behind(lengths_on_meta(), states[:, 0, 0], tokens[:, :1])
     with Watch() as watch:
         for _ in range(2):
             drafter.unread = [(states, tokens, counts)]

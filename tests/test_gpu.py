@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import itertools
 import warnings
+from contextlib import nullcontext
 
 import pytest
 import torch
 from exactness import Recorder, choose_eos
 from oracles import Oracle
 from specformer import generate
+from specformer.generation import cuda_graphs
+from specformer.generation.recordable import Watch, waits_of_gpu
 from test_cuda_graphs import network_of
 from test_exactness import NEW_TOKENS, SAMPLING, meaningful_target
 from tiny import PRESETS
@@ -82,8 +85,12 @@ def test_recorded_drafters_on_cuda(preset: str, sampling: dict):
     assert outputs[1].statistics.accepted_per_slot == outputs[0].statistics.accepted_per_slot
 
 
-def test_sampling_goes_on_behind_what_cannot_be_recorded():
-    """torch's generator can be used again."""
+@pytest.mark.parametrize("is_seen", [True, False])
+def test_sampling_goes_on_behind_what_cannot_be_recorded(is_seen: bool, monkeypatch):
+    """torch's generator can be used again, also where a recording was begun and failed."""
+    if not is_seen:
+        monkeypatch.setattr(Watch, "OBSTACLES", {})
+        monkeypatch.setattr(cuda_graphs, "waits_of_gpu", lambda: nullcontext(lambda: None))
     target, batch, eos = meaningful_target("llama")
     target, batch = target.cuda(), {key: value.cuda() for key, value in batch.items()}
     target.model.layers[1].mlp.register_forward_hook(lambda module, args, output: output * float(output.sum() < 1e9))
@@ -94,3 +101,26 @@ def test_sampling_goes_on_behind_what_cannot_be_recorded():
     with pytest.warns(UserWarning, match="goes on without CUDA graphs"):
         output = generate(target, target, **arguments, num_assistant_tokens=3, cuda_graphs=True)
     assert output.tolist() == expected.tolist()
+    torch.cuda.empty_cache()
+    torch.rand(1, device="cuda")
+
+
+def test_a_wait_inside_a_kernel_is_noticed():
+    values = torch.ones(4, device="cuda")
+    with waits_of_gpu() as waits:
+        values.sum()
+    assert waits() is None
+    with waits_of_gpu() as waits:
+        values.sum().item()
+    assert "synchronizing" in waits()
+
+
+def test_memory_of_calls_is_used_again():
+    target, batch, _ = meaningful_target("llama")
+    network = network_of(target, "all of it").cuda()
+    target, batch = target.cuda(), {key: value.cuda() for key, value in batch.items()}
+    reserved = []
+    for _ in range(6):
+        generate(target, network, **batch, max_new_tokens=NEW_TOKENS, num_assistant_tokens=4, cuda_graphs=True)
+        reserved.append(torch.cuda.memory_reserved())
+    assert reserved[-1] == reserved[2]

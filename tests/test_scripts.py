@@ -19,6 +19,7 @@ from specformer.scripts import (
     cost_model,
     distill,
     evaluate_drafter,
+    loop_overhead,
     model_card,
     peak_memory,
     plots,
@@ -26,6 +27,7 @@ from specformer.scripts import (
     train,
     variants,
 )
+from tape import use_tapes
 from test_callers import tiny_tokenizer
 from tiny import PRESETS, llama, ragged_batch
 from transformers import AutoModelForCausalLM
@@ -169,6 +171,34 @@ def test_rounds_of_every_network_are_timed(preset: str):
     drafter = SpecFormerModel(PRESETS[preset](target.config)).to(target.dtype)
     times = cost_model.time_round(target, drafter, batch_size=2, k=3, context=20, repeats=1)
     assert min(times["verify_seconds"], times["draft_seconds"]) > 0
+
+
+def test_loop_overhead(folder: Path, monkeypatch):
+    output = folder / "results" / "loop.json"
+    arguments = ["--prompts", folder / "prompts.jsonl", "--target", folder / "target", "--drafter", folder / "drafter"]
+    arguments += ["--batch-sizes", 1, 3, "--repeats", 2, "--max-new-tokens", 24, "--prompt-tokens", 8]
+    run(loop_overhead, monkeypatch, *arguments, "--dtype", "float64", "--output", output)
+    rounds = json.loads(output.read_text())["rounds"]
+    assert [(row["batch_size"], row["decoding"]) for row in rounds] == [
+        (1, "greedy"),
+        (1, "sampling"),
+        (3, "greedy"),
+        (3, "sampling"),
+    ]
+    for row in rounds:
+        assert row["rounds"] >= 2 * 2  # of at most five tokens each
+        seconds = [row[f"{part}_seconds"] for part in ("round", "verify", "draft", "plain")]
+        assert min(seconds) > 0
+        assert row["outside_of_round"] == pytest.approx(1 - (seconds[1] + seconds[2]) / seconds[0])
+        assert row["outside_of_plain"] == pytest.approx((seconds[0] - seconds[1] - seconds[2]) / seconds[3])
+
+
+def test_recorded_rounds_are_timed(monkeypatch):
+    tapes, target = use_tapes(monkeypatch), llama()
+    drafter = SpecFormerModel(PRESETS["all of it"](target.config)).to(target.dtype)
+    times = cost_model.time_round(target, drafter, batch_size=2, k=3, context=20, repeats=3, cuda_graphs=True)
+    assert min(times.values()) > 0
+    assert tapes.replayed > 6
 
 
 def test_cost_model(folder: Path, monkeypatch):

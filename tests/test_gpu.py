@@ -53,11 +53,11 @@ def test_exact_on_cuda(name: str):
         torch.manual_seed(3)
         reference = target.generate(**batch, **arguments, streamer=streamer)
         state, streamed = torch.cuda.get_rng_state(), streamer.calls
-        for kind, cuda_graphs in itertools.product(("sometimes", "adversarial"), (False, True)):
+        for kind, recorded in itertools.product(("sometimes", "adversarial"), (False, True)):
             drafter = CudaOracle(reference, batch["input_ids"].shape[1], kind, arguments["eos_token_id"])
             streamer = Recorder()
             torch.manual_seed(3)
-            settings = dict(arguments, num_assistant_tokens=4, streamer=streamer, cuda_graphs=cuda_graphs)
+            settings = dict(arguments, num_assistant_tokens=4, streamer=streamer, cuda_graphs=recorded)
             output = generate(target, drafter, **batch, **settings)
             assert output.tolist() == reference.tolist()
             assert streamer.calls == streamed
@@ -78,9 +78,9 @@ def test_recorded_drafters_on_cuda(preset: str, sampling: dict):
     outputs = []
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*without CUDA graphs.*")
-        for cuda_graphs in (False, True):
+        for recorded in (False, True):
             torch.manual_seed(3)
-            outputs.append(generate(target, network, **arguments, cuda_graphs=cuda_graphs))
+            outputs.append(generate(target, network, **arguments, cuda_graphs=recorded))
     assert outputs[1].sequences.tolist() == outputs[0].sequences.tolist() == expected.tolist()
     assert outputs[1].statistics.accepted_per_slot == outputs[0].statistics.accepted_per_slot
 

@@ -8,7 +8,6 @@ import torch
 
 from .attention import usable_attention
 from .capabilities import check_target, input_device
-from .cuda_graphs import recorded_passes
 from .fast_linear import fast_linears
 from .probe import probe_target
 from .target import prefill, prompt_arguments, verify
@@ -47,8 +46,7 @@ class AssistantDrafter:
         with ExitStack() as stack:
             stack.enter_context(usable_attention(self.assistant))
             stack.enter_context(fast_linears(self.assistant))
-            with recorded_passes(False):
-                probe_target(self.assistant)
+            probe_target(self.assistant)
             self._attached = stack.pop_all()
         return self
 

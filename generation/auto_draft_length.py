@@ -21,6 +21,7 @@ class Experience:
         rates: how likely slot j was accepted in the last call once the slots before it were; none at first.
         allowance: seconds that the next turn of another length than the best known one may lose.
         lost: seconds that turns of each length were expected to lose; fading.
+        catching_up: by how many plain rounds a round takes longer for reading what plain ones in front of it added.
         expectations: of the last rounds of a drafter that knows how likely its drafts are accepted: the tokens that it
             expected of verifying 0, 1, ... of them, and how long drafting took, in units of a plain round.
         predicted, accepted: how many drafts it expected to be accepted of those verified, and how many were. That
@@ -33,7 +34,7 @@ class Experience:
     def __init__(self):
         self.times: dict = defaultdict(RoundTimes)
         self.rates: list[float] = []
-        self.allowance, self.lost = 0.0, Counter()
+        self.allowance, self.lost, self.catching_up = 0.0, Counter(), 0.0
         self.expectations: deque[tuple[list[float], float]] = deque(maxlen=self.REMEMBERED)
         self.predicted = self.accepted = self.FIRST_TRUST
 
@@ -60,6 +61,7 @@ class AutoDraftLength(DraftLength):
     LOST = 0.02  # share of the time that turns of other lengths may lose
     LEAST_LOSS = 0.3  # of such a turn, in rounds: however good a length seems, the best known one has most rounds
     FADING_LOSS = 0.9  # weight of what turns have lost, a turn later
+    MOST_LATE, FOLLOWED_LATE = 2.0, 0.2  # of a round that catches up: in plain rounds, and how much of it is followed
     FADING = 0.995  # weight of what was seen before, one row's drafts later
     LEAST_GAIN = 1.03  # what drafting must promise beside plain decoding: a hundred drafts in vain promise no more
     MOST_ASKED = 4  # rounds in which a drafter may draft nothing at first
@@ -112,11 +114,13 @@ class AutoDraftLength(DraftLength):
         speeds[0] *= self.LEAST_GAIN
         best, speed = self.best(speeds)
         rounds = {length: self.rounds_of_turn(num_rows, length, best) for length in self.others(best)}
+        known = self.experience
+        behind = known.catching_up * seconds[0] if best == 0 else 0.0
         losses = {
             length: max(count * seconds[length] * (1 - speeds[length] / speed), self.LEAST_LOSS * seconds[best])
+            + behind
             for length, count in rounds.items()
         }
-        known = self.experience
         # each length may lose as much as any other, so that cheap turns come more often than dear ones
         other = min(losses, key=lambda length: known.lost[length] + losses[length])
         known.allowance += self.LOST * seconds[best]
@@ -150,9 +154,14 @@ class AutoDraftLength(DraftLength):
 
     def record(self, num_rows: int, drafted: int, outcome: list[tuple[int, int]], seconds: float) -> None:
         asked, self.is_in_vain = drafted > 0 or self.is_in_vain, False
+        times = self.experience.times[self.regime]
         # the time of a round that was asked for drafts in vain is neither a plain round's nor that of a length
         if not asked or (drafted and not self.is_behind):
-            self.experience.times[self.regime].add(num_rows, drafted, seconds)
+            times.add(num_rows, drafted, seconds)
+        elif drafted and times.count(num_rows, drafted) >= times.LEAST:
+            usual = times.estimate(num_rows, drafted)
+            late = min(max((seconds - usual[drafted]) / max(usual[0], 1e-9), 0.0), self.MOST_LATE)
+            self.experience.catching_up += self.FOLLOWED_LATE * (late - self.experience.catching_up)
         self.is_behind = not asked
         if not asked:
             return

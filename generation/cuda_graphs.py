@@ -33,13 +33,14 @@ def recorded_passes(wanted: bool, borrowed=None):
     Args:
         borrowed: the target as a drafter watches it, by hooks, which a replayed pass does not call.
     """
-    outer, _here.graphs = getattr(_here, "graphs", None), Graphs(borrowed) if wanted else None
+    outer, graphs = getattr(_here, "graphs", None), Graphs(borrowed) if wanted else None
+    _here.graphs = graphs
     try:
         yield
     finally:
-        if wanted:
-            _here.graphs.close()
         _here.graphs = outer
+        if graphs is not None:
+            graphs.close()
 
 
 def run_pass(cache: RaggedCache, width: int, name: tuple, function: Callable[..., tuple], *inputs) -> tuple:
@@ -52,8 +53,8 @@ def run_pass(cache: RaggedCache, width: int, name: tuple, function: Callable[...
         function: returns a tuple of tensors and `None`. It computes with `inputs`, which are tensors, with `cache` and
             with weights, and leaves nothing else behind.
     """
-    graphs = getattr(_here, "graphs", None)
-    if graphs is None or not can_record(inputs[0].device):
+    graphs, device = getattr(_here, "graphs", None), inputs[0].device
+    if graphs is None or device in _broken or not can_record(device):
         return function(*inputs)
     cache.is_recorded = True
     cache.reserve(width)
@@ -63,9 +64,14 @@ def run_pass(cache: RaggedCache, width: int, name: tuple, function: Callable[...
 class Graphs:
     """The recorded passes of one call.
 
+    Args:
+        borrowed: see `recorded_passes`.
+
     Attributes:
         of_caches: by cache, how often its buffers had moved when its passes were recorded, and these by their shape.
-        unrecordable: caches and names of passes that run as they are written; `watched`: of those that may be recorded.
+        memory: what passes are recorded with, by GPU.
+        unrecordable: caches and names of passes that run as they are written.
+        watched: the same of passes in which nothing was seen that cannot be recorded.
     """
 
     def __init__(self, borrowed=None):
@@ -81,14 +87,16 @@ class Graphs:
         key = cache.kv_length, name, *((part.shape, part.dtype) for part in inputs)
         if key in recorded:
             return recorded[key].replay(inputs)
-        # texts grow, so what saw fewer slots is not needed again, but where a drafter goes back a few tokens
-        recorded = {of: one for of, one in recorded.items() if of[0] >= cache.kv_length - KV_LENGTH_STEP_RECORDED}
+        # texts grow: what saw fewer slots is not needed again, but where a drafter goes back a few tokens
+        least = cache.kv_length - KV_LENGTH_STEP_RECORDED
+        recorded = {shape: one for shape, one in recorded.items() if shape[0] >= least}
         self.of_caches[cache] = cache.moves, recorded
-        kind, count = (cache, name[0]), sum(len(passes) for _, passes in self.of_caches.values())
+        count = sum(len(passes) for _, passes in self.of_caches.values())
+        kind = cache, name[0]
         if kind in self.unrecordable or count >= MOST_RECORDED:
             return function(*inputs)
         try:
-            outputs = self.first(kind, function, inputs)
+            outputs = self.run_watched(kind, function, inputs)
             recorded[key] = self.record(cache, function, inputs, outputs)
         except Unrecordable as obstacle:
             outputs = obstacle.outputs
@@ -96,15 +104,16 @@ class Graphs:
             warnings.warn(f"A pass ({name[0]}) goes on without CUDA graphs: {obstacle}", stacklevel=2)
         return outputs
 
-    def first(self, kind: tuple, function, inputs) -> tuple:
-        """`function(*inputs)`, which loads what kernels need: that cannot be recorded. The first one is watched.
+    def run_watched(self, kind: tuple, function, inputs) -> tuple:
+        """`function(*inputs)` as it is written, which also loads what kernels need, since that cannot be recorded. The
+        first one of its kind is watched.
 
         Raises:
             Unrecordable: with these outputs.
         """
         if kind in self.watched:
             return function(*inputs)
-        with Watch() as watch, waits_of_gpu() as waits:
+        with _recording, Watch() as watch, waits_of_gpu() as waits:
             outputs = function(*inputs)
         if (obstacle := watch.obstacle or waits()) is not None:
             raise Unrecordable(obstacle, outputs)
@@ -127,11 +136,8 @@ class Graphs:
             if all(agree(ours, theirs) for ours, theirs in zip(again, outputs, strict=True)):
                 return recorded
             reason = "it computed something else when it was replayed."
-        except Exception as error:  # of a model's own code, of torch or of CUDA
+        except RuntimeError as error:  # of torch or of CUDA
             reason = f"{type(error).__name__}: {error}"
-        del self.memory[device]
-        with suppress(RuntimeError):
-            self.memory[device] = GraphMemory(device)  # a recording that ends well gives torch's generator back
         with aside(self.borrowed):  # what a wrong replay has written to the cache is written again
             raise Unrecordable(reason, function(*inputs))
 
@@ -144,10 +150,7 @@ class Graphs:
 
 
 class Unrecordable(Exception):
-    """
-    Attributes:
-        outputs: of the pass as it is written.
-    """
+    """For `Graphs.run`, which goes on with the outputs of the pass as it is written."""
 
     def __init__(self, reason: str, outputs: tuple):
         super().__init__(reason)
@@ -155,7 +158,11 @@ class Unrecordable(Exception):
 
 
 class RecordedPass:
-    """One function at one shape. Its outputs are copied, since all passes that are recorded share their memory."""
+    """One function at one shape.
+
+    What one graph puts out may lie where another one computes. So outputs are copied after each replay, and then graphs
+    may be replayed in any order.
+    """
 
     def __init__(self, cache: RaggedCache, function, inputs, borrowed, memory: GraphMemory):
         self.cache, self.borrowed = cache, borrowed
@@ -171,7 +178,8 @@ class RecordedPass:
         self.lengths.copy_(self.cache.lengths)
         for place, values in zip(self.inputs, inputs, strict=True):
             place.copy_(values)
-        self.graph.replay()
+        with _recording:
+            self.graph.replay()
         if self.left:
             self.borrowed.leave({layer: [states.clone() for states in passes] for layer, passes in self.left.items()})
         return tuple(None if output is None else output.clone() for output in self.outputs)
@@ -188,12 +196,14 @@ class GraphMemory:
     again in memory of which no graph is left, and does not give it back to others by itself."""
 
     def __init__(self, device: torch.device):
-        self.stream, self.pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
-        self.anchor = self.record(lambda: torch.zeros(1, device=device))
+        self.device, self.pool = device, torch.cuda.graph_pool_handle()
+        self.stream = torch.cuda.Stream(device)
+        with torch.inference_mode(False):  # the state of torch's generator is made here, for calls outside of it too
+            self.anchor = self.record(lambda: torch.zeros(1, device=device))
 
     def record(self, function: Callable):
         """The graph of `function()`, and what it returned: nothing yet."""
-        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.stream.device)
+        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
         self.stream.wait_stream(current)
         # torch.cuda.graph() does the same, but frees all memory that is kept for later, each time.
         with _recording, torch.cuda.stream(self.stream):
@@ -201,16 +211,32 @@ class GraphMemory:
             try:
                 outputs = function()
             except BaseException:
-                with suppress(RuntimeError):  # which only says that something went wrong
-                    graph.capture_end()
+                self._end(graph, failed=True)
                 raise
-            graph.capture_end()
+            self._end(graph)
         current.wait_stream(self.stream)
         return graph, outputs
 
+    def _end(self, graph, failed: bool = False) -> None:
+        """
+        Raises:
+            RuntimeError: what was recorded cannot be a graph, unless it is known to have `failed` already.
+        """
+        try:
+            graph.capture_end()
+        except RuntimeError:
+            # torch before 2.13 takes memory from the pool, and its generator for one that is recorded, until a
+            # recording ends well; and it must not see another graph in this one's place
+            _broken[self.device] = graph
+            with suppress(RuntimeError):
+                GraphMemory(self.device)
+            if not failed:
+                raise
 
-_recording = threading.Lock()  # torch's generator takes part in one recording at a time
+
+_recording = threading.RLock()  # torch's generator takes part in one recording at a time
 _free: defaultdict[torch.device, list[GraphMemory]] = defaultdict(list)  # of calls that are over
+_broken: dict[torch.device, object] = {}  # where a recording was not even ended well: nothing is recorded there again
 
 
 def take_memory(device: torch.device) -> GraphMemory:
@@ -219,6 +245,14 @@ def take_memory(device: torch.device) -> GraphMemory:
         if _free[device]:
             return _free[device].pop()
     return GraphMemory(device)
+
+
+def free_memory() -> None:
+    """Give back what calls with `cuda_graphs=True` keep for the next one: the memory of the largest of them."""
+    with _recording:
+        _free.clear()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
 
 def aside(borrowed):

@@ -13,6 +13,7 @@ from transformers import DynamicCache
 
 from .attention import attention_of
 from .capabilities import UnsupportedTargetError, input_device
+from .cuda_graphs import recorded_passes
 from .prompt import PromptLayout
 from .target import prefill, prompt_arguments, verify
 
@@ -20,6 +21,7 @@ _probed: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # model -> att
 
 
 @torch.no_grad()
+@recorded_passes(False)
 def probe_target(model) -> None:
     """Once per model and attention: verify three tokens of two rows that have got apart, beside plain forwards.
 

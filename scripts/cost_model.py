@@ -101,6 +101,7 @@ def time_round(
     own_cache = full_cache(1, batch_size, context, k + 1, device)
     drafting = SpecFormerDrafter(drafter, target)
     drafting.begin_behind(own_cache, states[:, 0, 0], tokens[:, :1])
+    drafting.longest = context + k + 1  # once they are read
 
     def draft():
         drafting.unread = [(states, tokens, counts)]

@@ -2,11 +2,13 @@
 
     python -m specformer.scripts.loop_overhead --prompts prompts.jsonl --output benchmarks/results/loop_overhead.json
 
-Every row writes --max-new-tokens tokens behind --prompt-tokens of its own, and rounds in which all of them run are
-timed, from the beginning of one to that of the next. The passes are those of `cost_model`: as many rows, as many
-tokens, behind as long a text as rows have halfway. On a CUDA GPU the same once more with recorded passes
-(`cuda_graphs`). Medians of all rounds and passes; what a round takes longer is given in parts of it, and of a pass over
-one token a row, plain decoding's.
+Every row writes --max-new-tokens tokens behind --prompt-tokens of its own, and rounds before any row leaves the batch
+are timed, from the beginning of one to that of the next. The passes are those of `cost_model`: as many rows, as many
+tokens, behind as long a text as rows have halfway. The drafter's has the choice of the drafts in it as far as greedy
+decoding goes; what sampling them takes longer counts as the rest, as does handing it the hidden states. On a CUDA GPU
+the same once more with recorded passes (`cuda_graphs`); there each pass alone is waited for, while in a round the host
+goes on, so that the rest comes out shorter than it is. Medians of all rounds and passes; what a round takes longer is
+given in parts of it, and of a pass over one token a row, plain decoding's.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ FIRST = 2
 
 
 def time_rounds(target, drafter, batch: dict, **settings) -> list[float]:
-    """Seconds of the rounds of one call in which all rows run."""
+    """Seconds of the rounds of one call before any row leaves the batch."""
     began, num_rows = [], len(batch["input_ids"])
     next_length = DraftLength.next
 
@@ -52,6 +54,7 @@ def time_rounds(target, drafter, batch: dict, **settings) -> list[float]:
 def measure(target, drafter, batches: list[dict], k: int, cuda_graphs: bool, decoding: str, new_tokens: int) -> dict:
     """Medians of rounds and of passes alone, call by call in turn."""
     num_rows, prompt_tokens = batches[0]["input_ids"].shape
+    k = min(k, drafter.config.num_draft_tokens)
     times: dict[str, list[float]] = {"round": [], "verify": [], "draft": [], "plain": []}
     for turn, batch in enumerate(batches):
         torch.manual_seed(turn)
@@ -119,7 +122,7 @@ def table(rounds: list[dict]) -> list[str]:
     lines.append("|---" * 7 + "|")
     for row in rounds:
         path = ", CUDA graphs" if row["cuda_graphs"] else ""
-        times = " | ".join(f"{1000 * row[f'{part}_seconds']:.1f}" for part in ("round", "verify", "draft"))
+        times = " | ".join(f"{1000 * row[f'{part}_seconds']:.2f}" for part in ("round", "verify", "draft"))
         lines.append(
             f"| {row['batch_size']} | {row['decoding']}{path} | {times} | {row['outside_of_round']:.1%} | "
             f"{row['outside_of_plain']:.1%} |"

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from specformer.scripts import cost_model, loop_overhead
 from specformer.scripts.contenders import PLAIN, PLAIN_ONEDNN
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 
-OTHER_SPEEDS = [f"benchmark_cpu_{regime}" for regime in ("256", "sampling", "long", "8k", "64")]
+OTHER_SPEEDS = [f"benchmark_cpu_{regime}" for regime in ("256", "sampling", "long", "8k", "64", "128")]
 """Other regimes: long answers, sampling, long prompts, large batches."""
 
 
@@ -116,8 +117,8 @@ def other_speeds() -> list[str]:
         *lines,
         "",
         f"The same on {machine_of(result)}, medians of {contest['turns']} turns. Sampling: {settings}. Prompts that "
-        "are all of one length are pieces of all prompts in a row; those of 2,048 tokens were measured with an earlier "
-        '"auto", and with glibc told to keep memory. The batch of 64 has short prompts of Spec-Bench besides.',
+        "are all of one length are pieces of all prompts in a row. The batches of 64 and 128 have short prompts of "
+        "Spec-Bench besides.",
     ]
 
 
@@ -193,4 +194,38 @@ def profile_section() -> str:
         f"median of {regime['repeats']} runs of {seconds['total']:.1f} s; {result['machine']['device']} "
         f"({result['machine']['cpu']}, {result['machine']['torch_threads']} threads), torch "
         f"{result['versions']['torch']}, transformers {result['versions']['transformers']}.\n"
+    )
+
+
+def loop_section() -> str:
+    """Rounds beside the passes in them."""
+    result = result_of("loop_overhead_cpu")
+    regime = result["regime"]
+    sampling = ", ".join(
+        f"{key} {value}" for key, value in regime["decoding"]["sampling"].items() if key != "do_sample"
+    )
+    return "\n".join(
+        [
+            *loop_overhead.table(result["rounds"]),
+            "",
+            f"{regime['target']} in {regime['dtype']}, {regime['max_new_tokens']} new tokens behind prompts of "
+            f"{regime['prompt_tokens']}, {regime['num_assistant_tokens']} drafted a round, without copies, medians of "
+            f"all rounds of {regime['calls']} calls; sampling: {sampling}; {machine_of(result)}; {result['date']}.\n",
+        ]
+    )
+
+
+def costs_section() -> str:
+    """What drafting would cost a larger target."""
+    result = result_of("cost_smollm2_1.7b_cpu")
+    regime = result["regime"]
+    return "\n".join(
+        [
+            cost_model.table(result),
+            "",
+            f"A model of costs, no generation: random weights of the shape of {regime['shape']} "
+            f"({regime['target_parameters'] / 1e9:.1f} billion, and {regime['drafter_parameters'] / 1e6:.0f} million "
+            f"of a drafter, which drafts {regime['draft_vocab_size']:,} tokens), {regime['dtype']}, texts of "
+            f"{regime['context']} tokens, medians of {regime['repeats']}; {machine_of(result)}; {result['date']}.\n",
+        ]
     )

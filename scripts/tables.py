@@ -13,7 +13,9 @@ from specformer.scripts.model_card import regime_text, task_table, training_text
 from specformer.scripts.speed_tables import (
     ROOT,
     contenders_legend,
+    costs_section,
     lengths_section,
+    loop_section,
     machine_of,
     memory_section,
     other_speeds,
@@ -121,8 +123,10 @@ SECTIONS = {
     "README.md": {"results": results_section, "drafter": drafter_section},
     "docs/speed.md": {
         "profile": profile_section,
+        "loop": loop_section,
         "lengths": lengths_section,
         "same prompt": same_prompt_section,
+        "costs": costs_section,
         "memory": memory_section,
         "speeds": speeds_section,
     },

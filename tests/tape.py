@@ -109,6 +109,7 @@ def use_tapes(monkeypatch) -> type[Tape]:
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Tape)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: SimpleNamespace(was_used=False))
     monkeypatch.setattr(cuda_graphs, "_free", defaultdict(list))
+    monkeypatch.setattr(cuda_graphs, "_broken", {})
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: stream)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())

@@ -231,7 +231,7 @@ def test_what_cannot_be_recorded_runs_as_it_is_written(obstacle: str, tapes):
 
 
 def test_a_recording_that_fails(tapes, monkeypatch):
-    """Where an obstacle was not seen."""
+    """Where an obstacle was not seen: torch may not be well on that GPU any more, so nothing is recorded there again."""
     monkeypatch.setattr(Watch, "OBSTACLES", {})
     target, batch = llama(), ragged_batch()
     target.model.layers[1].mlp.register_forward_hook(
@@ -243,7 +243,10 @@ def test_a_recording_that_fails(tapes, monkeypatch):
         ours = generate(target, network_of(target, "anchor"), **batch, **settings)
     assert ours.tolist() == expected.tolist()
     assert tapes.failed == 1
-    assert tapes.replayed > 5  # of the drafter
+    recorded = tapes.recorded
+    again = generate(target, network_of(target, "anchor"), **batch, **settings)  # and no warning
+    assert again.tolist() == expected.tolist()
+    assert (tapes.failed, tapes.recorded) == (1, recorded)
 
 
 def test_no_more_are_recorded_than_there_is_room_for(tapes, monkeypatch):

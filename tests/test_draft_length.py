@@ -436,6 +436,26 @@ def test_drafts_where_it_pays(slow: str, drafts: bool):
         assert output.statistics.tokens_per_pass > 2.5
 
 
+def share_lost_to_turns(late: float, rounds: int = 600) -> float:
+    """Of the time of a batch that a useless drafter, whose rounds behind plain ones take `late` longer, cannot help."""
+    world, length, chance = World([0.02] * 4, 0.05, 0.1), auto(), random.Random(0)
+    spent, before = 0.0, 0
+    for _ in range(rounds):
+        k = length.next(world.rows)
+        outcome, seconds = world.round(k, chance)
+        seconds += late * (k > 0 and before == 0)
+        length.record(world.rows, k, outcome, seconds)
+        spent, before = spent + seconds, k
+    return 1 - rounds / spent
+
+
+def test_turns_also_lose_what_it_takes_to_catch_up(monkeypatch):
+    assert share_lost_to_turns(0.0) < 0.03
+    assert share_lost_to_turns(0.8) < 0.035
+    monkeypatch.setattr(AutoDraftLength, "FOLLOWED_LATE", 0.0)
+    assert share_lost_to_turns(0.8) > 0.04
+
+
 def test_a_second_call_begins_with_what_the_first_one_found():
     world, experience = WORLDS["one row, useless"], Experience()
     plain_rounds = [live(AutoDraftLength(4, 2, experience), world, 40)[1][0] for _ in range(2)]

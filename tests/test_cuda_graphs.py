@@ -231,7 +231,7 @@ def test_what_cannot_be_recorded_runs_as_it_is_written(obstacle: str, tapes):
 
 
 def test_a_recording_that_fails(tapes, monkeypatch):
-    """Where an obstacle was not seen: torch may not be well on that GPU any more, so nothing is recorded there again."""
+    """Where an obstacle was not seen. Torch may not be well on that GPU any more: nothing is recorded there again."""
     monkeypatch.setattr(Watch, "OBSTACLES", {})
     target, batch = llama(), ragged_batch()
     target.model.layers[1].mlp.register_forward_hook(

@@ -9,7 +9,7 @@ import weakref
 import pytest
 import torch
 from architectures import FAMILIES, make_target
-from exactness import check, oracle, plain
+from exactness import Recorder, check, oracle, plain
 from specformer import SpecFormerModel, generate
 from specformer.generation import cuda_graphs, ragged_cache
 from specformer.generation.cuda_graphs import RecordedPass
@@ -155,6 +155,37 @@ def test_inference_mode(name: str, tapes):
         for _ in range(2):
             ours = generate(target, network, **batch, max_new_tokens=NEW_TOKENS, cuda_graphs=True)
             assert ours.tolist() == expected.tolist()
+
+
+def test_an_exception_in_the_middle_of_a_call(tapes):
+    """Its graphs go, their memory is there for the next call, and this thread records no more."""
+    target, batch = llama(), ragged_batch()
+    network, streamer = network_of(target, "anchor"), Recorder()
+    expected = target.generate(**batch, max_new_tokens=NEW_TOKENS)
+
+    def fail_later(value) -> None:
+        streamer.calls.append(value)
+        if len(streamer.calls) == 12:
+            raise RuntimeError("the caller's")
+
+    streamer.put = fail_later
+    settings = dict(batch, max_new_tokens=NEW_TOKENS, num_assistant_tokens=4)
+    with pytest.raises(RuntimeError, match="the caller's"):
+        generate(target, network, **settings, streamer=streamer, cuda_graphs=True)
+    assert tapes.recorded > len(tapes.tapes) == 1
+    before = tapes.replayed
+    assert generate(target, network, **settings).tolist() == expected.tolist()
+    assert tapes.replayed == before
+    assert generate(target, network, **settings, cuda_graphs=True).tolist() == expected.tolist()
+    assert tapes.replayed > before and len(tapes.tapes) == 1
+
+
+def test_memory_is_given_back(tapes):
+    target, batch = llama(), ragged_batch()
+    generate(target, network_of(target, "anchor"), **batch, max_new_tokens=NEW_TOKENS, cuda_graphs=True)
+    assert len(tapes.tapes) == 1
+    cuda_graphs.free_memory()
+    assert not tapes.tapes
 
 
 # ---- on a device whose values nobody knows: what the host would have to wait for fails

@@ -117,8 +117,8 @@ def other_speeds() -> list[str]:
         *lines,
         "",
         f"The same on {machine_of(result)}, medians of {contest['turns']} turns. Sampling: {settings}. Prompts that "
-        "are all of one length are pieces of all prompts in a row; those of 2,048 tokens were measured with an earlier "
-        '"auto", and with glibc told to keep memory. The batch of 64 has short prompts of Spec-Bench besides.',
+        "are all of one length are pieces of all prompts in a row. The batch of 64 has short prompts of Spec-Bench "
+        "besides.",
     ]
 
 

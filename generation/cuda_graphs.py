@@ -126,9 +126,9 @@ class Graphs:
             Unrecordable: it cannot be recorded, or computes something else than `function(*inputs)`, `outputs`.
         """
         device = inputs[0].device
-        if device not in self.memory:
-            self.memory[device] = take_memory(device)
         try:
+            if device not in self.memory:
+                self.memory[device] = take_memory(device)
             recorded = RecordedPass(cache, function, inputs, self.borrowed, self.memory[device])
             recorded.spoil()
             with aside(self.borrowed):
@@ -227,9 +227,10 @@ class GraphMemory:
         except RuntimeError:
             # torch before 2.13 takes memory from the pool, and its generator for one that is recorded, until a
             # recording ends well; and it must not see another graph in this one's place
-            _broken[self.device] = graph
-            with suppress(RuntimeError):
-                GraphMemory(self.device)
+            if self.device not in _broken:
+                _broken[self.device] = graph
+                with suppress(RuntimeError):
+                    GraphMemory(self.device)
             if not failed:
                 raise
 

@@ -39,6 +39,11 @@ def machine_of(result: dict) -> str:
     return f"{machine['torch_threads']} threads of {machine['device']} ({machine['cpu']})"
 
 
+def sampling_of(result: dict) -> str:
+    settings = result["regime"]["decoding"]["sampling"]
+    return ", ".join(f"{key} {value}" for key, value in settings.items() if key != "do_sample")
+
+
 def speed_table(name: str) -> list[str]:
     """Speed beside plain generate(), with drafters at both ends of what can be."""
     result = result_of(name)
@@ -111,8 +116,7 @@ def other_speeds() -> list[str]:
                 + " | ".join(ratios_of(found.get(name)) for name in names)
                 + f" | {identical} of {contest['texts'] * len(found)} |"
             )
-    sampling = result_of("benchmark_cpu_sampling")["regime"]["decoding"]["sampling"]
-    settings = ", ".join(f"{key} {value}" for key, value in sampling.items() if key != "do_sample")
+    settings = sampling_of(result_of("benchmark_cpu_sampling"))
     return [
         *lines,
         "",
@@ -201,16 +205,14 @@ def loop_section() -> str:
     """Rounds beside the passes in them."""
     result = result_of("loop_overhead_cpu")
     regime = result["regime"]
-    sampling = ", ".join(
-        f"{key} {value}" for key, value in regime["decoding"]["sampling"].items() if key != "do_sample"
-    )
     return "\n".join(
         [
             *loop_overhead.table(result["rounds"]),
             "",
             f"{regime['target']} in {regime['dtype']}, {regime['max_new_tokens']} new tokens behind prompts of "
             f"{regime['prompt_tokens']}, {regime['num_assistant_tokens']} drafted a round, without copies, medians of "
-            f"all rounds of {regime['calls']} calls; sampling: {sampling}; {machine_of(result)}; {result['date']}.\n",
+            f"all rounds of {regime['calls']} calls; sampling: {sampling_of(result)}; {machine_of(result)}; "
+            f"{result['date']}.\n",
         ]
     )
 

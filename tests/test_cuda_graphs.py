@@ -280,6 +280,21 @@ def test_a_recording_that_fails(tapes, monkeypatch):
     assert (tapes.failed, tapes.recorded) == (1, recorded)
 
 
+def test_a_gpu_that_records_nothing(tapes, monkeypatch):
+    """Not even what memory is kept with."""
+
+    def fail(self) -> None:
+        self.__exit__(None, None, None)
+        raise RuntimeError("no graphs here")
+
+    monkeypatch.setattr(Tape, "capture_end", fail)
+    target, batch = llama(), ragged_batch()
+    expected = target.generate(**batch, max_new_tokens=NEW_TOKENS)
+    with pytest.warns(UserWarning, match="goes on without CUDA graphs: RuntimeError: no graphs here"):
+        ours = generate(target, network_of(target, "anchor"), **batch, max_new_tokens=NEW_TOKENS, cuda_graphs=True)
+    assert ours.tolist() == expected.tolist()
+
+
 def test_no_more_are_recorded_than_there_is_room_for(tapes, monkeypatch):
     monkeypatch.setattr(cuda_graphs, "MOST_RECORDED", 2)
     target, batch = llama(), ragged_batch()

@@ -13,9 +13,12 @@ penalties do, a text depends on padding in plain generate() and under every rule
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from .noise import HashedNoise, StepNoise
+from .top_k import FewScores, sample_surely
 from .verification import best_tokens, reject_and_resample, sample_with_noise
 
 ACCEPTANCE_RULES = ("match", "coupled", "rejection")
@@ -31,6 +34,8 @@ class AcceptanceRule:
     text_depends_on_drafts = False
     takes_the_best = False
     """Whether a token is the one of the highest score."""
+    takes_few = False
+    """Whether it has `take_few`."""
 
     def __enter__(self):
         return self
@@ -61,6 +66,19 @@ class AcceptanceRule:
         """The target's tokens (N, q) for its scores (N, q, V), and which `drafts` (N, q) they accept, bool (N, q)."""
         raise NotImplementedError
 
+    def take_few(
+        self,
+        few: FewScores,
+        drafts: torch.Tensor,
+        rows: list[int],
+        steps: list[int],
+        vocab_size: int,
+        all_scores: Callable[[torch.Tensor], torch.Tensor],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `take`, from the few scores that processors left; where those are not sure, from `all_scores(places)`
+        (M, V), of the flattened positions `places` (M,)."""
+        raise NotImplementedError
+
     def forget_before(self, step: int) -> None:
         """No row will ask for a position before `step` again."""
 
@@ -88,6 +106,8 @@ class Match(AcceptanceRule):
     least (1 - t) / (1 + t), where argmax drafts agree with the probability of one token (Daliri, Musco, Suresh 2024).
     """
 
+    takes_few = True
+
     def __init__(self, noise: StepNoise | HashedNoise):
         self.noise = noise
 
@@ -105,6 +125,17 @@ class Match(AcceptanceRule):
     def take(self, scores, drafts, proposals, rows, steps):
         noise = self.noise.gather(rows, steps, scores.shape[-1])
         tokens = sample_with_noise(scores, noise.view(scores.shape))
+        return tokens, (tokens == drafts) & (drafts >= 0)
+
+    def take_few(self, few, drafts, rows, steps, vocab_size, all_scores):
+        noise = self.noise.gather(rows, steps, vocab_size, few.token_ids.flatten(0, 1))
+        tokens, sure = sample_surely(few, noise.view(few.scores.shape))
+        if not sure.all():
+            places = (~sure).flatten().nonzero()[:, 0]
+            asked = [(rows[place], steps[place]) for place in places.tolist()]
+            tokens[~sure] = sample_with_noise(
+                all_scores(places), self.noise.gather(*zip(*asked, strict=True), vocab_size)
+            )
         return tokens, (tokens == drafts) & (drafts >= 0)
 
     def forget_before(self, step) -> None:

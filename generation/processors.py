@@ -12,6 +12,8 @@ from collections.abc import Callable
 import torch
 from transformers import LogitsProcessorList
 
+from .top_k import FewScores, TopK
+
 SCORES_ALONE = {
     "TemperatureLogitsWarper",
     "TopPLogitsWarper",
@@ -68,11 +70,22 @@ class Processors:
         self.prefix_free = LogitsProcessorList(p for p in processors if library_name(p) in PREFIX_FREE)
         self.need_prefix = len(self.prefix_free) < len(processors)
         self.know_tokens = any(library_name(p) not in SCORES_ALONE for p in self.prefix_free)
+        self.top_k = TopK.among(self.prefix_free)
 
     def warp(self, scores: torch.Tensor) -> torch.Tensor:
         """Apply the prefix-free processors to scores (..., V), or to those of some tokens if none of them must know
         which (`know_tokens`)."""
-        return self.prefix_free(None, scores.flatten(0, -2)).view(scores.shape)
+        few = self.leave_few(scores)
+        if few is None:
+            return self.prefix_free(None, scores.flatten(0, -2)).view(scores.shape)
+        warped = torch.full_like(scores, -torch.inf).scatter_(-1, few.token_ids, few.scores)
+        if not few.sure.all():
+            warped[~few.sure] = self.prefix_free(None, scores[~few.sure])
+        return warped
+
+    def leave_few(self, scores: torch.Tensor) -> FewScores | None:
+        """What the prefix-free processors leave of scores (..., V), if that can be only a few: see `top_k`."""
+        return None if self.top_k is None else self.top_k.leave(scores)
 
 
 class PrefixFunctionForWantedRows:

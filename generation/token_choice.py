@@ -75,7 +75,12 @@ class TokenChoice:
             everywhere = (logits.amin(dim=-1, keepdim=True) - 1e4).repeat(1, 1, self.vocab_size)
             logits, token_ids = everywhere.scatter_(-1, token_ids, logits), None
         positions = self._positions(logits.shape[1], ahead)
-        drafts, proposals = self.rule.draft(self.processors.warp(logits), *positions, self.vocab_size, token_ids)
+        if (few := self.processors.leave_few(logits)) is not None:
+            scores = few.scores
+            token_ids = few.token_ids if token_ids is None else token_ids.gather(-1, few.token_ids)
+        else:
+            scores = self.processors.warp(logits)
+        drafts, proposals = self.rule.draft(scores, *positions, self.vocab_size, token_ids)
         if token_ids is not None:
             drafts = token_ids.gather(-1, drafts[..., None])[..., 0]
             if proposals is not None:
@@ -102,7 +107,7 @@ class TokenChoice:
         if self.processors.need_prefix:
             tokens, accepted = self._walk(logits, drafts, proposals)
         else:
-            tokens, accepted = self._take(self.processors.warp(logits), drafts, proposals)
+            tokens, accepted = self._take(logits, drafts, proposals)
         return tokens, count_accepted(accepted[:, :-1])
 
     def finish(self) -> None:
@@ -116,13 +121,21 @@ class TokenChoice:
         steps = [max(text.generated[row], oldest) + ahead + offset for row in text.rows for offset in range(width)]
         return rows, steps
 
-    def _take(self, scores, drafts, proposals):
+    def _take(self, logits, drafts, proposals):
         """All positions at once."""
         wanted = self.scores is not None or not self.rule.takes_the_best  # lists of many numbers
-        rows, steps = self._positions(scores.shape[1]) if wanted else ([], [])
-        if self.scores is not None:
-            self.scores.write(scores.flatten(0, 1), rows, steps)
-        tokens, accepted = self.rule.take(scores, drafts, proposals, rows, steps)
+        rows, steps = self._positions(logits.shape[1]) if wanted else ([], [])
+        few = self.processors.leave_few(logits) if self.rule.takes_few and self.scores is None else None
+        if few is not None:
+            flat, warp = logits.flatten(0, 1), self.processors.prefix_free
+            tokens, accepted = self.rule.take_few(
+                few, drafts, rows, steps, self.vocab_size, lambda places: warp(None, flat[places])
+            )
+        else:
+            scores = self.processors.warp(logits)
+            if self.scores is not None:
+                self.scores.write(scores.flatten(0, 1), rows, steps)
+            tokens, accepted = self.rule.take(scores, drafts, proposals, rows, steps)
         return self.text.pad_stopped(tokens), accepted | self.text.device_stopped[:, None]
 
     def _walk(self, logits, drafts, proposals):

@@ -134,7 +134,7 @@ def test_noise_of_another_row_is_found(monkeypatch):
     reference = plain(target, batch, **arguments)
     gather = StepNoise.gather
     monkeypatch.setattr(
-        StepNoise, "gather", lambda self, rows, steps, size: gather(self, [(row + 1) % 5 for row in rows], steps, size)
+        StepNoise, "gather", lambda self, rows, steps, *of: gather(self, [(row + 1) % 5 for row in rows], steps, *of)
     )
     with pytest.raises(AssertionError):
         check(target, batch, reference, oracle(reference, batch, "sometimes", eos), 4, **arguments)

@@ -13,8 +13,6 @@ penalties do, a text depends on padding in plain generate() and under every rule
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 
 from .noise import HashedNoise, StepNoise
@@ -67,16 +65,10 @@ class AcceptanceRule:
         raise NotImplementedError
 
     def take_few(
-        self,
-        few: FewScores,
-        drafts: torch.Tensor,
-        rows: list[int],
-        steps: list[int],
-        vocab_size: int,
-        all_scores: Callable[[torch.Tensor], torch.Tensor],
+        self, few: FewScores, rows: list[int], steps: list[int], vocab_size: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `take`, from the few scores that processors left; where those are not sure, from `all_scores(places)`
-        (M, V), of the flattened positions `places` (M,)."""
+        """The tokens (N, q) that `take` takes, from the few scores (N, q, C) that processors left, and where that is
+        sure, bool (N, q)."""
         raise NotImplementedError
 
     def forget_before(self, step: int) -> None:
@@ -127,16 +119,9 @@ class Match(AcceptanceRule):
         tokens = sample_with_noise(scores, noise.view(scores.shape))
         return tokens, (tokens == drafts) & (drafts >= 0)
 
-    def take_few(self, few, drafts, rows, steps, vocab_size, all_scores):
+    def take_few(self, few, rows, steps, vocab_size):
         noise = self.noise.gather(rows, steps, vocab_size, few.token_ids.flatten(0, 1))
-        tokens, sure = sample_surely(few, noise.view(few.scores.shape))
-        if not sure.all():
-            places = (~sure).flatten().nonzero()[:, 0]
-            asked = [(rows[place], steps[place]) for place in places.tolist()]
-            tokens[~sure] = sample_with_noise(
-                all_scores(places), self.noise.gather(*zip(*asked, strict=True), vocab_size)
-            )
-        return tokens, (tokens == drafts) & (drafts >= 0)
+        return sample_surely(few, noise.view(few.scores.shape))
 
     def forget_before(self, step) -> None:
         self.noise.forget_before(step)

@@ -8,7 +8,7 @@ row's own seed and position.
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 
 import torch
 
@@ -89,11 +89,14 @@ class StepNoise:
         """Noise of N (row, step) pairs: (N, V), or of the tokens `token_ids` (N, C)."""
         width = vocab_size if token_ids is None else token_ids.shape[1]
         noise = torch.empty(len(rows), width, dtype=torch.float32, device=self.device)
-        for step in sorted(set(steps)):
-            places = [place for place, other in enumerate(steps) if other == step]
-            chosen = torch.tensor([rows[place] for place in places], device=self.device)
-            of_step = self.step(step, vocab_size)
-            noise[places] = of_step[chosen] if token_ids is None else of_step[chosen[:, None], token_ids[places]]
+        order, of_step = sorted(range(len(rows)), key=steps.__getitem__), Counter(steps)
+        parts = [of_step[step] for step in sorted(of_step)]
+        # one copy to the device, not two a step
+        both = torch.tensor([order, [rows[place] for place in order]], device=self.device)
+        places, chosen = (numbers.split(parts) for numbers in both)
+        for step, here, there in zip(sorted(of_step), places, chosen, strict=True):
+            drawn = self.step(step, vocab_size)
+            noise[here] = drawn[there] if token_ids is None else drawn[there[:, None], token_ids[here]]
         return noise
 
     def forget_before(self, step: int) -> None:

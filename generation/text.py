@@ -145,7 +145,7 @@ class Text:
 
         Returns:
             Tokens added per row, (R,), on the device; and per row (accepted, added) for the host, padding left out.
-            This is the one point of a round where the host waits for the device.
+            This is the one point of a greedy round where the host waits for the device.
 
         Raises:
             RuntimeError: a row could not be sampled, as in plain generate().
@@ -280,5 +280,5 @@ class Text:
 
 
 def to_host(packed: torch.Tensor) -> list[list[int]]:
-    """The one transfer, and so the one wait, of a round."""
+    """The one transfer, and so the one wait, of a greedy round."""
     return packed.tolist()

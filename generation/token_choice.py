@@ -127,16 +127,25 @@ class TokenChoice:
         rows, steps = self._positions(logits.shape[1]) if wanted else ([], [])
         few = self.processors.leave_few(logits) if self.rule.takes_few and self.scores is None else None
         if few is not None:
-            flat, warp = logits.flatten(0, 1), self.processors.prefix_free
-            tokens, accepted = self.rule.take_few(
-                few, drafts, rows, steps, self.vocab_size, lambda places: warp(None, flat[places])
-            )
+            tokens, accepted = self._take_few(few, logits, drafts, rows, steps)
         else:
             scores = self.processors.warp(logits)
             if self.scores is not None:
                 self.scores.write(scores.flatten(0, 1), rows, steps)
             tokens, accepted = self.rule.take(scores, drafts, proposals, rows, steps)
         return self.text.pad_stopped(tokens), accepted | self.text.device_stopped[:, None]
+
+    def _take_few(self, few, logits, drafts, rows, steps):
+        """From a few scores, and from all of them where those are not sure."""
+        tokens, sure = self.rule.take_few(few, rows, steps, self.vocab_size)
+        accepted = tokens == drafts
+        if not sure.all():
+            places = (~sure).flatten().nonzero()[:, 0].tolist()
+            rows, steps = ([numbers[place] for place in places] for numbers in (rows, steps))
+            scores = self.processors.prefix_free(None, logits[~sure])
+            taken = self.rule.take(scores[:, None], drafts[~sure][:, None], None, rows, steps)
+            tokens[~sure], accepted[~sure] = (part[:, 0] for part in taken)
+        return tokens, accepted
 
     def _walk(self, logits, drafts, proposals):
         """Position by position, for the rows whose drafts were right so far.

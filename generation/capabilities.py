@@ -16,11 +16,12 @@ from transformers.generation import GenerationMode
 
 from .prompt import PromptLayout
 from .settings import CallSettings
+from .versions import CACHE_NAMES, cache_name, keeps_recurrent_state, untested
 
 KNOWN_MODEL_KWARGS = {
     "attention_mask",
     "position_ids",
-    "past_key_values",
+    *CACHE_NAMES,
     "use_cache",
     "logits_to_keep",
     "cache_position",
@@ -50,7 +51,7 @@ class UnsupportedTargetError(ValueError):
 def refuse(model, reason: str) -> NoReturn:
     raise UnsupportedTargetError(
         f"{type(model).__name__} cannot be decoded speculatively: {reason} Call generate() without custom_generate and "
-        "assistant_model instead."
+        f"assistant_model instead.{untested()}"
     )
 
 
@@ -103,10 +104,12 @@ def check_target(model) -> None:
     if model.config.is_encoder_decoder:
         refuse(model, "it is an encoder-decoder, and only decoder-only models are supported.")
     config = model.config.get_text_config(decoder=True)
-    if getattr(model, "_is_stateful", False):
+    if keeps_recurrent_state(model):
         refuse(model, "it keeps a recurrent state, from which rejected tokens cannot be taken back.")
     arguments = inspect.signature(model.forward).parameters
-    missing = [name for name in ("attention_mask", "position_ids", "past_key_values") if name not in arguments]
+    missing = [name for name in ("attention_mask", "position_ids") if name not in arguments]
+    if cache_name(model.forward) is None:
+        missing.append(" or ".join(CACHE_NAMES))
     if missing:
         refuse(
             model,
@@ -142,9 +145,9 @@ def check_arguments(
         )
     if settings.get("inputs_embeds") is not None:
         raise ValueError("inputs_embeds is not supported: drafting needs the tokens of the prompt. Pass input_ids.")
-    if settings.get("past_key_values") is not None:
+    if given := [name for name in CACHE_NAMES if settings.get(name) is not None]:
         raise ValueError(
-            "past_key_values was passed; speculative decoding keeps its own cache and would leave nothing in yours. "
+            f"{given[0]} was passed; speculative decoding keeps its own cache and would leave nothing in yours. "
             "Leave it unset."
         )
     if (kind := settings.get("cache_implementation")) not in EXACT_CACHES:

@@ -25,6 +25,7 @@ from .step_outputs import StepOutputs
 from .stopping import StoppingRules
 from .text import Text
 from .token_choice import TokenChoice
+from .versions import pad_token_id, warn_if_untested
 
 HUB_ARGUMENTS = {
     "cache_dir",
@@ -43,7 +44,7 @@ HUB_ARGUMENTS = {
 @dataclass
 class SpeculativeOutput(GenerateDecoderOnlyOutput):
     """What generate() returns with `return_dict_in_generate=True`: `sequences`, `statistics`, and `scores` and `logits`
-    if they were asked for. The cache is not returned: `past_key_values` is `None`."""
+    if they were asked for. The cache is not returned."""
 
     statistics: GenerationStatistics | None = None
 
@@ -102,6 +103,7 @@ def generate(
     """
     for name in HUB_ARGUMENTS:
         kwargs.pop(name, None)
+    warn_if_untested()
     model = unwrapped(model)
     settings = CallSettings(kwargs, generation_config, model.generation_config)
     check_acceptance(acceptance, seed)
@@ -145,11 +147,10 @@ def generate(
             for name in ("output_logits", "output_scores")
         )
         processors = Processors(logits_processor)
-        pad_token = generation_config._pad_token_tensor
         text = Text(
             input_ids,
             rules,
-            None if pad_token is None else int(pad_token),
+            pad_token_id(generation_config),
             streamer,
             pads_through_model=logits is not None or scores is not None,
             is_read=processors.need_prefix,

@@ -16,6 +16,7 @@ from .capabilities import UnsupportedTargetError, input_device
 from .cuda_graphs import recorded_passes
 from .prompt import PromptLayout
 from .target import prefill, prompt_arguments, verify
+from .versions import cache_argument
 
 _probed: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # model -> attention implementations that passed
 
@@ -60,8 +61,9 @@ def probe_target(model) -> None:
             text = torch.cat([context, second[row : row + 1]], dim=1)
             whole = model(input_ids=text, use_cache=False).logits[0, -block:].cpu().double()
             own_cache = DynamicCache(config=model.config)
-            model(input_ids=context, past_key_values=own_cache, use_cache=True)
-            cached = model(input_ids=second[row : row + 1], past_key_values=own_cache, use_cache=True).logits[0]
+            cached = dict(cache_argument(model, own_cache), use_cache=True)
+            model(input_ids=context, **cached)
+            cached = model(input_ids=second[row : row + 1], **cached).logits[0]
             own_error = (cached.cpu().double() - whole).abs().median()
             allowed = 8 * own_error + precision * whole.std()
             error = (ours[row] - whole).abs().median()

@@ -11,6 +11,7 @@ from .cuda_graphs import run_pass
 from .grouped_heads import folded_heads
 from .prompt import PromptLayout
 from .ragged_cache import RaggedCache, attention_masks, sliding_layers
+from .versions import CACHE_NAMES, cache_argument, cache_of, prepared_inputs, untested
 
 FIRST_CAPACITY = 256
 """New tokens that the cache has room for at first. Not max_length: few texts get there."""
@@ -75,13 +76,16 @@ def read_prompts(
 ) -> tuple[torch.Tensor, DynamicCache]:
     """Run prompts (N, P) the way plain generate() does: logits of the last position (N, 1, V), and the cache."""
     width = input_ids.shape[1]
-    kwargs = {key: value for key, value in model_kwargs.items() if key not in ("attention_mask", "position_ids")}
-    kwargs |= {"past_key_values": DynamicCache(config=model.config), "use_cache": True}
+    cut = ("attention_mask", "position_ids", *CACHE_NAMES)
+    kwargs = {key: value for key, value in model_kwargs.items() if key not in cut} | {"use_cache": True}
+    cache = DynamicCache(config=model.config)
     mask, position_ids = model_kwargs.get("attention_mask"), model_kwargs.get("position_ids")
     for start in range(0, width, chunk_size or width):
         end = min(start + (chunk_size or width), width)
-        inputs = model.prepare_inputs_for_generation(
+        inputs = prepared_inputs(
+            model,
             input_ids[:, start:end],
+            cache,
             attention_mask=None if mask is None else mask[:, :end],
             position_ids=None if position_ids is None else position_ids[:, start:end],
             is_first_iteration=start == 0,
@@ -89,12 +93,11 @@ def read_prompts(
         )
         outputs = model(**inputs, return_dict=True)
         # Not the cache that went in: some families start a new one for long prompts.
-        kwargs["past_key_values"] = outputs.past_key_values
-    cache = kwargs["past_key_values"]
+        cache = cache_of(outputs)
     if not isinstance(cache, DynamicCache) or cache.get_seq_length() != width:
         raise RuntimeError(
             f"{type(model).__name__} did not fill its cache with the {width} tokens of the prompt. If it is training "
-            "with gradient checkpointing, which switches the cache off, call model.eval() first."
+            "with gradient checkpointing, which may switch the cache off, call model.eval() first." + untested()
         )
     return outputs.logits[:, -1:], cache
 
@@ -109,7 +112,7 @@ def verify(model, cache: RaggedCache, tokens: torch.Tensor) -> torch.Tensor:
                 input_ids=tokens,
                 position_ids=position_ids,
                 attention_mask=attention_masks(model.config, cache, position_ids, model.dtype),
-                past_key_values=cache,
+                **cache_argument(model, cache),
                 use_cache=True,
                 return_dict=True,
             )

@@ -88,8 +88,6 @@ class BorrowedTarget:
                 else:
                     hook = decoder.register_forward_hook(after_decoder, with_kwargs=True)
                 stack.callback(hook.remove)
-            if is_compiled(self.target):
-                stack.enter_context(uncompiled())
             self._exit = stack.pop_all()
         return self
 
@@ -256,34 +254,6 @@ def device_of(module: nn.Module) -> torch.device:
     """Where `module` computes. Weights that accelerate offloads are on the meta device between its passes."""
     device = next(module.parameters()).device
     return device if device.type != "meta" else torch.device(module._hf_hook.execution_device)
-
-
-def is_compiled(target: nn.Module) -> bool:
-    """Whether torch.compile was applied to `target` or to a part of it."""
-    return any(
-        module._compiled_call_impl is not None or hasattr(module.forward, "_torchdynamo_orig_callable")
-        for module in target.modules()
-    )
-
-
-_stances: list = []  # one entry per call inside `uncompiled`; the first knows the stance to go back to
-_stances_lock = threading.Lock()
-
-
-@contextmanager
-def uncompiled():
-    """Run compiled modules as they are written while any thread is inside.
-
-    Code that torch.compile made before a hook was registered does not call it, and is not made again for it.
-    """
-    with _stances_lock:
-        _stances.append(None if _stances else torch.compiler.set_stance("force_eager"))
-    try:
-        yield
-    finally:
-        with _stances_lock:
-            if (stance := _stances.pop()) is not None:
-                stance.__exit__(None, None, None)
 
 
 def find_decoder(target: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList]:

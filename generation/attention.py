@@ -7,10 +7,12 @@ import warnings
 import weakref
 from contextlib import contextmanager
 
+from .process_wide import shared
+
 USABLE_ATTENTION = ("sdpa", "eager")
 
-_switches: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # model -> [calls inside, implementations before]
-_switches_lock = threading.Lock()
+_switches = shared("switches", weakref.WeakKeyDictionary)  # model -> [calls inside, implementations before]
+_switches_lock = shared("switches_lock", threading.Lock)
 
 
 @contextmanager

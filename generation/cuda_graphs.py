@@ -17,6 +17,7 @@ from contextlib import contextmanager, nullcontext, suppress
 
 import torch
 
+from .process_wide import shared
 from .ragged_cache import KV_LENGTH_STEP_RECORDED, RaggedCache
 from .recordable import Watch, agree, can_record, waits_of_gpu
 
@@ -235,7 +236,7 @@ class GraphMemory:
                 raise
 
 
-_recording = threading.RLock()  # torch's generator takes part in one recording at a time
+_recording = shared("recording", threading.RLock)  # torch's generator takes part in one recording at a time
 _free: defaultdict[torch.device, list[GraphMemory]] = defaultdict(list)  # of calls that are over
 _broken: dict[torch.device, object] = {}  # where a recording was not even ended well: nothing is recorded there again
 

@@ -10,40 +10,51 @@ from __future__ import annotations
 import inspect
 import threading
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import torch
 from torch.nn import functional
 from transformers import AttentionInterface
 
+from .process_wide import shared
+from .versions import sdpa_attention
+
 NAME = "sdpa"
 UNDERSTOOD = {"module", "query", "key", "value", "attention_mask", "scaling", "is_causal", "kwargs"}
+ONLY_SDPA = set(inspect.signature(sdpa_attention).parameters) - UNDERSTOOD | {"softcap"}
+"""Arguments that only transformers' own function can honour."""
 
-_here = threading.local()  # `masks` while this thread is inside: folded masks by the id of the given one, and group
-_lock = threading.Lock()
-_inside = 0  # calls of all threads
-_original = None  # what transformers has under NAME,
-_not_understood: set[str] = set()  # and those of its arguments that only it can honour
+
+def new_registration() -> SimpleNamespace:
+    """All copies of this code share one: `passes` of all threads that are inside, what was `registered` for them, and,
+    for each thread, `here.masks` while it is inside: folded masks by the id of the given one, and group."""
+    return SimpleNamespace(lock=threading.Lock(), passes=0, registered=None, here=threading.local())
+
+
+_registration = shared("folded_heads", new_registration)
+_here = _registration.here
 
 
 @contextmanager
 def folded_heads():
-    """Fold heads in what this thread runs inside. Other threads' passes, and all passes afterwards, are untouched."""
-    global _inside, _original, _not_understood
-    with _lock:
-        _inside += 1
-        if _inside == 1:
-            _original = AttentionInterface()[NAME]
-            _not_understood = set(inspect.signature(_original).parameters) - UNDERSTOOD | {"softcap"}
+    """Fold heads in what this thread runs inside. Other threads' passes, and all passes afterwards, are untouched.
+
+    Where somebody put a function of their own in the place of transformers', nothing is folded.
+    """
+    with _registration.lock:
+        _registration.passes += 1
+        if AttentionInterface()[NAME] is sdpa_attention:
+            _registration.registered = folded_attention
             AttentionInterface.register(NAME, folded_attention)
     outer, _here.masks = getattr(_here, "masks", None), {}
     try:
         yield
     finally:
         _here.masks = outer
-        with _lock:
-            _inside -= 1
-            if _inside == 0:
-                AttentionInterface.register(NAME, _original)
+        with _registration.lock:
+            _registration.passes -= 1
+            if _registration.passes == 0 and AttentionInterface()[NAME] is _registration.registered:
+                AttentionInterface.register(NAME, sdpa_attention)
 
 
 def folded_attention(module, query, key, value, attention_mask, **kwargs):
@@ -58,7 +69,7 @@ def folded_attention(module, query, key, value, attention_mask, **kwargs):
         (B, q, heads, head_dim), and no weights.
     """
     if not can_fold(query, key, attention_mask, kwargs):
-        return _original(module, query, key, value, attention_mask, **kwargs)
+        return sdpa_attention(module, query, key, value, attention_mask, **kwargs)
     batch_size, heads, width, _ = query.shape
     group = heads // key.shape[1]
     attended = functional.scaled_dot_product_attention(
@@ -88,7 +99,7 @@ def can_fold(query, key, attention_mask, kwargs: dict) -> bool:
     """Whether this thread wants it, several heads share keys, all of them one mask, and nothing else is asked for."""
     if torch.compiler.is_compiling() or getattr(_here, "masks", None) is None:
         return False
-    special = [kwargs[name] for name in _not_understood if kwargs.get(name) is not None]
+    special = [kwargs[name] for name in ONLY_SDPA if kwargs.get(name) is not None]
     return (
         query.shape[1] > key.shape[1]
         and attention_mask is not None

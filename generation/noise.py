@@ -12,6 +12,8 @@ from collections import Counter, OrderedDict
 
 import torch
 
+from .process_wide import shared
+
 KEPT_BYTES = 512 * 2**20
 
 
@@ -24,8 +26,8 @@ def default_generator(device: torch.device) -> torch.Generator:
     return getattr(torch, device.type).default_generators[index]
 
 
-_replayed: set[torch.device] = set()  # devices whose default generator some call is replaying
-_replayed_lock = threading.Lock()
+_replayed: set[torch.device] = shared("replayed", set)  # devices whose default generator some call is replaying
+_replayed_lock = shared("replayed_lock", threading.Lock)
 
 
 class StepNoise:

@@ -8,11 +8,13 @@ from contextlib import ExitStack
 import torch
 from transformers import DynamicCache
 
+from .capabilities import is_compiled
 from .cuda_graphs import run_pass
 from .fast_linear import fast_linears
 from .ragged_cache import RaggedCache
 from .target import FIRST_CAPACITY
 from .token_choice import BestDrafts
+from .uncompiled import uncompiled
 
 MOST_UNREAD = 32
 """Positions of a row, of rounds without a proposal, after which the target's hidden states are read anyway, since they
@@ -40,6 +42,8 @@ class SpecFormerDrafter:
 
     def __enter__(self):
         with ExitStack() as stack:
+            if is_compiled(self.borrowed.target):
+                stack.enter_context(uncompiled())
             stack.enter_context(self.borrowed)
             stack.enter_context(fast_linears(self.network, self.borrowed.rows))
             self._attached = stack.pop_all()

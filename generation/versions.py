@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 import warnings
 from collections.abc import Callable
 
 import transformers
-from packaging.version import Version
+from transformers.integrations.sdpa_attention import sdpa_attention_forward as sdpa_attention  # noqa: F401
 
 NEWEST_TESTED = "5.24.0"
 CACHE_NAMES = ("cache", "past_key_values")  # since 5.24, and before
@@ -61,12 +62,18 @@ def keeps_recurrent_state(model) -> bool:
 
 def untested() -> str:
     """A sentence for the end of messages where transformers is newer than what this was tested with, else nothing."""
-    if Version(transformers.__version__) <= Version(NEWEST_TESTED):
+    here = transformers.__version__
+    if numbers(here) <= numbers(NEWEST_TESTED):
         return ""
     return (
-        f" (transformers {transformers.__version__} is newer than {NEWEST_TESTED}, the newest that this code was tested "
-        "with: that may be the reason. Try that one, or update specformer and the drafter.)"
+        f" (transformers {here} is newer than {NEWEST_TESTED}, the newest that this code was tested with, and that may "
+        "be the reason. Try that one, or update specformer and the drafter.)"
     )
+
+
+def numbers(version: str) -> list[int]:
+    """5.24.0.dev0 -> [5, 24, 0]."""
+    return [int(number) for number in re.findall(r"\d+", version)[:3]]
 
 
 @functools.cache

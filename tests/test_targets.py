@@ -20,6 +20,7 @@ from exactness import assert_meaningful, check, choose_eos, oracle, plain
 from specformer import SpecFormerModel, generate
 from specformer.generation import generate as entry
 from specformer.generation.capabilities import UnsupportedTargetError
+from specformer.generation.specformer_drafter import SpecFormerDrafter
 from test_bad_input import NEW_TOKENS as REFUSED_TOKENS
 from test_bad_input import contains, drafter_for, hooks_of, refusal
 from tiny import llama, ragged_batch
@@ -65,7 +66,8 @@ def check_exact(target, model: PreTrainedModel | None = None, reference_of=None)
 def borrowed(target: PreTrainedModel, drafter: SpecFormerModel) -> list[torch.Tensor]:
     """All that a drafter takes from its target: hidden states, embeddings, and logits."""
     tokens = ragged_batch(padding=(0, 0))["input_ids"]
-    with drafter.borrow(target) as target_parts:
+    with SpecFormerDrafter(drafter, target) as drafting:
+        target_parts = drafting.borrowed
         target(input_ids=tokens, use_cache=False)
         states = target_parts.take_hidden_states()
         return [states, target_parts.embed(tokens), target_parts.draft_logits(states[:, :, -1])]
@@ -426,7 +428,7 @@ def test_compiled_code_is_back_after_the_last_call(compiler):
     compiled: list = []
     function = torch.compile(lambda x: x + 1, backend=lambda graph, inputs: compiled.append(graph) or graph.forward)
     target = compile_layers(two_layers(), "eager")
-    first, second = (drafter_for(target).borrow(target) for _ in range(2))
+    first, second = (SpecFormerDrafter(drafter_for(target), target) for _ in range(2))
     first.__enter__()
     second.__enter__()
     for call in (first, second):
@@ -435,7 +437,8 @@ def test_compiled_code_is_back_after_the_last_call(compiler):
         call.__exit__(None, None, None)
     function(torch.ones(2))
     assert len(compiled) == 1
-    with drafter_for(target).borrow(two_layers()):  # nothing is compiled there, so nothing is switched
+    other = two_layers()
+    with SpecFormerDrafter(drafter_for(other), other):  # nothing is compiled there, so nothing is switched
         function(torch.ones(3, 3))
     assert len(compiled) == 2
 
@@ -577,10 +580,10 @@ def test_interrupted_entry_leaves_no_hooks(monkeypatch):
     target = llama()
     borrowed = drafter_for(target).borrow(target)
 
-    def interrupt(*args):
+    def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sys.modules[type(borrowed).__module__], "is_compiled", interrupt)
+    monkeypatch.setattr(torch.nn.Module, "register_forward_hook", interrupt)  # the last of them
     with pytest.raises(KeyboardInterrupt):
         borrowed.__enter__()
     assert hooks_of(target) == 0

@@ -56,7 +56,7 @@ def decode(
                 drafter.select_rows(kept, longest)
             started = perf_counter()
             k = round_draft_length(draft_length.next(len(text.rows)), min(text.running_lengths()), text.limit)
-            if k:
+            if k and text.in_step.may_draft():
                 drafts = drafter.propose(k, choice.for_drafter).to(input_ids.device)  # (R, k) or fewer
                 confidences = getattr(drafter, "confidences", None)
                 drafts = drafts[:, : draft_length.keep(drafts, confidences, text.device_idle, started)]

@@ -14,6 +14,7 @@ from .capabilities import check_arguments, check_call, check_target, unwrapped
 from .choose_drafter import choose_draft_length, choose_drafter, drafter_under
 from .cuda_graphs import recorded_passes
 from .decoding import decode
+from .in_step import InStep
 from .probe import probe_target
 from .processors import PrefixFunctionForWantedRows, Processors
 from .prompt import PromptLayout
@@ -146,7 +147,13 @@ def generate(
             StepOutputs(len(input_ids)) if getattr(wants, name, False) else None
             for name in ("output_logits", "output_scores")
         )
-        processors = Processors(logits_processor)
+        processors = Processors(logits_processor, prefix_function)
+        in_step = InStep(len(input_ids))
+        if (returned := processors.rows_of_a_prompt) > 1:
+            in_step.require(
+                f"prefix_allowed_tokens_fn holds for the {returned} sequences of a prompt together, in this version of "
+                "transformers."
+            )
         text = Text(
             input_ids,
             rules,
@@ -155,9 +162,10 @@ def generate(
             pads_through_model=logits is not None or scores is not None,
             is_read=processors.need_prefix,
             scores=scores,
+            in_step=in_step,
         )
         rule = acceptance_rule(acceptance, generation_config.do_sample, len(input_ids), input_ids.device, seed)
-        choice = TokenChoice(rule, processors, text, prefix_function, logits, scores)
+        choice = TokenChoice(rule, processors, text, logits, scores)
         probe_target(model)
         chunk_size = generation_config.prefill_chunk_size
         drafting = drafter_under(rule, drafter)

@@ -2,7 +2,8 @@
 
 Prefix-free ones map each row of scores on its own and run once over all drafted positions. Every other one is called
 as plain generate() calls it: with the whole original batch in its original order, all rows at one length, since some
-are bound to the batch they were made for. Those that remember their earlier calls cannot be replayed and are refused.
+are bound to the batch they were made for. The library's own that remember their earlier calls are refused; what nobody
+knows is watched (`in_step`).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 from transformers import LogitsProcessorList
 
 from .top_k import FewScores, TopK
+from .versions import rows_of_a_prompt
 
 SCORES_ALONE = {
     "TemperatureLogitsWarper",
@@ -33,6 +35,28 @@ PREFIX_FREE = SCORES_ALONE | {
     "BarkEosPrioritizerLogitsProcessor",
     "VibeVoiceTokenConstraintProcessor",
 }
+
+READS_TEXT = {
+    "MinLengthLogitsProcessor",
+    "MinNewTokensLengthLogitsProcessor",
+    "RepetitionPenaltyLogitsProcessor",
+    "EncoderRepetitionPenaltyLogitsProcessor",
+    "NoRepeatNGramLogitsProcessor",
+    "EncoderNoRepeatNGramLogitsProcessor",
+    "SequenceBiasLogitsProcessor",
+    "NoBadWordsLogitsProcessor",
+    "PrefixConstrainedLogitsProcessor",
+    "ForcedBOSTokenLogitsProcessor",
+    "ForcedEOSTokenLogitsProcessor",
+    "ExponentialDecayLengthPenalty",
+    "SuppressTokensAtBeginLogitsProcessor",
+    "WatermarkLogitsProcessor",
+    "AlternatingCodebooksLogitsProcessor",
+    "DiaEOSChannelFilterLogitsProcessor",
+    "UnlimitedOcrSlidingWindowNoRepeatNgramLogitsProcessor",
+    "WhisperTimeStampLogitsProcessor",
+}
+"""Pure functions of text and scores."""
 
 STATEFUL = {
     "UnbatchedClassifierFreeGuidanceLogitsProcessor": "guidance_scale",
@@ -55,22 +79,43 @@ def library_name(processor) -> str | None:
 class Processors:
     """The processors of one call.
 
+    Args:
+        prefix_function: `prefix_allowed_tokens_fn`, which one of them calls.
+
+    Attributes:
+        unknown: what may keep state between calls, for all that is known of it.
+
     Raises:
         ValueError: one of them keeps state between calls.
     """
 
-    def __init__(self, processors: LogitsProcessorList):
+    def __init__(self, processors: LogitsProcessorList, prefix_function: PrefixFunctionForWantedRows | None = None):
         for processor in processors:
             if (name := library_name(processor)) in STATEFUL:
                 raise ValueError(
                     f"{name} (from {STATEFUL[name]}) remembers its earlier calls, so it cannot be evaluated on drafted "
                     "tokens that may be rejected. Switch it off, or call generate() without custom_generate."
                 )
-        self.all = processors
+        self.all, self.prefix_function = processors, prefix_function
+        self.unknown = [p for p in processors if library_name(p) not in PREFIX_FREE | READS_TEXT]
+        if prefix_function is not None:
+            self.unknown.append(prefix_function.function)
         self.prefix_free = LogitsProcessorList(p for p in processors if library_name(p) in PREFIX_FREE)
         self.need_prefix = len(self.prefix_free) < len(processors)
         self.know_tokens = any(library_name(p) not in SCORES_ALONE for p in self.prefix_free)
         self.top_k = TopK.among(self.prefix_free)
+
+    @property
+    def rows_of_a_prompt(self) -> int:
+        """Rows that a rule of `prefix_allowed_tokens_fn` is applied to together."""
+        constraints = [p for p in self.all if library_name(p) == "PrefixConstrainedLogitsProcessor"]
+        return max(map(rows_of_a_prompt, constraints), default=1)
+
+    def read(self, input_ids: torch.Tensor, scores: torch.Tensor, wanted: list[int] | None) -> torch.Tensor:
+        """All processors on the whole batch (B, T), (B, V), of which the rows `wanted` are looked at; `None`: all."""
+        if self.prefix_function is not None:
+            self.prefix_function.begin(wanted)
+        return self.all(input_ids, scores)
 
     def warp(self, scores: torch.Tensor) -> torch.Tensor:
         """Apply the prefix-free processors to scores (..., V), or to those of some tokens if none of them must know
@@ -92,14 +137,20 @@ class PrefixFunctionForWantedRows:
     """`prefix_allowed_tokens_fn`, asked only about the rows whose answer is used.
 
     The other rows of a call hold text of another length. A constraint such as a trie may not know it, and plain
-    generate() would never ask.
+    generate() would never ask. The processor asks about all rows in their order; what it calls them depends on the
+    version of transformers: the row, or since 5.24 the prompt, of which there may be several rows.
     """
 
     def __init__(self, function: Callable[[int, torch.Tensor], list[int]]):
         self.function = function
-        self.wanted: set[int] | None = None
+        self.begin(None)
+
+    def begin(self, wanted: list[int] | None) -> None:
+        """The processor is about to ask, and the rows `wanted` count; `None`: all."""
+        self.wanted, self.asked = wanted, 0
 
     def __call__(self, batch_id: int, input_ids: torch.Tensor) -> list[int]:
-        if self.wanted is not None and batch_id not in self.wanted:
+        row, self.asked = self.asked, self.asked + 1
+        if self.wanted is not None and row not in self.wanted:
             return [0]
         return self.function(batch_id, input_ids)

@@ -5,7 +5,15 @@ from __future__ import annotations
 import math
 
 import torch
-from transformers import EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria, StoppingCriteriaList
+from transformers import (
+    EosTokenCriteria,
+    MaxLengthCriteria,
+    MaxTimeCriteria,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
+
+from .in_step import InStep, name_of
 
 
 class StoppingRules:
@@ -17,6 +25,7 @@ class StoppingRules:
         timers: `max_time`, asked once a round for the whole batch.
         others: stop strings and custom criteria. They are asked token by token about text that plain generate() would
             show them: the whole batch in its original order, all rows at one length.
+        custom: those of them that somebody else wrote.
         pads: whether plain generate() pads a row that has stopped, which it does when a criterion has an
             `eos_token_id`. Otherwise it goes on writing real tokens into the row until all rows have stopped.
     """
@@ -33,6 +42,7 @@ class StoppingRules:
             for criterion in criteria
             if type(criterion) not in (EosTokenCriteria, MaxLengthCriteria) and criterion not in self.timers
         )
+        self.custom = [c for c in self.others if type(c) is not StopStringCriteria]
         self.pads = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
 
     def is_eos(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -40,6 +50,18 @@ class StoppingRules:
         if self.eos_token_ids is None:
             return torch.zeros_like(tokens, dtype=torch.bool)
         return torch.isin(tokens, self.eos_token_ids.to(tokens.device))
+
+    def others_stop(self, input_ids: torch.Tensor, scores, in_step: InStep) -> list[bool]:
+        """Which rows of the whole batch `others` stop at the text `input_ids` (B, T)."""
+        batch_size = len(input_ids)
+        stopped = torch.zeros(batch_size, dtype=torch.bool, device=input_ids.device)
+        with in_step.watch(self.custom):
+            for criterion in self.others:
+                answer = criterion(input_ids, scores)
+                if not isinstance(answer, torch.Tensor) or answer.shape != (batch_size,):
+                    in_step.require(f"{name_of(criterion)} gives one answer for the whole batch, not one for each row.")
+                stopped = stopped | answer
+        return stopped.tolist()
 
     def time_is_up(self, input_ids: torch.Tensor) -> bool:
         return bool(self.timers) and bool(self.timers(input_ids, None).any())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from .in_step import InStep
 from .step_outputs import StepOutputs
 from .stopping import StoppingRules
 from .verification import NO_TOKEN
@@ -27,6 +28,7 @@ class Text:
             to the target as plain generate() feeds them. That is needed where its scores of them are wanted.
         is_read: whether processors read the text.
         scores: the processed scores of all steps, for criteria that look at them.
+        in_step: whether all rows must advance together.
     """
 
     def __init__(
@@ -38,8 +40,10 @@ class Text:
         pads_through_model: bool = False,
         is_read: bool = False,
         scores: StepOutputs | None = None,
+        in_step: InStep | None = None,
     ):
         self.batch_size, self.prompt_width = input_ids.shape
+        self.in_step = InStep(self.batch_size) if in_step is None else in_step
         self.rules, self.streamer, self.scores = rules, streamer, scores
         self.is_read = is_read
         self.leaves_when_stopped = rules.pads and not pads_through_model
@@ -240,7 +244,7 @@ class Text:
         if all((row, length) in self.answers for row in rows):
             return
         scores = None if self.scores is None else self.scores.first(length)
-        is_done = self.rules.others(self.first_columns(length), scores).tolist()
+        is_done = self.rules.others_stop(self.first_columns(length), scores, self.in_step)
         self.answers.update({(row, length): is_done[row] for row in rows})
 
     def _ask_about_new_tokens(self, before: list[int]) -> None:

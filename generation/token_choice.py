@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional
 
 from .acceptance import AcceptanceRule
-from .processors import PrefixFunctionForWantedRows, Processors
+from .processors import Processors
 from .step_outputs import StepOutputs
 from .text import Text
 from .verification import NO_TOKEN, best_tokens, count_accepted
@@ -41,12 +41,10 @@ class TokenChoice:
         rule: AcceptanceRule,
         processors: Processors,
         text: Text,
-        prefix_function: PrefixFunctionForWantedRows | None = None,
         logits: StepOutputs | None = None,
         scores: StepOutputs | None = None,
     ):
         self.rule, self.processors, self.text = rule, processors, text
-        self.prefix_function = prefix_function
         self.logits, self.scores = logits, scores
         self.vocab_size = 0  # of the target's logits, known from the first ones
         self.proposals: list[torch.Tensor | None] = []  # what this round's drafts were sampled from
@@ -166,9 +164,10 @@ class TokenChoice:
                 places = [place for place in live if text.generated[text.rows[place]] == length]
                 rows, steps = [text.rows[place] for place in places], [length + ahead] * len(places)
                 full[rows] = logits[places, ahead]
-                if self.prefix_function is not None:
-                    self.prefix_function.wanted = set(rows)
-                scores = self.processors.all(text.first_columns(length + ahead), full.clone())[rows]
+                with text.in_step.watch(self.processors.unknown):
+                    # plain generate() asks about rows that have stopped as well, and so about all that keep step
+                    wanted = rows if text.in_step.reason is None else None
+                    scores = self.processors.read(text.first_columns(length + ahead), full.clone(), wanted)[rows]
                 if self.scores is not None:
                     self.scores.write(scores, rows, steps)
                 here = slice(ahead, ahead + 1)

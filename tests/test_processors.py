@@ -12,34 +12,13 @@ import transformers
 from exactness import check, oracle, plain
 from specformer.generation import processors as kinds
 from specformer.generation.acceptance import acceptance_rule
-from specformer.generation.processors import PREFIX_FREE, SCORES_ALONE, STATEFUL, Processors
+from specformer.generation.processors import PREFIX_FREE, READS_TEXT, SCORES_ALONE, STATEFUL, Processors
 from specformer.generation.token_choice import TokenChoice
 from test_exactness import NEW_TOKENS, SAMPLING, meaningful_target
 from tiny import VOCAB
 from transformers import LogitsProcessorList, WatermarkingConfig
 
 PACKAGE = Path(transformers.__file__).parent
-READS_TEXT = {
-    "MinLengthLogitsProcessor",
-    "MinNewTokensLengthLogitsProcessor",
-    "RepetitionPenaltyLogitsProcessor",
-    "EncoderRepetitionPenaltyLogitsProcessor",
-    "NoRepeatNGramLogitsProcessor",
-    "EncoderNoRepeatNGramLogitsProcessor",
-    "SequenceBiasLogitsProcessor",
-    "NoBadWordsLogitsProcessor",
-    "PrefixConstrainedLogitsProcessor",
-    "ForcedBOSTokenLogitsProcessor",
-    "ForcedEOSTokenLogitsProcessor",
-    "ExponentialDecayLengthPenalty",
-    "SuppressTokensAtBeginLogitsProcessor",
-    "WatermarkLogitsProcessor",
-    "AlternatingCodebooksLogitsProcessor",
-    "DiaEOSChannelFilterLogitsProcessor",
-    "UnlimitedOcrSlidingWindowNoRepeatNgramLogitsProcessor",
-    "WhisperTimeStampLogitsProcessor",
-}
-"""Pure functions of text and scores. The product treats whatever is in neither of its own two sets like them."""
 CLASS = re.compile(r"^class (\w+)\((?:\w+\.)*(\w*(?:LogitsProcessor|LogitsWarper)|NoSpeechDetection)\):", re.M)
 
 
@@ -66,7 +45,7 @@ def test_every_processor_is_of_a_known_kind():
     }
     known = {*PREFIX_FREE, *READS_TEXT, *STATEFUL}
     unknown = {name: str(file.relative_to(PACKAGE)) for name, file in found.items() if name not in known}
-    assert not unknown, f"sort these into PREFIX_FREE or STATEFUL in {kinds.__file__}, or READS_TEXT here: {unknown}"
+    assert not unknown, f"sort these into the kinds of {kinds.__file__}: {unknown}"
 
 
 def test_no_processor_is_of_two_kinds():

@@ -1,12 +1,15 @@
-# Everything sets itself up: a virtual environment in .venv with the CPU build of torch, and this package, editable.
+# Everything sets itself up: a virtual environment in .venv with the CPU build of torch, the exact versions of
+# constraints.txt, and this package, editable.
 PYTHON ?= python3
-TORCH ?= 2.13.0
 VENV := .venv
 OLDEST := .venv-oldest
+CANARY := .venv-canary
 PYTEST := -m pytest -n 2 --dist worksteal
+TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
+CPU_BUILDS := https://download.pytorch.org/whl/cpu
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-all test-oldest test-gpu bench-gpu kill lint clean
+.PHONY: demo test test-all test-oldest canary test-gpu bench-gpu kill lint clean
 
 demo: $(VENV)/ready
 	$(VENV)/bin/python -m specformer.scripts.demo
@@ -21,8 +24,24 @@ test-all: lint test-oldest
 test-oldest: $(OLDEST)/ready
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python $(PYTEST) -m "not slow and not gpu and not real"
 
-test-gpu: $(VENV)/ready
-	$(VENV)/bin/python -m pytest -m gpu -rs
+# The newest of everything, in an environment that is made anew each time: what the next release elsewhere breaks.
+# torch stays the CPU build that was found: a newer one that another package asks for would be a CUDA build.
+canary:
+	rm -rf $(CANARY)
+	$(call environment,$(CANARY))
+	@newest=`$(CANARY)/bin/pip index versions torch --extra-index-url $(CPU_BUILDS) 2>/dev/null | \
+		grep -o '[0-9.]*+cpu' | head -1 | cut -d+ -f1`; $(call torch,$(CANARY),$${newest:-$(TORCH)},/dev/null)
+	@{ $(CANARY)/bin/pip freeze | grep '^torch=='; grep '^triton==' constraints.txt; } > $(CANARY)/constraints.txt
+	$(call package,$(CANARY),$(CANARY)/constraints.txt)
+	OMP_NUM_THREADS=1 $(CANARY)/bin/python tests/canary.py $(PYTEST) -m "not slow and not gpu" \
+		--deselect tests/test_packaging.py::test_every_version_is_pinned
+
+# With the Python and the CUDA build of torch that are installed, and this package: pip install -e ".[scripts,test]".
+test-gpu:
+	@$(PYTHON) -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null || { \
+		echo "make test-gpu: $(PYTHON) has no torch that finds a CUDA GPU. Nothing was tested. Name one that has: make test-gpu PYTHON=..." >&2; \
+		exit 1; }
+	$(PYTHON) -m pytest -m gpu -rs
 
 # Kills distillation and training, ten times each, and compares with runs that are left alone.
 kill: $(VENV)/ready
@@ -52,24 +71,40 @@ lint: $(VENV)/ready
 	$(VENV)/bin/ruff format --check .
 
 clean:
-	rm -rf $(VENV) $(OLDEST) build *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(OLDEST) $(CANARY) build *.egg-info .pytest_cache .ruff_cache
 
-# Plain "torch" would bring gigabytes of CUDA where there is no GPU, so the CPU build is asked for first.
-define install
+# environment, folder: a fresh one
+define environment
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "Python 3.11 or newer is needed; $(PYTHON) is `$(PYTHON) --version`. Try make PYTHON=python3.12"; exit 1; }
 	$(PYTHON) -m venv $(1)
-	@echo "Installing torch $(TORCH) (CPU build) ..."
-	@$(1)/bin/pip install --quiet "torch==$(TORCH)+cpu" 2>/dev/null || \
-		$(1)/bin/pip install --quiet --index-url https://download.pytorch.org/whl/cpu "torch==$(TORCH)" 2>/dev/null || \
-		$(1)/bin/pip install --quiet "torch==$(TORCH)"
+endef
+
+# pip, folder, constraints: these, in place of those that a machine may set for all of its environments
+pip = PIP_CONSTRAINT=$(2) PIP_BUILD_CONSTRAINT=$(2) $(1)/bin/pip install --quiet
+
+# torch, folder, version, constraints: plain "torch" would bring gigabytes of CUDA where there is no GPU, so the CPU build
+# is asked for first
+torch = echo "Installing torch $(2) (CPU build) ..."; \
+	$(call pip,$(1),$(3)) "torch==$(2)+cpu" 2>/dev/null || \
+	$(call pip,$(1),$(3)) "torch==$(2)+cpu" --extra-index-url $(CPU_BUILDS) 2>/dev/null || \
+	$(call pip,$(1),$(3)) "torch==$(2)"
+
+# package, folder, constraints
+define package
 	@echo "Installing the package and its tools ..."
-	$(1)/bin/pip install --quiet -e ".[scripts,test]" $(2)
+	@$(call pip,$(1),$(2)) -e ".[scripts,test]"
 	@touch $(1)/ready
 endef
 
-$(VENV)/ready: setup.cfg pyproject.toml
-	$(call install,$(VENV),transformers)
+$(VENV)/ready: setup.cfg pyproject.toml constraints.txt
+	$(call environment,$(VENV))
+	@$(call torch,$(VENV),$(TORCH),constraints.txt)
+	$(call package,$(VENV),constraints.txt)
 
-$(OLDEST)/ready: setup.cfg pyproject.toml
-	$(call install,$(OLDEST),transformers==5.17.0)
+$(OLDEST)/ready: setup.cfg pyproject.toml constraints.txt
+	$(call environment,$(OLDEST))
+	sed -e 's/^transformers==.*/transformers==5.17.0/' -e 's/^huggingface_hub==.*/huggingface_hub==1.33.0/' \
+		constraints.txt > $(OLDEST)/constraints.txt
+	@$(call torch,$(OLDEST),$(TORCH),$(OLDEST)/constraints.txt)
+	$(call package,$(OLDEST),$(OLDEST)/constraints.txt)

@@ -14,11 +14,13 @@ from pathlib import Path
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers.dynamic_module_utils import get_cached_module_file
-from transformers.utils import HF_MODULES_CACHE
+from transformers.utils import HF_MODULES_CACHE, cached_file
 
 from .configuration_specformer import SpecFormerConfig
 
 STRATEGY = "custom_generate"
+REQUIREMENTS = "requirements.txt"
+"""Of the strategy: transformers compares it with what is installed before it runs generate.py."""
 CARD = "README.md"
 WRITTEN = "<!-- written by specformer -->"
 """A card without this line was written by a person, and is left alone."""
@@ -31,6 +33,7 @@ PUBLISHED = (
     "model.safetensors.index.json",
     "*_specformer.py",
     f"{STRATEGY}/*.py",
+    f"{STRATEGY}/{REQUIREMENTS}",
     "training.json",
 )
 """What a push sends, and the card. Nothing else that lies in a folder leaves the machine."""
@@ -93,28 +96,34 @@ def strategy_files(drafter, token: bool | str | None = None) -> list[Path]:
     """
     code = Path(__file__).parent
     if (code / "generation" / "generate.py").exists():
-        return sorted((code / "generation").glob("*.py"))
+        return [*sorted((code / "generation").glob("*.py")), code / "generation" / REQUIREMENTS]
     # transformers keeps the code of a Hub repository in a folder named after its commit: the strategy must be of the
     # same one, whatever the repository holds by now
     commit = code.name if COMMIT.fullmatch(code.name) else None
-    repository = drafter.name_or_path
+    repository, where = drafter.name_or_path, dict(revision=commit, token=token)
     try:
-        file = get_cached_module_file(repository, f"{STRATEGY}/generate.py", revision=commit, token=token)
+        file = get_cached_module_file(repository, f"{STRATEGY}/generate.py", **where)
+        # drafters of before it was written have none
+        requirements = cached_file(
+            repository, f"{STRATEGY}/{REQUIREMENTS}", _raise_exceptions_for_missing_entries=False, **where
+        )
     except (OSError, HFValidationError) as error:
         raise OSError(
             f"This drafter was loaded from {repository!r}, whose {STRATEGY}/ cannot be read ({error}). Without it the "
             "saved folder could not generate. Save where that repository can be read, or install specformer."
         ) from error
-    return sorted(path for path in (Path(HF_MODULES_CACHE) / file).parent.glob("*.py") if path.name != "__init__.py")
+    modules = (Path(HF_MODULES_CACHE) / file).parent.glob("*.py")
+    files = sorted(path for path in modules if path.name != "__init__.py")
+    return [*files, Path(requirements)] if requirements else files
 
 
 def complete_repository(drafter, folder: Path, token: bool | str | None = None) -> None:
     """Add the strategy, and a card where there is none."""
     strategy = folder / STRATEGY
     sources = strategy_files(drafter, token)
-    if strategy.resolve() != sources[0].parent.resolve():
-        strategy.mkdir(exist_ok=True)
-        for source in sources:
+    strategy.mkdir(exist_ok=True)
+    for source in sources:
+        if source.resolve() != (strategy / source.name).resolve():
             shutil.copyfile(source, strategy / source.name)
     card = folder / CARD
     if not card.exists():

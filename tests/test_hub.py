@@ -17,6 +17,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from hub import File, Hub
 from huggingface_hub import constants
 from safetensors.torch import load
@@ -31,8 +32,11 @@ ID = "user/tiny-drafter"
 PARTS = ("configuration", "context", "layers", "loading", "modeling", "publishing", "target")
 CODE = {f"{part}_specformer.py" for part in PARTS}
 CODE |= {f"custom_generate/{file.name}" for file in (ROOT / "generation").glob("*.py")}
+REQUIREMENTS = "custom_generate/requirements.txt"
+CODE.add(REQUIREMENTS)
 REPOSITORY = {"config.json", "model.safetensors", "README.md", *CODE}
 SECRETS = ["secrets.txt", ".env", "optimizer.pt", "training_args.bin", "setup.py", "model.safetensors.bak"]
+SECRETS += ["requirements.txt", "custom_generate/notes.txt"]
 SECRETS += ["__pycache__/modeling_specformer.cpython-311.pyc", "custom_generate/notes/mine.py", "data/config.json"]
 BY_HAND = "# My own card\n"
 
@@ -92,7 +96,7 @@ def test_saved_folder_is_complete_and_safe(shard: str | None, tmp_path: Path):
     extra = {"model.safetensors.index.json"} if shard else set()
     assert set(files) - weights == REPOSITORY - {"model.safetensors"} | extra
     assert (len(weights) > 2) if shard else weights == {"model.safetensors"}
-    assert {Path(name).suffix for name in files} == {".json", ".md", ".py", ".safetensors"}
+    assert {Path(name).suffix for name in files} == {".json", ".md", ".py", ".safetensors", ".txt"}
     assert all(load(files[name]) for name in weights)
     again = SpecFormerModel.from_pretrained(tmp_path).state_dict()
     assert again.keys() == drafter.state_dict().keys()
@@ -468,7 +472,14 @@ drafter_of(given["id"], revision=given["commit"]).save_pretrained(given["pinned_
 result["main"] = use(given["id"])
 result["commit"] = use(given["id"], revision=given["commit"])
 result["branch"] = use(given["id"], revision="stable")
+result["past"] = use(given["id"], revision="past")
+try:
+    result["future"] = use(given["id"], revision="future")
+except ImportError as error:
+    result["future"] = str(error)
+drafter_of(given["id"], revision="past").save_pretrained(given["past_copy"])
 drafter_of(given["id"]).save_pretrained(given["copy"])
+drafter_of(given["copy"]).save_pretrained(given["copy"])  # over itself
 drafter_of(given["copy"]).save_pretrained(given["copy_of_copy"])
 for name in ("pinned_copy", "copy", "copy_of_copy", "package"):
     result[name] = use(given[name])
@@ -481,6 +492,7 @@ result["main"] = use(given["id"])
 result["commit"] = use(given["id"], revision=given["commit"])
 result["branch"] = use(given["id"], revision="stable")
 drafter_of(given["id"]).save_pretrained(given["offline_copy"])
+drafter_of(given["id"], revision="past").save_pretrained(given["past_offline_copy"])
 result["offline_copy"] = use(given["offline_copy"])
 result["hidden"] = sorted(HIDDEN & sys.modules.keys())
 print(json.dumps(result))
@@ -509,21 +521,25 @@ def story(tmp_path_factory) -> SimpleNamespace:
     folder = tmp_path_factory.mktemp("story")
     target = llama(torch.float32)
     target.save_pretrained(folder / "target")
-    names = ["target", "package", "pinned_copy", "copy", "copy_of_copy", "offline_copy"]
+    names = ["target", "package", "pinned_copy", "copy", "copy_of_copy", "past_copy"]
+    names += ["offline_copy", "past_offline_copy"]
     given = {name: str(folder / name) for name in names}
     given |= dict(id=ID, batch={name: rows.tolist() for name, rows in ragged_batch().items()})
     versions = [make_drafter(seed=seed) for seed in (1, 2)]
     versions[0].save_pretrained(given["package"])
     with at_the_hub() as hub:
         given["commit"] = versions[0].push_to_hub(ID, private=True).oid
-        versions[0].push_to_hub(ID, revision="stable")
+        for branch in ("stable", "past", "future"):
+            versions[0].push_to_hub(ID, revision=branch)
+        hub.repositories[ID].commit("past", "as before there were requirements", {REQUIREMENTS: None})
+        hub.repositories[ID].commit("future", "needs more", {REQUIREMENTS: File(b"transformers>=99", False)})
         versions[1].push_to_hub(ID)
         strategy = "custom_generate/generate.py"
         newer = sent(hub)[strategy] + b"\nVERSION = 2\n"
         hub.repositories[ID].commit("main", "newer strategy", {strategy: File(newer, False)})
         reach = dict(HF_ENDPOINT=hub.url, HF_HUB_DISABLE_XET="1", HF_TOKEN=hub.token)
         online = run(ONLINE, given, folder, **reach)
-        files = {name: sent(hub, revision) for name, revision in (("main", "main"), ("commit", given["commit"]))}
+        files = {name: sent(hub, given.get(name, name)) for name in ("main", "commit", "past")}
     sums = [drafter.input_proj.weight.sum().item() for drafter in versions]
     offline = run(OFFLINE, given, folder, **reach, HF_HUB_OFFLINE="1")
     return SimpleNamespace(
@@ -558,6 +574,20 @@ def test_offline_from_the_cache(story):
 
 def test_saved_from_the_package_loads_without_it(story):
     assert story.online["package"] == story.first
+
+
+def test_other_versions_of_transformers_are_refused_in_words(story):
+    """What a repository says that it needs, transformers compares before it runs anything of it."""
+    assert f"Missing requirements in your local environment for `{ID}`" in story.online["future"]
+    assert f"transformers>=99 (installed: {transformers.__version__})" in story.online["future"]
+
+
+def test_repositories_without_requirements(story):
+    """Those of before there were any: they work, and what is saved of them is what they are."""
+    assert story.online["past"] == story.first
+    assert REQUIREMENTS not in story.files["past"]
+    for copy in ("past_copy", "past_offline_copy"):
+        assert files_of(story.folder / copy).keys() == story.files["past"].keys()
 
 
 @pytest.mark.parametrize("copy, version", [("copy", "main"), ("pinned_copy", "commit"), ("copy_of_copy", "main")])

@@ -1,5 +1,6 @@
 """SpecFormer: lossless batched speculative decoding inside transformers' `generate()`.
 
+`AutoConfig` and `AutoModel` load drafters with the code of this package once it is imported, see `registration`.
 Names are looked up on first use, and absolutely, so that this file also imports where the folder has another name.
 """
 
@@ -17,3 +18,7 @@ def __getattr__(name: str):
     if name not in _HOMES:
         raise AttributeError(f"module 'specformer' has no attribute {name!r}; it has {', '.join(__all__)}")
     return getattr(import_module(_HOMES[name]), name)
+
+
+if __name__ == "specformer":  # not where a tool imports this file by its folder
+    import_module("specformer.registration").register()

@@ -13,6 +13,7 @@ import torch
 from .draft_length import DraftLength, round_draft_length
 from .drafter import Drafter
 from .fast_linear import fast_linears
+from .position_table import positions_in_table
 from .prompt import PromptLayout
 from .statistics import GenerationStatistics
 from .target import prefill, verify
@@ -37,6 +38,7 @@ def decode(
     """
     input_ids, max_length = text.ids, text.rules.max_length
     statistics = GenerationStatistics(text.batch_size)
+    table = positions_in_table(model)
 
     with drafter, choice.rule, fast_linears(model):
         block_size = draft_length.most + 1
@@ -56,6 +58,8 @@ def decode(
                 drafter.select_rows(kept, longest)
             started = perf_counter()
             k = round_draft_length(draft_length.next(len(text.rows)), min(text.running_lengths()), text.limit)
+            if table is not None:
+                k = max(0, min(k, table - 1 - longest_read(text, layout)))
             if k and text.in_step.may_draft():
                 drafts = drafter.propose(k, choice.for_drafter).to(input_ids.device)  # (R, k) or fewer
                 confidences = getattr(drafter, "confidences", None)

@@ -14,9 +14,6 @@ from contextlib import contextmanager
 
 from .own_state import Opaque, state_of
 
-SETTLED_AFTER = 2
-"""Calls after which what changes no more is taken for constant: many prepare something in the first one."""
-
 
 class InStep:
     """
@@ -30,13 +27,13 @@ class InStep:
     def __init__(self, batch_size: int):
         self.is_batch = batch_size > 1
         self.reason: str | None = None
-        self.calls: dict[int, int] = {}  # by the id of what is watched
+        self.called: set[int] = set()  # ids of what was called before
+        self.unsettled: set[int] = set()  # of what its first call changed: it may have prepared itself, or keep state
         self.got_apart = False
 
     def may_draft(self) -> bool:
         """Whether rows may get apart in the next round."""
-        unsettled = any(count < SETTLED_AFTER for count in self.calls.values())
-        free = self.reason is None and not unsettled
+        free = self.reason is None and not self.unsettled
         self.got_apart |= free and self.is_batch
         return free
 
@@ -67,9 +64,13 @@ class InStep:
         before = [self._state_of(each) for each in watched]
         yield
         for each, state in zip(watched, before, strict=True):
-            count = self.calls[id(each)] = self.calls.get(id(each), 0) + 1
-            if count >= SETTLED_AFTER and state != self._state_of(each):
-                self.require(f"{name_of(each)} keeps state between its calls.")
+            self.unsettled.discard(id(each))
+            if state != self._state_of(each):
+                if id(each) in self.called:
+                    self.require(f"{name_of(each)} keeps state between its calls.")
+                else:
+                    self.unsettled.add(id(each))
+            self.called.add(id(each))
 
     def _state_of(self, callable: Callable):
         try:

@@ -2,23 +2,95 @@
 
 Code of a model may read padding, positions, masks or the cache in a way of its own. So, once per model, a few tokens
 are decoded both ways.
+
+The trial's texts are short, and windows, chunks and thresholds of real models are long. But code that computes from the
+number of keys, or from the length of the cache, instead of each token's own position, shows that with a short text as
+well, once it is shown many more slots: they are masked, so they must not matter.
 """
 
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator
 
 import torch
+from torch.nn import functional
 from transformers import DynamicCache
+from transformers.cache_utils import CacheLayerMixin
 
 from .attention import attention_of
 from .capabilities import UnsupportedTargetError, input_device
 from .cuda_graphs import recorded_passes
 from .prompt import PromptLayout
-from .target import prefill, prompt_arguments, verify
-from .versions import cache_argument
+from .ragged_cache import KV_LENGTH_STEP, RaggedCache, RaggedLayer, attention_masks
+from .target import prefill, prompt_arguments, read_block, verify
+from .versions import cache_argument, untested
 
 _probed: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # model -> attention implementations that passed
+
+
+MOST_SLOTS = 4096
+"""That are shown beside those in use: more than any number of the config up to here."""
+MOST_TOKENS = 2**24
+BY_NUMBER_OF_KEYS = "its attention goes by the number of keys, masked ones included, and not by each token's position"
+
+
+class StretchedLayer(CacheLayerMixin):
+    """A layer of a ragged cache that seems to hold more: `slots` of zeros behind its own, and `tokens` in all."""
+
+    is_compileable = False
+    is_sliding = False
+
+    def __init__(self, layer: RaggedLayer, slots: int, tokens: int):
+        super().__init__()
+        self.layer, self.slots, self.tokens = layer, slots, tokens
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self.layer.lazy_initialization(key_states, value_states)
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        seen = self.layer.update(key_states, value_states)
+        return tuple(functional.pad(states, (0, 0, 0, self.slots)) for states in seen)
+
+    def get_seq_length(self) -> int:
+        return self.layer.get_seq_length() + self.tokens
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.layer.kv_length + self.slots, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+def verify_among_many_slots(model, cache: RaggedCache, tokens: torch.Tensor) -> torch.Tensor:
+    """What `verify` computes, where the cache seems to be longer than any number of the config."""
+    numbers = list(numbers_of(model.config.get_text_config(decoder=True).to_dict()))
+    slots = max((number for number in numbers if number <= MOST_SLOTS), default=0) + KV_LENGTH_STEP
+    longest = max((number for number in numbers if number <= MOST_TOKENS), default=0) + KV_LENGTH_STEP
+    position_ids = cache.prepare(tokens.shape[1])
+    masks = attention_masks(model.config, cache, position_ids, model.dtype)
+    hidden = False if attention_of(model) == "sdpa" else torch.finfo(model.dtype).min
+
+    def stretched(mask: torch.Tensor) -> torch.Tensor:
+        return functional.pad(mask, (0, slots), value=hidden)
+
+    masks = {kind: stretched(mask) for kind, mask in masks.items()} if isinstance(masks, dict) else stretched(masks)
+    layers, cache.layers = cache.layers, [StretchedLayer(layer, slots, longest) for layer in cache.layers]
+    try:
+        return read_block(model, cache, tokens, position_ids, masks)
+    except RuntimeError as error:  # shapes, as a rule
+        raise ValueError(f"{BY_NUMBER_OF_KEYS} ({error})") from error
+    finally:
+        cache.layers = layers
+
+
+def numbers_of(value) -> Iterator[int]:
+    """The whole numbers in a config, at any depth."""
+    if isinstance(value, dict | list | tuple):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from numbers_of(part)
+    elif isinstance(value, int) and not isinstance(value, bool):
+        yield value
 
 
 @torch.no_grad()
@@ -27,8 +99,7 @@ def probe_target(model) -> None:
     """Once per model and attention: verify three tokens of two rows that have got apart, beside plain forwards.
 
     The tolerance is what the model's own cached decoding differs by, which is much in half precision, and never less
-    than float32's: families compute their routing or rotary embeddings in it, in float64 as well. Windows and chunks
-    longer than the probe's eleven tokens are not seen.
+    than float32's: families compute their routing or rotary embeddings in it, in float64 as well.
 
     Raises:
         UnsupportedTargetError: the logits differ. The reason is unknown: code of the model reads padding, positions,
@@ -56,6 +127,7 @@ def probe_target(model) -> None:
         verify(model, cache, first)
         cache.advance(torch.tensor(kept, device=device), width + max(kept))
         ours = verify(model, cache, second).cpu().double()
+        among_many = verify_among_many_slots(model, cache, second).cpu().double()
         for row, count in enumerate(kept):
             context = torch.cat([prompt[row][mask[row].bool()], first[row, :count]])[None]
             text = torch.cat([context, second[row : row + 1]], dim=1)
@@ -69,12 +141,15 @@ def probe_target(model) -> None:
             error = (ours[row] - whole).abs().median()
             if not error <= allowed:  # also when it is NaN
                 raise ValueError(f"logits differ by {error:.2g} from plain decoding, where {allowed:.2g} is usual")
+            error = (among_many[row] - whole).abs().median()
+            if not error <= allowed:
+                raise ValueError(f"{BY_NUMBER_OF_KEYS} (logits differ by {error:.2g})")
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
         raise UnsupportedTargetError(
             f"{type(model).__name__} cannot be decoded speculatively: a trial with two rows of different length did "
             f"not agree with plain decoding ({type(error).__name__}: {error}). Call generate() without custom_generate "
-            "and assistant_model instead."
+            "and assistant_model instead." + untested()
         ) from error
     passed.add(attention_of(model))

@@ -107,15 +107,21 @@ def verify(model, cache: RaggedCache, tokens: torch.Tensor) -> torch.Tensor:
 
     def one_pass(tokens: torch.Tensor) -> tuple[torch.Tensor]:
         position_ids = cache.prepare(tokens.shape[1])
-        with folded_heads():
-            outputs = model(
-                input_ids=tokens,
-                position_ids=position_ids,
-                attention_mask=attention_masks(model.config, cache, position_ids, model.dtype),
-                **cache_argument(model, cache),
-                use_cache=True,
-                return_dict=True,
-            )
-        return (outputs.logits,)
+        masks = attention_masks(model.config, cache, position_ids, model.dtype)
+        return (read_block(model, cache, tokens, position_ids, masks),)
 
     return run_pass(cache, tokens.shape[1], ("verify",), one_pass, tokens)[0]
+
+
+def read_block(model, cache, tokens: torch.Tensor, position_ids: torch.Tensor, masks) -> torch.Tensor:
+    """Logits (B, q, V) of `tokens` at `position_ids`, both (B, q), which see what `masks` let them see."""
+    with folded_heads():
+        outputs = model(
+            input_ids=tokens,
+            position_ids=position_ids,
+            attention_mask=masks,
+            **cache_argument(model, cache),
+            use_cache=True,
+            return_dict=True,
+        )
+    return outputs.logits

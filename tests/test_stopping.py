@@ -442,19 +442,12 @@ def mistake_what_pads(monkeypatch) -> None:
 
 
 def stop_all_rows_together(monkeypatch) -> None:
-    def fault(self, input_ids, scores, **kwargs):
-        done = given(self, input_ids, scores, **kwargs)
-        return done.any().expand(len(done))
+    given = StoppingRules.others_stop
 
-    given = StoppingCriteriaList.__call__
-    ask = Text._ask_about_new_tokens
+    def fault(self, input_ids, *args):
+        return [any(given(self, input_ids, *args))] * len(input_ids)
 
-    def ask_for_all(self, before):
-        with monkeypatch.context() as patch:
-            patch.setattr(StoppingCriteriaList, "__call__", fault)
-            ask(self, before)
-
-    monkeypatch.setattr(Text, "_ask_about_new_tokens", ask_for_all)
+    monkeypatch.setattr(StoppingRules, "others_stop", fault)
 
 
 def run_criteria(full_texts, name: str) -> None:

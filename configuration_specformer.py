@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Callable, Iterable
+from functools import partial
 from reprlib import repr as short  # a hostile value may be as long as a file
+from statistics import mode
 
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
@@ -21,6 +25,18 @@ SIZES = (
     "num_draft_layers",
     "target_num_hidden_layers",
 )
+NAMES_OF_SIZES = {
+    "vocab_size": ("vocab_size",),
+    "hidden_size": ("hidden_size", "n_embd", "d_model"),
+    "intermediate_size": ("intermediate_size", "ffn_dim", "decoder_ffn_dim", "n_inner", "d_inner", "d_ff", "dff"),
+    "num_attention_heads": ("num_attention_heads", "n_head", "n_heads"),
+    "num_key_value_heads": ("num_key_value_heads", "num_kv_heads", "n_head_kv"),
+    "head_dim": ("head_dim",),
+    "target_num_hidden_layers": ("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
+}
+"""What configs of targets call the sizes of a drafter. Where a class of transformers has a name of its own, it mostly
+answers to the first one here too; remote code need not."""
+NEEDED_SIZES = ("vocab_size", "hidden_size", "num_attention_heads", "target_num_hidden_layers")
 LARGEST = 2**24
 """No size of a drafter comes near. Beyond it a config is damaged or hostile, and its memory must not be asked for."""
 MOST_PARAMETERS = 20_000_000_000
@@ -213,25 +229,41 @@ class SpecFormerConfig(PreTrainedConfig):
 
     @classmethod
     def from_target_config(cls, target_config: PreTrainedConfig, **overrides) -> SpecFormerConfig:
-        """Derive the sizes of a drafter from the config of its target; `overrides` are fields of this class."""
-        text_config = target_config.get_text_config(decoder=True)
-        heads = text_config.num_attention_heads
-        head_dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // heads
-        rope = getattr(text_config, "rope_parameters", None) or {}
+        """Derive the sizes of a drafter from the config of its target; `overrides` are fields of this class.
+
+        Where the target's layers differ in a size, the drafter gets what most of them have.
+
+        Raises:
+            ValueError: the target is an encoder-decoder, or its config does not say how large it is.
+        """
+        if getattr(target_config, "is_encoder_decoder", False):
+            raise ValueError(
+                f"{type(target_config).__name__} describes an encoder-decoder, and only a decoder-only model can have "
+                "a SpecFormer drafter."
+            )
+        config = target_config.get_text_config(decoder=True)
+        sizes = {field: number_of(config, names, is_whole) for field, names in NAMES_OF_SIZES.items()}
+        sizes |= {field: value for field, value in overrides.items() if field in sizes and is_whole(value)}
+        if missing := [field for field in NEEDED_SIZES if sizes[field] is None]:
+            raise ValueError(
+                f"{type(config).__name__} does not say {', '.join(missing)}. A SpecFormer drafter is made for a "
+                "decoder-only transformer, which state-space models, for example, are not. If it is one and calls them "
+                "something else, give them as keywords: from_target_config(config, num_attention_heads=...)."
+            )
+        width, heads = sizes["hidden_size"], sizes["num_attention_heads"]
+        head_dim = sizes["head_dim"] or max(width // heads, 1)
+        rope = getattr(config, "rope_parameters", None) or {}
+        if per_layer_type := [settings for settings in rope.values() if isinstance(settings, dict)]:
+            rope = rope.get("full_attention") or per_layer_type[0]  # the drafter's context layer sees everything
         derived = {
-            "vocab_size": text_config.vocab_size,
-            "hidden_size": text_config.hidden_size,
-            "intermediate_size": getattr(text_config, "intermediate_size", None) or 4 * text_config.hidden_size,
-            "num_attention_heads": heads,
-            "num_key_value_heads": getattr(text_config, "num_key_value_heads", None) or heads,
+            **sizes,
+            "intermediate_size": sizes["intermediate_size"] or 4 * width,
+            "num_key_value_heads": math.gcd(heads, sizes["num_key_value_heads"] or heads),  # layers may differ in both
             "head_dim": head_dim + head_dim % 2,
-            "target_num_hidden_layers": text_config.num_hidden_layers,
             "target_name_or_path": target_config.name_or_path or None,
-            "rms_norm_eps": getattr(text_config, "rms_norm_eps", 1e-5),
+            "rms_norm_eps": number_of(config, ["rms_norm_eps"], partial(is_within, LIMITS["rms_norm_eps"]), 1e-5),
             "rope_theta": rope.get("rope_theta", 10000.0),
-            "bos_token_id": text_config.bos_token_id,
-            "eos_token_id": text_config.eos_token_id,
-            "pad_token_id": text_config.pad_token_id,
+            **{name: getattr(config, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
         }
         return cls(**{**derived, **overrides})
 
@@ -239,6 +271,18 @@ class SpecFormerConfig(PreTrainedConfig):
     def paper(cls, target_config: PreTrainedConfig, **overrides) -> SpecFormerConfig:
         """The drafter of arXiv 2511.20340, section 3: four hidden states of the target and no anchor token."""
         return cls.from_target_config(target_config, **{"use_anchor_token": False, **overrides})
+
+    @classmethod
+    def from_dict(cls, config_dict: dict, **kwargs):
+        """As in transformers, by which from_pretrained(<drafter>, FIELD=...) changes fields; but the size of the
+        vocabulary is what the drafter was made for."""
+        own, given = (fields.get("vocab_size") for fields in (config_dict, kwargs))
+        if None not in (own, given) and own != given:
+            raise ValueError(
+                f"vocab_size={short(given)} was given, and the drafter was made for a vocabulary of {short(own)}. Leave "
+                "it out: a target to which tokens were added, or whose embeddings are padded, works as it is."
+            )
+        return super().from_dict(config_dict, **kwargs)
 
     def _check_format(self) -> None:
         version = self.format_version
@@ -287,7 +331,7 @@ class SpecFormerConfig(PreTrainedConfig):
                 raise ValueError(f"SpecFormerConfig: {name} is {short(getattr(self, name))}; expected true or false.")
         for name, (lowest, highest) in LIMITS.items():
             value = getattr(self, name)
-            if type(value) not in (int, float) or not lowest <= value <= highest:
+            if not is_within((lowest, highest), value):
                 raise ValueError(
                     f"SpecFormerConfig: {name} is {short(value)}; expected a number from {lowest:g} to {highest:g}."
                 )
@@ -351,9 +395,27 @@ class SpecFormerConfig(PreTrainedConfig):
             )
 
 
-def is_whole(value, lowest: int) -> bool:
+def is_whole(value, lowest: int = 1) -> bool:
     """Whether `value` is an integer that a size can be."""
     return isinstance(value, int) and not isinstance(value, bool) and lowest <= value <= LARGEST
+
+
+def is_within(limits: tuple[float, float], value) -> bool:
+    """Whether `value` is a number from the first of `limits` to the second."""
+    return type(value) in (int, float) and limits[0] <= value <= limits[1]
+
+
+def number_of(config: PreTrainedConfig, names: Iterable[str], is_usable: Callable[..., bool], default=None):
+    """What `config` says under the first of `names` where that is usable: of several layers, what most of them have."""
+    for name in names:
+        try:
+            value = getattr(config, name, None)
+        except RuntimeError:  # by which transformers says that its layers differ
+            value = [getattr(layer, name, None) for layer in config.per_layer_config]
+        values = value if isinstance(value, list | tuple) else [value]
+        if usable := [value for value in values if is_usable(value)]:
+            return mode(usable)
+    return default
 
 
 SpecFormerConfig.register_for_auto_class()

@@ -47,7 +47,8 @@ HOW_TO_GENERATE = (
     "A SpecFormer drafter does not generate by itself, and transformers' own assisted decoding cannot use it. "
     "Pass its folder or Hub id as the generation strategy: target.generate(**inputs, assistant_model=drafter, "
     "custom_generate=drafter.name_or_path, trust_remote_code=True), or, with the package installed, "
-    "specformer.generate(target, drafter, **inputs)."
+    "specformer.generate(target, drafter, **inputs). The strategy is a string: transformers passes over a Path, so "
+    "give custom_generate=str(path)."
 )
 
 
@@ -272,7 +273,7 @@ class SpecFormerModel(PreTrainedModel):
         head would read, passes through to every slot; what is added to it starts small.
         """
         self.final_norm.weight.copy_(final_norm_scale(target).to(self.final_norm.weight))
-        self.config.target_embeddings = some_embeddings(target)
+        self.config.target_embeddings = some_embeddings(target, self.config.vocab_size)
         identity = torch.eye(self.config.hidden_size, device=self.device)
         of_draft_layers = (layer for attention, mlp in self.draft_layers for layer in (attention.o_proj, mlp.down_proj))
         for layer in (self.context_attention.o_proj, *of_draft_layers):

@@ -31,20 +31,21 @@ class BorrowedTarget:
         rows: the LM head's rows of the drafted tokens, as a layer; `None` where they cannot be taken out.
 
     Raises:
-        ValueError: the target is another model than the drafter was made for.
+        ValueError: the target is another model than the drafter was made for. It may have more tokens.
     """
 
     def __init__(self, target: PreTrainedModel, config: SpecFormerConfig, draft_token_ids: torch.Tensor | None = None):
         text_config = target.config.get_text_config(decoder=True)
-        sizes = {
-            "hidden_size": "hidden_size",
-            "vocab_size": "vocab_size",
-            "num_hidden_layers": "target_num_hidden_layers",
+        made_for = {
+            "hidden_size": config.hidden_size,
+            "vocab_size": config.vocab_size,
+            "num_hidden_layers": config.target_num_hidden_layers,
         }
+        sizes = {name: getattr(text_config, name) for name in made_for}
+        # tokens that were added to the target, or that pad its embeddings, are behind those of the drafter
+        sizes["vocab_size"] = min(sizes["vocab_size"], config.vocab_size)
         differences = [
-            f"{theirs} is {getattr(text_config, theirs)} there and {getattr(config, ours)} here"
-            for theirs, ours in sizes.items()
-            if getattr(text_config, theirs) != getattr(config, ours)
+            f"{name} is {sizes[name]} there and {size} here" for name, size in made_for.items() if sizes[name] != size
         ]
         if differences:
             raise ValueError(
@@ -189,10 +190,9 @@ class BorrowedTarget:
         return logits
 
 
-def some_embeddings(target: PreTrainedModel, rows: int = 8, columns: int = 8) -> list[float]:
-    """A few of the target's input embeddings, spread over the vocabulary, to know it by."""
+def some_embeddings(target: PreTrainedModel, vocab_size: int, rows: int = 8, columns: int = 8) -> list[float]:
+    """A few of the target's input embeddings, spread over the first `vocab_size` tokens, to know it by."""
     embeddings = target.get_input_embeddings()
-    vocab_size = target.config.get_text_config(decoder=True).vocab_size
     # whole numbers: torch.linspace rounds as the device does, and would read other rows on a GPU
     ids = torch.tensor([row * (vocab_size - 1) // (rows - 1) for row in range(rows)], device=device_of(embeddings))
     with torch.no_grad():
@@ -207,7 +207,8 @@ def check_embeddings(target: PreTrainedModel, config: SpecFormerConfig) -> None:
     if config.target_embeddings is None:
         return
     theirs, ours = (
-        torch.tensor(numbers, dtype=torch.float64) for numbers in (some_embeddings(target), config.target_embeddings)
+        torch.tensor(numbers, dtype=torch.float64, device="cpu")  # whatever the default device is: not all have float64
+        for numbers in (some_embeddings(target, config.vocab_size), config.target_embeddings)
     )
     if torch.allclose(theirs, ours, rtol=0.02, atol=1e-3 * float(ours.abs().max())):
         return
@@ -259,7 +260,8 @@ def device_of(module: nn.Module) -> torch.device:
 def find_decoder(target: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList]:
     """The target's module that runs the decoder layers and the final norm, and its list of layers."""
     count = target.config.get_text_config(decoder=True).num_hidden_layers
-    for module in target.get_decoder().modules():
+    # get_decoder() may return something else that is called `decoder`, such as the head
+    for module in (*target.get_decoder().modules(), *target.modules()):
         for child in module.children():
             if isinstance(child, nn.ModuleList) and len(child) == count:
                 return module, child
@@ -285,7 +287,7 @@ def final_norm_scale(target: PreTrainedModel) -> torch.Tensor:
         and sum(parameter.numel() for parameter in module.parameters()) in (size, 2 * size)
     ]
     if not norms:
-        return torch.ones(size)
+        return torch.ones(size, device="cpu")
     dtype = next(norms[-1].parameters()).dtype
     signs = 1.0 - 2.0 * (torch.arange(size, device=device_of(norms[-1])) % 2).to(dtype)
     with torch.no_grad():

@@ -37,7 +37,8 @@ class AssistantDrafter:
         if abs(ours - theirs) > 0.01 * theirs:
             raise ValueError(
                 f"The assistant {assistant.name_or_path or type(assistant).__name__} has {ours} tokens and the target "
-                f"{theirs}, so their tokenizers differ. Pass an assistant with the target's tokenizer."
+                f"{theirs}, so their tokenizers differ. Pass an assistant with the target's tokenizer; if tokens were "
+                f"added to the target alone, call assistant.resize_token_embeddings({theirs}) as well."
             )
         self.assistant, self.chunk_size = assistant, chunk_size
         self.device = input_device(assistant)

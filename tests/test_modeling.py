@@ -500,7 +500,7 @@ def test_hooks_are_gone_after_an_exception():
     ("overrides", "message"),
     [
         (dict(hidden_size=64), "hidden_size is 64 there and 32 here"),
-        (dict(vocab_size=VOCAB + 1), "vocab_size is 65 there and 64 here"),
+        (dict(vocab_size=VOCAB - 1), "vocab_size is 63 there and 64 here"),
         (dict(num_hidden_layers=2), "num_hidden_layers is 2 there and 4 here"),
     ],
 )

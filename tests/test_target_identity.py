@@ -8,11 +8,12 @@ import warnings
 import pytest
 import torch
 from accelerate import cpu_offload
+from exactness import check, plain
 from specformer import SpecFormerConfig, SpecFormerModel, generate
 from specformer.configuration_specformer import FORMAT
 from specformer.target_specformer import check_embeddings, some_embeddings
-from tiny import llama, ragged_batch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from tiny import PRESETS, VOCAB, llama, ragged_batch
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 OWN = "someone/own-target"
 SETTINGS = dict(max_new_tokens=8, eos_token_id=None, do_sample=False)
@@ -80,8 +81,8 @@ def test_numbers_are_read_where_they_should_be():
     weight = target.get_input_embeddings().weight
     rows, columns = [0, 9, 18, 27, 36, 45, 54, 63], [0, 4, 8, 13, 17, 22, 26, 31]
     expected = weight[rows][:, columns].flatten().tolist()
-    assert some_embeddings(target) == pytest.approx(expected, rel=1e-3)
-    assert len(some_embeddings(llama(vocab_size=3, hidden_size=4, eos_token_id=2))) == 64
+    assert some_embeddings(target, 64) == pytest.approx(expected, rel=1e-3)
+    assert len(some_embeddings(llama(vocab_size=3, hidden_size=4, eos_token_id=2), 3)) == 64
 
 
 def test_a_saved_drafter_remembers(tmp_path):
@@ -89,7 +90,7 @@ def test_a_saved_drafter_remembers(tmp_path):
     drafter = drafter_of(target)
     drafter.save_pretrained(tmp_path)
     loaded = SpecFormerModel.from_pretrained(tmp_path)
-    assert loaded.config.target_embeddings == drafter.config.target_embeddings == some_embeddings(target)
+    assert loaded.config.target_embeddings == drafter.config.target_embeddings == some_embeddings(target, VOCAB)
     assert loaded.config.format_version == FORMAT
 
 
@@ -138,6 +139,117 @@ def test_own_target_on_a_gpu():
         assert warned(lambda dtype=dtype: drafter.borrow(own_target(dtype).cuda()))[1] == []
     with pytest.raises(ValueError, match="another model"):
         drafter.borrow(own_target(seed=1).cuda())
+
+
+# ---- its own target, with more tokens
+
+
+RESIZED = {
+    "two tokens": dict(new_num_tokens=VOCAB + 2),
+    "padded": dict(pad_to_multiple_of=48),
+    "one token, padded": dict(new_num_tokens=VOCAB + 1, pad_to_multiple_of=64),
+}
+
+
+def resized(target: PreTrainedModel, how: str) -> PreTrainedModel:
+    """With new tokens whose embeddings are random, so that it writes them too."""
+    torch.manual_seed(0)
+    target.resize_token_embeddings(**RESIZED[how], mean_resizing=False)
+    assert target.config.vocab_size == len(target.lm_head.weight) > VOCAB
+    return target
+
+
+def new_tokens_in_prompts() -> dict[str, torch.Tensor]:
+    batch = ragged_batch()
+    batch["input_ids"][0, -1] = batch["input_ids"][3, 4] = VOCAB
+    return batch
+
+
+@pytest.mark.parametrize("preset", ["anchor", "some tokens", "previous token", "all of it"])
+@pytest.mark.parametrize("how", RESIZED)
+def test_a_target_with_more_tokens(how: str, preset: str):
+    """Silent, and exact where texts have new tokens in them; a drafter of all tokens drafts these, too."""
+    drafter = SpecFormerModel(PRESETS[preset](own_target().config)).eval()
+    drafter.init_from_target(own_target())
+    target, batch = resized(own_target(torch.float64), how), new_tokens_in_prompts()
+    written = []
+    for sampling in (dict(do_sample=False), dict(do_sample=True, temperature=2.0)):
+        arguments = dict(sampling, max_new_tokens=16, eos_token_id=None)
+        reference = plain(target, batch, **arguments)
+        statistics, messages = warned(
+            lambda reference=reference, arguments=arguments: check(target, batch, reference, drafter, 4, **arguments)
+        )
+        assert messages == [] and sum(statistics.drafted_per_slot) > 0
+        written += reference.sequences[:, batch["input_ids"].shape[1] :].flatten().tolist()
+    assert max(written) >= VOCAB
+    for rule in ("coupled", "rejection"):
+        generate(target, drafter, **batch, do_sample=True, max_new_tokens=8, acceptance=rule)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("drafted", [None, 24])
+def test_training_on_texts_with_new_tokens(drafted: int | None):
+    """Where all tokens are drafted there are logits of the new ones; elsewhere their positions do not count."""
+    drafter = drafter_of(own_target(), draft_vocab_size=drafted)
+    borrowed = drafter.borrow(resized(own_target(), "two tokens"))
+    logits = borrowed.draft_logits(torch.randn(3, 32))
+    assert logits.shape == (3, drafted or VOCAB + 2)
+    labels = borrowed.draft_labels(torch.tensor([5, VOCAB, VOCAB + 1]))
+    assert labels.tolist() == [5, *([-100] * 2 if drafted else [VOCAB, VOCAB + 1])]
+
+
+@pytest.mark.parametrize("how", RESIZED)
+def test_relatives_and_other_models_with_more_tokens(how: str):
+    drafter = drafter_of(own_target())
+    tuned = named(resized(perturbed(own_target(), 0.2), how), "someone/fine-tune")
+    assert len(lossless(tuned, drafter)) == 1
+    with pytest.raises(ValueError, match="another model"):
+        drafter.borrow(resized(own_target(seed=1), how))
+
+
+def test_a_target_with_fewer_tokens():
+    """Also where none of those that are drafted is missing."""
+    drafter = drafter_of(own_target(), draft_vocab_size=24)
+    target = own_target()
+    target.resize_token_embeddings(VOCAB - 2)
+    with pytest.raises(ValueError, match=r"vocab_size is 62 there and 64 here\. Load the drafter of this target"):
+        generate(target, drafter, **ragged_batch(), **SETTINGS)
+
+
+def test_the_vocabulary_need_not_be_given_when_loading(tmp_path):
+    drafter_of(own_target()).save_pretrained(tmp_path)
+    target = resized(own_target(), "two tokens")
+    assert lossless(target, SpecFormerModel.from_pretrained(tmp_path)) == []
+    assert lossless(target, SpecFormerModel.from_pretrained(tmp_path, vocab_size=VOCAB)) == []
+    for load in (SpecFormerModel, AutoModel):
+        with pytest.raises(ValueError, match=r"vocab_size=66 was given, .*vocabulary of 64\. Leave it out"):
+            load.from_pretrained(tmp_path, vocab_size=VOCAB + 2, trust_remote_code=True)
+
+
+@pytest.mark.parametrize("how", ["target alone", "both"])
+def test_an_assistant_of_a_target_with_more_tokens(how: str):
+    target, assistant = llama(vocab_size=512), llama(vocab_size=512, num_hidden_layers=2, seed=1)
+    for model in (target, assistant) if how == "both" else (target,):
+        model.resize_token_embeddings(514, mean_resizing=False)
+    batch = ragged_batch()
+    batch["input_ids"][:, -1] = 512
+    batch["input_ids"][0, 3] = 513
+    for sampling in (dict(do_sample=False), dict(do_sample=True, temperature=3.0)):
+        arguments = dict(sampling, max_new_tokens=16, eos_token_id=None)
+        reference = plain(target, batch, **arguments)
+        statistics = check(target, batch, reference, assistant, 4, **arguments)
+        assert sum(statistics.drafted_per_slot) > 0
+
+
+def test_an_assistant_of_a_target_with_many_more_tokens():
+    """The message says what helps, and it does."""
+    target, assistant = llama(), llama(num_hidden_layers=2, seed=1)
+    target.resize_token_embeddings(VOCAB + 2, mean_resizing=False)
+    batch = new_tokens_in_prompts()
+    with pytest.raises(ValueError, match=r"64 tokens and the target 66.*assistant\.resize_token_embeddings\(66\)"):
+        generate(target, assistant, **batch, **SETTINGS)
+    assistant.resize_token_embeddings(66)
+    check(target, batch, plain(target, batch, **SETTINGS), assistant, 4, **SETTINGS)
 
 
 # ---- relatives

@@ -33,6 +33,7 @@ from specformer.scripts.decoded import evaluate_decoding
 from specformer.scripts.fetch_target import fetch_target
 from specformer.scripts.losses import IGNORED
 from specformer.scripts.offline import evaluate_answers
+from specformer.scripts.prompt_rows import Prompt
 from specformer.scripts.prompts import read_prompts
 from specformer.scripts.provenance import provenance
 from specformer.scripts.reproduce import KEEP_MEMORY
@@ -83,7 +84,7 @@ def main(arguments: argparse.Namespace) -> None:
         "variants": results,
     }
     arguments.result.parent.mkdir(parents=True, exist_ok=True)
-    arguments.result.write_text(json.dumps(result, indent=2) + "\n")
+    arguments.result.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(table(result))
 
 
@@ -91,7 +92,7 @@ class Evaluation(NamedTuple):
     """What variants are evaluated on: answers of the target, and of each its prompt and kind."""
 
     answers: torch.utils.data.Dataset
-    prompts: list[str]
+    prompts: list[Prompt]
     kinds: list[str]
 
     def some(self, count: int) -> Evaluation:
@@ -125,7 +126,7 @@ def load(folder: Path, target) -> SpecFormerModel:
 
 def trained(folder: Path, target, evaluation: Evaluation | None, arguments: argparse.Namespace) -> dict:
     """How one drafter was trained, and what it would do on the answers, exactly."""
-    log = json.loads((folder / "training.json").read_text())
+    log = json.loads((folder / "training.json").read_text(encoding="utf-8"))
     if evaluation:
         store = arguments.output / STATES if arguments.store_hidden_states else None
         offline = computed(load(folder, target), target, evaluation, arguments.batch_size, store)

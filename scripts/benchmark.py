@@ -28,7 +28,8 @@ from specformer.generation.statistics import GenerationStatistics
 from specformer.scripts.contenders import PLAIN, Way, ways
 from specformer.scripts.fetch_target import HUB_ID, fetch_target
 from specformer.scripts.peak_memory import PeakMemory
-from specformer.scripts.prompts import encode, read_prompts
+from specformer.scripts.prompt_rows import Prompt
+from specformer.scripts.prompts import encode, encode_each, read_prompts, template_arguments
 from specformer.scripts.provenance import provenance
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -129,12 +130,19 @@ def rounds_of(counted: list[GenerationStatistics], seconds: float) -> dict:
 
 
 def make_batches(
-    tokenizer, prompts: list[str], batch_size: int, turns: int, prompt_tokens: int | None, device, same: bool = False
+    tokenizer,
+    prompts: list[Prompt],
+    batch_size: int,
+    turns: int,
+    prompt_tokens: int | None,
+    device,
+    same: bool = False,
+    template_kwargs: dict | None = None,
 ) -> list[dict]:
     """A batch for every turn, each spread over all prompts; or of pieces of `prompt_tokens` tokens of all prompts in a
     row. `same`: the rows of a batch are one prompt again and again."""
     if same:
-        batches = make_batches(tokenizer, prompts, 1, turns, prompt_tokens, device)
+        batches = make_batches(tokenizer, prompts, 1, turns, prompt_tokens, device, template_kwargs=template_kwargs)
         return [{name: part.repeat(batch_size, 1) for name, part in batch.items()} for batch in batches]
     if prompt_tokens is None:
         if batch_size > len(prompts):
@@ -143,8 +151,13 @@ def make_batches(
             [(turn + turns * row) * len(prompts) // (batch_size * turns) for row in range(batch_size)]
             for turn in range(turns)
         ]
-        return [dict(encode(tokenizer, [prompts[place] for place in places]).to(device)) for places in spread]
-    stream = itertools.chain.from_iterable(tokenizer(prompt)["input_ids"] for prompt in itertools.cycle(prompts))
+        batches = [encode(tokenizer, [prompts[place] for place in row], template_kwargs) for row in spread]
+        return [dict(batch.to(device)) for batch in batches]
+    texts = [
+        prompt if isinstance(prompt, str) else "\n\n".join(message["content"] for message in prompt)
+        for prompt in prompts
+    ]
+    stream = itertools.chain.from_iterable(tokenizer(text)["input_ids"] for text in itertools.cycle(texts))
     ids = torch.tensor(list(itertools.islice(stream, turns * batch_size * prompt_tokens)), device=device)
     batches = ids.view(turns, batch_size, prompt_tokens)
     return [dict(input_ids=ids, attention_mask=torch.ones_like(ids)) for ids in batches]
@@ -154,7 +167,7 @@ def begin(output: Path | None, result: dict) -> dict:
     """`result`, or what a stopped run with the same regime left of it."""
     if output is None or not output.exists():
         return result
-    before = json.loads(output.read_text())
+    before = json.loads(output.read_text(encoding="utf-8"))
     if before.get("finished") is False and before["regime"] == result["regime"]:
         print(f"Going on with {output}: {len(before['contests'])} contests are there.")
         return before
@@ -165,7 +178,7 @@ def save(output: Path | None, result: dict) -> None:
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
         temporary = output.with_name(f".{output.name}")
-        temporary.write_text(json.dumps(result, indent=2) + "\n")
+        temporary.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
         temporary.replace(output)
 
 
@@ -173,15 +186,16 @@ def main(arguments: argparse.Namespace) -> None:
     from tqdm import tqdm
     from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
+    prompts, known = read_prompts(arguments.prompts), {}
     name = arguments.target or str(fetch_target())
+    tokenizer, template_kwargs = AutoTokenizer.from_pretrained(name), arguments.chat_template_kwargs
+    encode_each(tokenizer, prompts, arguments.prompts, template_kwargs)  # refuses what it must before the work begins
     target = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, arguments.dtype)).eval()
     target.to("cuda" if torch.cuda.is_available() else "cpu")
-    tokenizer = AutoTokenizer.from_pretrained(name)
     drafter = AutoModel.from_pretrained(arguments.drafter, trust_remote_code=True)
     assistant = None
     if arguments.assistant:
         assistant = AutoModelForCausalLM.from_pretrained(arguments.assistant, dtype=target.dtype).to(target.device)
-    prompts, known = read_prompts(arguments.prompts), {}
     regime = {
         "target": arguments.target or HUB_ID,
         "dtype": arguments.dtype,
@@ -193,6 +207,7 @@ def main(arguments: argparse.Namespace) -> None:
         "batch_sizes": arguments.batch_sizes,
         "prompt_tokens": arguments.prompt_tokens,
         "same_prompt": arguments.same_prompt,
+        **({"chat_template_kwargs": template_kwargs} if template_kwargs else {}),
     }
     new = {**provenance("specformer.scripts.benchmark"), "regime": regime, "finished": False, "contests": []}
     result = begin(arguments.output, new)
@@ -210,9 +225,8 @@ def main(arguments: argparse.Namespace) -> None:
         }
 
     for number, (prompt_tokens, decoding, batch_size) in enumerate(every[len(whole) :], len(whole) + 1):
-        batches = make_batches(
-            tokenizer, prompts, batch_size, arguments.repeats, prompt_tokens, target.device, arguments.same_prompt
-        )
+        shape = batch_size, arguments.repeats, prompt_tokens
+        batches = make_batches(tokenizer, prompts, *shape, target.device, arguments.same_prompt, template_kwargs)
         settings = dict(DECODING[decoding], max_new_tokens=arguments.max_new_tokens, eos_token_id=None)
         known.clear()
         contest, progress = Contest(ways_of), tqdm(desc=f"{number} of {len(every)}", unit="call")
@@ -266,6 +280,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--target", help="folder or Hub id; default: the one of fetch_target")
     parser.add_argument("--drafter", default=str(ROOT), help="SpecFormer folder or Hub id; default: this checkout")
     parser.add_argument("--assistant", help="a smaller causal LM for transformers' assisted decoding: folder or Hub id")
+    parser.add_argument(
+        "--chat-template-kwargs",
+        type=template_arguments,
+        metavar="JSON",
+        help="""arguments of the target's chat template, such as '{"enable_thinking": false}'""",
+    )
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--decoding", nargs="+", default=["greedy"], choices=list(DECODING))
     parser.add_argument(

@@ -9,6 +9,7 @@ from collections import Counter, defaultdict
 import numpy as np
 import torch
 from specformer.generation.generate import generate
+from specformer.scripts.prompt_rows import Prompt
 from specformer.scripts.prompts import encode
 
 
@@ -29,7 +30,13 @@ def explain(target, text: torch.Tensor, mask: torch.Tensor, theirs: int, ours: i
 
 
 def evaluate_decoding(
-    target, tokenizer, drafting: dict, prompts: list[str], tasks: list[str], arguments: argparse.Namespace
+    target,
+    tokenizer,
+    drafting: dict,
+    prompts: list[Prompt],
+    tasks: list[str],
+    arguments: argparse.Namespace,
+    template_kwargs: dict | None = None,
 ) -> dict:
     """Generate with and without drafting, in turn.
 
@@ -37,6 +44,7 @@ def evaluate_decoding(
         drafting: what makes generate() draft, and how much.
         tasks: of each prompt.
         arguments: batch_size, max_new_tokens, sample, acceptance.
+        template_kwargs: of the tokenizer's chat template.
 
     Returns:
         Texts that agree, tokens per pass (all, by task), acceptance per slot, and the counts that `paper_measures`
@@ -51,7 +59,7 @@ def evaluate_decoding(
     drafted, accepted = Counter(), Counter()
     progress = tqdm(total=len(prompts), unit="prompt")
     for start in range(0, len(prompts), arguments.batch_size):
-        batch = encode(tokenizer, prompts[start : start + arguments.batch_size]).to(target.device)
+        batch = encode(tokenizer, prompts[start : start + arguments.batch_size], template_kwargs).to(target.device)
         settings = dict(max_new_tokens=arguments.max_new_tokens, do_sample=arguments.sample)
         torch.manual_seed(start)
         began = time.perf_counter()

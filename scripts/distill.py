@@ -3,10 +3,12 @@
     python -m specformer.scripts.distill --prompts prompts.jsonl --output answers
     accelerate launch -m specformer.scripts.distill --prompts <datasets id> --target <your model> --output answers
 
---output becomes a folder that `datasets` reads: JSON lines of id, prompt_ids, response_ids and finished (whether the
-answer ended by itself), and a README.md with where they come from. Run the same command again after an interruption,
-with as many processes as you like: answers that are there are kept, those that are missing are made. An answer depends
-on its prompt and the settings alone, not on the batch or the order, so an interrupted run ends with the same answers.
+A row of --prompts is a text or a conversation, in one of the forms that prompt_rows.py lists: {"prompt": "..."},
+{"messages": [...]}, ShareGPT's, Alpaca's and others. --output becomes a folder that `datasets` reads: JSON lines of id,
+prompt_ids, response_ids and finished (whether the answer ended by itself), and a README.md with where they come from.
+Run the same command again after an interruption, with as many processes as you like: answers that are there are kept,
+those that are missing are made. An answer depends on its prompt and the settings alone, not on the batch or the order,
+so an interrupted run ends with the same answers.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from specformer.generation.prompt import PromptLayout
 from specformer.generation.prompt_groups import tokens_of_a_pass
 from specformer.generation.target import prefill, prompt_arguments, verify
 from specformer.generation.verification import sample_with_noise
-from specformer.scripts.prompts import encode, read_prompts
+from specformer.scripts.prompts import encode_each, read_prompts, template_arguments
 from specformer.scripts.provenance import provenance
 from specformer.scripts.runs import begin_or_go_on
 
@@ -169,7 +171,7 @@ def read_answers(folder: Path) -> set[int]:
 def write_card(folder: Path, settings: dict) -> None:
     """README.md: what `datasets` needs to know, and where the answers come from."""
     files = sorted(folder.glob("answers-*.jsonl"))
-    rows = [json.loads(line) for path in files for line in path.read_text().splitlines()]
+    rows = [json.loads(line) for path in files for line in path.read_text(encoding="utf-8").splitlines()]
     tokens = sum(len(row["response_ids"]) for row in rows)
     ended = sum(row["finished"] for row in rows) / max(1, len(rows))
     lines = [
@@ -184,7 +186,7 @@ def write_card(folder: Path, settings: dict) -> None:
         json.dumps({**settings, **provenance("specformer.scripts.distill")}, indent=2),
         "```",
     ]
-    (folder / "README.md").write_text("\n".join(lines) + "\n")
+    (folder / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def digest(value) -> str:
@@ -198,20 +200,31 @@ def main(arguments: argparse.Namespace) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     prompts = read_prompts(arguments.prompts, arguments.limit)
+    if not 0 <= arguments.skip < len(prompts):
+        raise ValueError(f"--skip is {arguments.skip}, and there are {len(prompts)} prompts; expected fewer than that.")
     process = PartialState(cpu=not torch.accelerator.is_available())
     name = arguments.target or str(fetch_target())
-    tokenizer = AutoTokenizer.from_pretrained(name, revision=arguments.revision)
-    encoded = [encode(tokenizer, [prompt])["input_ids"][0].tolist() for prompt in tqdm(prompts, desc="tokenize")]
+    repository = {"revision": arguments.revision, "trust_remote_code": arguments.trust_remote_code}
+    tokenizer = AutoTokenizer.from_pretrained(name, **repository)
+    encoded = encode_each(tokenizer, prompts, arguments.prompts, arguments.chat_template_kwargs)
     asked = range(arguments.skip, len(encoded))
     kept = [index for index in asked if len(encoded[index]) <= arguments.max_prompt_tokens]
+    if not kept:
+        shortest = min(len(encoded[index]) for index in asked)
+        raise ValueError(
+            f"--max-prompt-tokens is {arguments.max_prompt_tokens}, and all {len(asked)} prompts are longer; expected "
+            f"{shortest} or more, which the shortest has."
+        )
     dtype = arguments.dtype or ("float32" if process.device.type == "cpu" else "bfloat16")
-    target = AutoModelForCausalLM.from_pretrained(name, revision=arguments.revision, dtype=getattr(torch, dtype))
+    target = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype), **repository)
     target = target.eval().to(process.device)
     settings = {
         "target": arguments.target or HUB_ID,
         "revision": getattr(target.config, "_commit_hash", None),
+        "trust_remote_code": arguments.trust_remote_code,
         "dtype": dtype,
         "chat_template": digest(tokenizer.chat_template),
+        "chat_template_kwargs": arguments.chat_template_kwargs or None,
         "prompts": digest(encoded),
         "max_prompt_tokens": arguments.max_prompt_tokens,
         "skip": arguments.skip,
@@ -236,7 +249,7 @@ def main(arguments: argparse.Namespace) -> None:
     tokens = 0
     try:
         answers = answering.run(Answer(index, encoded[index]) for index in mine)
-        with open(path, "a") as file, closing(answers):
+        with open(path, "a", encoding="utf-8") as file, closing(answers):
             for answer in answers:
                 file.write(answer.to_json() + "\n")
                 file.flush()
@@ -262,6 +275,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, required=True, help="folder for the answers; begun or gone on with")
     parser.add_argument("--target", help="folder or Hub id; default: the one of fetch_target")
     parser.add_argument("--revision", help="branch, tag or commit of the target")
+    parser.add_argument("--trust-remote-code", action="store_true", default=None, help="run the target's own code")
+    parser.add_argument(
+        "--chat-template-kwargs",
+        type=template_arguments,
+        metavar="JSON",
+        help="""arguments of the target's chat template, such as '{"enable_thinking": false}'""",
+    )
     parser.add_argument("--limit", type=int, help="only the first so many prompts")
     parser.add_argument("--skip", type=int, default=0, help="not the first so many of these")
     parser.add_argument("--max-prompt-tokens", type=int, default=512, help="longer prompts are left out")

@@ -29,7 +29,8 @@ from specformer.scripts.decoded import evaluate_decoding
 from specformer.scripts.fetch_target import HUB_ID, fetch_target
 from specformer.scripts.measures import paper_measures
 from specformer.scripts.offline import evaluate_answers
-from specformer.scripts.prompts import read, read_prompts, task_of
+from specformer.scripts.prompt_rows import task_of
+from specformer.scripts.prompts import encode_each, read, read_prompts, template_arguments
 from specformer.scripts.provenance import provenance
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -91,10 +92,15 @@ def of_answers(drafter, target, tasks: list[str], arguments: argparse.Namespace)
 def main(arguments: argparse.Namespace) -> None:
     from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
+    prompts = read_prompts(arguments.prompts, arguments.limit)
+    tasks = read(arguments.prompts, task_of, arguments.limit)
     name = arguments.target or str(fetch_target())
-    target = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, arguments.dtype)).eval()
+    trusted = {"trust_remote_code": arguments.trust_remote_code}
+    tokenizer = AutoTokenizer.from_pretrained(name, **trusted)
+    if not arguments.answers:  # what cannot be encoded is refused before the work begins
+        encode_each(tokenizer, prompts, arguments.prompts, arguments.chat_template_kwargs)
+    target = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, arguments.dtype), **trusted).eval()
     target.to("cuda" if torch.cuda.is_available() else "cpu")
-    tokenizer = AutoTokenizer.from_pretrained(name)
     k, at_work = arguments.num_assistant_tokens, {}
     if arguments.prompt_lookup:
         drafter_name, drafting = "prompt lookup", {"prompt_lookup_num_tokens": arguments.prompt_lookup}
@@ -103,7 +109,8 @@ def main(arguments: argparse.Namespace) -> None:
         k = k or 4
         if arguments.assistant:
             drafter_name = arguments.assistant
-            drafter = AutoModelForCausalLM.from_pretrained(arguments.assistant, dtype=target.dtype).to(target.device)
+            drafter = AutoModelForCausalLM.from_pretrained(arguments.assistant, dtype=target.dtype, **trusted)
+            drafter.to(target.device)
         else:
             drafter_name = f"{arguments.assistant_layers} of the target's {target.config.num_hidden_layers} layers"
             drafter = keep_layers(target, arguments.assistant_layers)
@@ -116,14 +123,14 @@ def main(arguments: argparse.Namespace) -> None:
         drafting, at_work = {"assistant_model": drafter, "num_assistant_tokens": k}, parameters_at_work(drafter, target)
         if alone:
             drafting["prompt_lookup_num_tokens"] = 0
-    prompts = read_prompts(arguments.prompts, arguments.limit)
-    tasks = read(arguments.prompts, task_of, arguments.limit)
     if arguments.answers:
         if not at_work:
             raise ValueError("--answers needs a SpecFormer drafter: others have nothing to compute from a text alone.")
         figures = of_answers(drafter.to(target.device, target.dtype), target, tasks, arguments)
     else:
-        figures = evaluate_decoding(target, tokenizer, drafting, prompts, tasks, arguments)
+        figures = evaluate_decoding(
+            target, tokenizer, drafting, prompts, tasks, arguments, arguments.chat_template_kwargs
+        )
         tokens, seconds = figures["counts"]["tokens"], figures["seconds"]
         speeds = dict(tokens_per_second=tokens / seconds["drafting"], plain_tokens_per_second=tokens / seconds["plain"])
         figures["measures"] = paper_measures(**figures["counts"], **speeds, **at_work)
@@ -144,13 +151,14 @@ def main(arguments: argparse.Namespace) -> None:
                     "num_assistant_tokens": k,
                 }
             ),
+            **({"chat_template_kwargs": arguments.chat_template_kwargs} if arguments.chat_template_kwargs else {}),
         },
         **figures,
     }
     print(json.dumps(result, indent=2))
     if arguments.output:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps(result, indent=2) + "\n")
+        arguments.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
 def parse() -> argparse.Namespace:
@@ -158,6 +166,15 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--prompts", required=True, help="jsonl file or datasets id")
     parser.add_argument("--limit", type=int, help="only the first so many prompts")
     parser.add_argument("--target", help="folder or Hub id; default: the one of fetch_target")
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", default=None, help="run the target's own code, and --assistant's"
+    )
+    parser.add_argument(
+        "--chat-template-kwargs",
+        type=template_arguments,
+        metavar="JSON",
+        help="""arguments of the target's chat template, such as '{"enable_thinking": false}'""",
+    )
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--drafter", default=str(ROOT), help="SpecFormer folder or Hub id; default: this checkout")
     what.add_argument("--assistant", help="a causal LM instead: folder or Hub id")

@@ -83,14 +83,13 @@ def measure(target, drafter, batches: list[dict], k: int, cuda_graphs: bool, dec
 def main(arguments: argparse.Namespace) -> None:
     from tqdm import tqdm
 
-    dtype = getattr(torch, arguments.dtype)
+    prompts, dtype = read_prompts(arguments.prompts), getattr(torch, arguments.dtype)
     folder = arguments.target or fetch_target()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     target = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
     target.to("cuda" if torch.cuda.is_available() else "cpu")
     drafter = AutoModel.from_pretrained(arguments.drafter, trust_remote_code=True, dtype=dtype).to(target.device)
     paths = [False, True] if target.device.type == "cuda" else [False]
-    prompts = read_prompts(arguments.prompts)
     result = {
         **provenance("specformer.scripts.loop_overhead"),
         "regime": {
@@ -112,7 +111,7 @@ def main(arguments: argparse.Namespace) -> None:
         result["rounds"].append(measure(target, drafter, batches, *settings))
         if arguments.output:
             arguments.output.parent.mkdir(parents=True, exist_ok=True)
-            arguments.output.write_text(json.dumps(result, indent=2) + "\n")
+            arguments.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print("\n".join(table(result["rounds"])))
 
 

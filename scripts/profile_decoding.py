@@ -94,12 +94,11 @@ def profile_once(target, drafter, inputs, arguments) -> dict[str, float]:
 
 
 def main(arguments: argparse.Namespace) -> None:
-    folder = fetch_target()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    prompts, folder = read_prompts(arguments.prompts, arguments.batch_size), fetch_target()
+    inputs = encode(AutoTokenizer.from_pretrained(folder), prompts)
     target = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     # in the dtype that it computes in: a copy in another one would not be timed
     drafter = AutoModel.from_pretrained(ROOT, trust_remote_code=True, dtype=torch.float32)
-    inputs = encode(tokenizer, read_prompts(arguments.prompts, arguments.batch_size))
     profile_once(target, drafter, inputs, arguments)  # the probe, and warm-up
     runs = [profile_once(target, drafter, inputs, arguments) for _ in range(arguments.repeats)]
     outside = [1 - (run["target"] + run["drafter"]) / run["total"] for run in runs]
@@ -121,7 +120,7 @@ def main(arguments: argparse.Namespace) -> None:
     }
     print(json.dumps(result, indent=2))
     if arguments.output:
-        arguments.output.write_text(json.dumps(result, indent=2) + "\n")
+        arguments.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -76,6 +76,8 @@ def commands(arguments: argparse.Namespace) -> list[list[str]]:
     """The steps, each a module of specformer.scripts and its arguments."""
     recipe = RECIPES[arguments.recipe]
     target = ["--target", arguments.target] if arguments.target else []
+    target += ["--trust-remote-code"] if arguments.trust_remote_code else []
+    template = ["--chat-template-kwargs", arguments.chat_template_kwargs] if arguments.chat_template_kwargs else []
     name = ["--target-id", arguments.target_id] if arguments.target_id else []
     count = len(read_prompts(arguments.prompts, recipe["prompts"][-1][1]))
     stages = [each for each in zip(recipe["prompts"], recipe["train"], strict=True) if each[0][0] < count]
@@ -83,9 +85,8 @@ def commands(arguments: argparse.Namespace) -> list[list[str]]:
     for number, ((first, end), train) in enumerate(stages, 1):
         answers = str(arguments.output / f"answers-{number}")
         part = [*(["--skip", str(first)] if first else []), *(["--limit", str(end)] if end else [])]
-        steps.append(
-            ["distill", "--prompts", arguments.prompts, "--output", answers, *target, *part, *recipe["distill"]]
-        )
+        prompts = ["--prompts", arguments.prompts, *part, *template]
+        steps.append(["distill", *prompts, "--output", answers, *target, *recipe["distill"]])
         folder = drafter if number == len(stages) else str(arguments.output / f"drafter-{number}")
         steps.append(["train", "--data", answers, "--output", folder, *target, *name, *begin, *train])
         begin = ["--start-from", folder]
@@ -93,7 +94,7 @@ def commands(arguments: argparse.Namespace) -> list[list[str]]:
         for k in ("4", "7"):
             result = arguments.output / f"{Path(prompts).stem}_k{k}.json"
             options = ["--drafter", drafter, "--num-assistant-tokens", k, "--output", str(result)]
-            steps.append(["evaluate_drafter", "--prompts", prompts, *options, *target, *recipe["evaluate"]])
+            steps.append(["evaluate_drafter", "--prompts", prompts, *options, *target, *template, *recipe["evaluate"]])
     return steps
 
 
@@ -122,7 +123,7 @@ def main(arguments: argparse.Namespace) -> int:
         if status:
             return status
     measured = [step for step in steps if step[0] == "evaluate_drafter"]
-    results = [json.loads(Path(step[step.index("--output") + 1]).read_text()) for step in measured]
+    results = [json.loads(Path(step[step.index("--output") + 1]).read_text(encoding="utf-8")) for step in measured]
     write_model_card(arguments.output / "drafter", results)
     print(f"The drafter is in {arguments.output / 'drafter'}, with its model card.")
     return 0
@@ -135,6 +136,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--evaluate", nargs="*", default=[], help="prompt files to evaluate on; never train on them")
     parser.add_argument("--target", help="folder or Hub id; default: the one of fetch_target")
     parser.add_argument("--target-id", help="name of the target to record, where --target is a folder")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run the target's own code")
+    parser.add_argument("--chat-template-kwargs", metavar="JSON", help="arguments of the target's chat template")
     parser.add_argument("--recipe", choices=sorted(RECIPES), default="gpu" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--minutes", type=float, help="stop after so many minutes, with status 75")
     return parser.parse_args()

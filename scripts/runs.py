@@ -13,7 +13,8 @@ SETTINGS = "settings.json"
 
 
 def begin_or_go_on(folder: Path, settings: dict) -> bool:
-    """Note the settings that decide about a run, or compare them with those that began the folder.
+    """Note the settings that decide about a run, or compare them with those that began the folder. One that was not
+    known then was None.
 
     Returns:
         Whether the folder had been begun before.
@@ -24,7 +25,7 @@ def begin_or_go_on(folder: Path, settings: dict) -> bool:
     """
     path = folder / SETTINGS
     if path.exists():
-        before = json.loads(path.read_text())
+        before = json.loads(path.read_text(encoding="utf-8"))
         different = "; ".join(
             f"{name}: {before.get(name)!r} there, {value!r} now"
             for name, value in json.loads(json.dumps(settings)).items()
@@ -40,7 +41,7 @@ def begin_or_go_on(folder: Path, settings: dict) -> bool:
     if folder.exists() and any(path != temporary for path in folder.iterdir()):
         raise FileExistsError(f"{folder} exists and was not made by this script; name another folder.")
     folder.mkdir(parents=True, exist_ok=True)
-    temporary.write_text(json.dumps(settings, indent=2) + "\n")
+    temporary.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     os.replace(temporary, path)
     return False
 

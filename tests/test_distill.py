@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from specformer.scripts import distill
 from specformer.scripts.distill import Answer, Answering, read_answers
 from specformer.scripts.runs import begin_or_go_on
 from tiny import EOS, VOCAB, llama
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 NEW_TOKENS = 20
 
@@ -106,6 +108,13 @@ def test_other_settings_are_refused(tmp_path: Path):
         begin_or_go_on(tmp_path / "other", dict(target="a"))
 
 
+def test_settings_of_before_there_was_an_option(tmp_path: Path):
+    begin_or_go_on(tmp_path / "answers", dict(target="a"))
+    assert begin_or_go_on(tmp_path / "answers", dict(target="a", chat_template_kwargs=None))
+    with pytest.raises(ValueError, match=r"chat_template_kwargs: None there, \{'a': 1\} now"):
+        begin_or_go_on(tmp_path / "answers", dict(target="a", chat_template_kwargs={"a": 1}))
+
+
 # ---- the command
 
 
@@ -158,3 +167,108 @@ def test_command(saved_target: Path, tmp_path: Path):
     assert other.returncode != 0
     assert "begun with other settings (temperature: 0.0 there, 1.0 now)" in other.stderr
     assert rows_of(output) == rows
+
+
+# ---- in this process
+
+
+def distilled(monkeypatch, prompt_file: Path, target: Path | str, *options: str) -> Path:
+    """Run the command here; returns the folder of answers."""
+    output = prompt_file.parent / "answers"
+    arguments = ["--prompts", prompt_file, "--target", target, "--output", output, "--max-new-tokens", 3, *options]
+    monkeypatch.setattr(sys, "argv", ["distill", *map(str, arguments)])
+    distill.main(distill.parse())
+    return output
+
+
+def prompt_file_of(folder: Path, *rows) -> Path:
+    path = folder / "prompts.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def no_target(monkeypatch) -> None:
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *args, **kwargs: pytest.fail("it was loaded"))
+
+
+def test_conversations_are_answered(saved_target: Path, tmp_path: Path, monkeypatch):
+    asked = [{"role": "user", "content": "is it?"}]
+    more = [{"role": "system", "content": "be terse"}, *asked, {"role": "assistant", "content": "it is"}]
+    again = {"role": "user", "content": "is it so?"}
+    rows = [{"prompt": "is it?"}, {"prompt": asked}, {"messages": [*more, again]}, {"messages": more}]
+    answers = rows_of(distilled(monkeypatch, prompt_file_of(tmp_path, *rows), saved_target))
+    tokenizer, prompts = AutoTokenizer.from_pretrained(saved_target), [asked, asked, [*more, again], more[:2]]
+    for prompt, answer in zip(prompts, answers, strict=True):
+        expected = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
+        assert answer["prompt_ids"] == expected
+
+
+def test_a_broken_line_is_found_before_the_target_is_loaded(tmp_path: Path, monkeypatch):
+    path = prompt_file_of(tmp_path, *[{"prompt": "the other"}] * 9, {"prompt": {"role": "user"}})
+    with pytest.raises(ValueError, match=r"prompts\.jsonl, line 10: found .*as prompt; expected a text"):
+        distilled(monkeypatch, path, tmp_path / "nowhere")
+    assert not (tmp_path / "answers").exists()
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "reason"),
+    [
+        ([], [], "holds no prompts"),
+        (["the cat", "the other cat"], ["--max-prompt-tokens", 3], r"is 3, and all 2 prompts are longer; expected \d+"),
+        (["the cat"], ["--skip", 1], r"--skip is 1, and there are 1 prompts"),
+        (["the cat"], ["--skip", -1], r"--skip is -1"),
+        (["the cat"], ["--limit", 0], r"limit is 0"),
+        (["the cat"], ["--chat-template-kwargs", '{"enable_thinking": false}'], "does not read enable_thinking"),
+    ],
+)
+def test_nothing_to_be_done(rows: list, options: list, reason: str, saved_target: Path, tmp_path: Path, monkeypatch):
+    no_target(monkeypatch)
+    with pytest.raises(ValueError, match=reason):
+        distilled(monkeypatch, prompt_file_of(tmp_path, *({"prompt": text} for text in rows)), saved_target, *options)
+    assert not (tmp_path / "answers").exists()
+
+
+def test_several_messages_and_no_template(saved_target: Path, tmp_path: Path, monkeypatch):
+    tokenizer = AutoTokenizer.from_pretrained(saved_target)
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(saved_target)
+    (saved_target / "chat_template.jinja").unlink(missing_ok=True)
+    one = [{"role": "user", "content": "is it?"}]
+    path = prompt_file_of(tmp_path, {"prompt": one})
+    (answer,) = rows_of(distilled(monkeypatch, path, saved_target))
+    assert answer["prompt_ids"] == tokenizer("is it?")["input_ids"]
+    no_target(monkeypatch)
+    path = prompt_file_of(tmp_path, {"prompt": one}, {"prompt": [*one, {"role": "assistant", "content": "a"}, *one]})
+    with pytest.raises(ValueError, match=r"prompts\.jsonl, line 2: found a conversation of 3 messages"):
+        distilled(monkeypatch, path, saved_target)
+
+
+def test_template_arguments_decide_about_a_run(saved_target: Path, tmp_path: Path, monkeypatch):
+    tokenizer = AutoTokenizer.from_pretrained(saved_target)
+    tokenizer.chat_template += "{% if not enable_thinking %}the{% endif %}"
+    tokenizer.save_pretrained(saved_target)
+    path = prompt_file_of(tmp_path, {"prompt": "is it?"})
+    thinking = ("--chat-template-kwargs", '{"enable_thinking": true}')
+    output = distilled(monkeypatch, path, saved_target)
+    (answer,) = rows_of(output)
+    settings = json.loads((output / "settings.json").read_text(encoding="utf-8"))
+    older = {
+        name: value for name, value in settings.items() if name not in ("chat_template_kwargs", "trust_remote_code")
+    }
+    (output / "settings.json").write_text(json.dumps(older), encoding="utf-8")
+    for same in ((), ("--chat-template-kwargs", "{}")):  # begun before there was the option
+        assert rows_of(distilled(monkeypatch, path, saved_target, *same)) == [answer]
+    with pytest.raises(ValueError, match=r"chat_template_kwargs: None there, \{'enable_thinking': True\} now"):
+        distilled(monkeypatch, path, saved_target, *thinking)
+    shutil.rmtree(output)
+    (other,) = rows_of(distilled(monkeypatch, path, saved_target, *thinking))
+    assert [*other["prompt_ids"], tokenizer.convert_tokens_to_ids("the")] == answer["prompt_ids"]
+    assert json.loads((output / "settings.json").read_text(encoding="utf-8"))["chat_template_kwargs"] == {
+        "enable_thinking": True
+    }
+
+
+def test_template_arguments_are_checked_first(tmp_path: Path, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        distilled(monkeypatch, tmp_path / "prompts.jsonl", "nowhere", "--chat-template-kwargs", "enable_thinking")
+    assert "--chat-template-kwargs: expected a JSON object" in capsys.readouterr().err

@@ -138,7 +138,7 @@ def shards_of(index: str) -> list[str]:
     """Names of the files of a sharded checkpoint."""
     check_size(index, os.path.getsize(index))
     try:
-        shards = set(json.loads(Path(index).read_text())["weight_map"].values())
+        shards = set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values())
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{index} names no shards ({error}). Download the drafter again, or save it again.") from error
     if not all(isinstance(shard, str) and re.fullmatch(r"\w[\w.-]*\.safetensors", shard) for shard in shards):

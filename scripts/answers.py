@@ -34,7 +34,7 @@ class Answers(torch.utils.data.Dataset):
         if not paths:
             raise FileNotFoundError(f"{source} holds no answers-*.jsonl; make them with specformer.scripts.distill.")
         for path in paths:
-            with open(path) as file:
+            with open(path, encoding="utf-8") as file:
                 for number, line in enumerate(file, 1):
                     prompt, response, prompt_id = parse(line, f"{path}, line {number}")
                     if response and len(prompt) < max_length:

@@ -175,7 +175,7 @@ def main(arguments: argparse.Namespace) -> None:
                 )
                 if arguments.output:
                     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-                    arguments.output.write_text(json.dumps(result, indent=2) + "\n")
+                    arguments.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(table(result))
 
 

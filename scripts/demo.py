@@ -121,7 +121,7 @@ def main(result_file: Path | None) -> int:
             "tokens_per_second": our_rate,
             "plain_tokens_per_second": plain_rate,
         }
-        result_file.write_text(json.dumps(result, indent=2) + "\n")
+        result_file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     return 0 if all(identical) else 1
 
 

@@ -49,7 +49,7 @@ def sha256(path: Path) -> str:
 def is_complete(folder: Path) -> bool:
     """Whether every file that the manifest names is there with the hash that the manifest gives."""
     try:
-        files = json.loads((folder / MANIFEST).read_text())["files"]
+        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
         return "model.safetensors" in files and all(sha256(folder / name) == digest for name, digest in files.items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
@@ -101,7 +101,8 @@ def build(workspace: Path, source: str) -> Path:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         files = {path.name: sha256(path) for path in sorted(folder.iterdir())}
-        (folder / MANIFEST).write_text(json.dumps({"source": origin, "files": files}, indent=2) + "\n")
+        manifest = json.dumps({"source": origin, "files": files}, indent=2) + "\n"
+        (folder / MANIFEST).write_text(manifest, encoding="utf-8")
         return folder
     raise RuntimeError(
         "SmolLM2-135M-Instruct could not be fetched:\n" + "\n".join(failures) + "\nCheck the network and the free disk "

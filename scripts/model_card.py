@@ -108,7 +108,7 @@ def model_card(folder: Path, results: list[dict], license: str | None, sources: 
     config = SpecFormerConfig.from_pretrained(folder)
     head = card_head(config, license)
     config = config.to_dict()
-    log = json.loads((folder / "training.json").read_text())
+    log = json.loads((folder / "training.json").read_text(encoding="utf-8"))
     target = hub_id(config["target_name_or_path"]) or "its target"
     figures = ["Not measured yet on prompts of its own; see `specformer.scripts.evaluate_drafter`."]
     if results:
@@ -157,9 +157,9 @@ def write_model_card(folder: Path, results: list[dict], license: str | None = No
         FileExistsError: there is one that somebody else wrote.
     """
     path = folder / "README.md"
-    if path.exists() and WRITTEN not in path.read_text():
+    if path.exists() and WRITTEN not in path.read_text(encoding="utf-8"):
         raise FileExistsError(f"{path} was not written by this script and is left alone. Move it away for a new card.")
-    path.write_text(model_card(folder, results, license, sources))
+    path.write_text(model_card(folder, results, license, sources), encoding="utf-8")
 
 
 def parse() -> argparse.Namespace:
@@ -172,8 +172,8 @@ def parse() -> argparse.Namespace:
 
 
 def main(arguments: argparse.Namespace) -> None:
-    results = [json.loads(path.read_text()) for path in arguments.results]
-    sources = arguments.sources.read_text() if arguments.sources else None
+    results = [json.loads(path.read_text(encoding="utf-8")) for path in arguments.results]
+    sources = arguments.sources.read_text(encoding="utf-8") if arguments.sources else None
     write_model_card(arguments.drafter, results, arguments.license, sources)
     print(arguments.drafter / "README.md")
 

@@ -24,7 +24,7 @@ class PeakMemory:
         if device.type == "cpu":
             with suppress(OSError, AttributeError, TypeError):  # another system than Linux with glibc, or no right to
                 ctypes.CDLL(None).malloc_trim(0)
-                FORGET.write_text("5")  # the peak so far
+                FORGET.write_text("5", encoding="utf-8")  # the peak so far
                 self.before = resident("VmRSS")
         else:
             torch.accelerator.reset_peak_memory_stats(device)
@@ -41,5 +41,5 @@ class PeakMemory:
 
 def resident(field: str) -> int:
     """Bytes of this process that are resident now (VmRSS), or were at the peak (VmHWM)."""
-    line = next(line for line in STATUS.read_text().splitlines() if line.startswith(field))
+    line = next(line for line in STATUS.read_text(encoding="utf-8").splitlines() if line.startswith(field))
     return int(line.split()[1]) * 1024

@@ -92,7 +92,7 @@ def main(paths: list[Path]) -> None:
     matplotlib.use("Agg")
     decoded = []
     for path in paths:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
         if "history" in content:
             training_curves(content, path.with_name("training.png"))
             print(path.with_name("training.png"))

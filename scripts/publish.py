@@ -36,7 +36,7 @@ def check_drafter(folder: Path) -> None:
             "one of drafter.save_pretrained(...)."
         )
     try:
-        kind = dict(json.loads((folder / "config.json").read_text())).get("model_type")
+        kind = dict(json.loads((folder / "config.json").read_text(encoding="utf-8"))).get("model_type")
     except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{folder / 'config.json'} is no config of a drafter ({error}).") from error
     if kind != SpecFormerConfig.model_type:

@@ -16,7 +16,7 @@ OTHER_SPEEDS = [f"benchmark_cpu_{regime}" for regime in ("256", "sampling", "lon
 
 
 def result_of(name: str) -> dict:
-    return json.loads((RESULTS / f"{name}.json").read_text())
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
 
 
 def ratios_of(figures: dict | None) -> str:

@@ -80,6 +80,10 @@ def map_file(path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Te
     """A tensor whose memory is the file `path`, made with zeros where it is not there yet."""
     count = torch.Size(shape).numel()
     with writing(path), open(path, "ab") as file:
-        # All at once: a full disk would otherwise end the process without a word when memory is written.
-        os.posix_fallocate(file.fileno(), 0, count * dtype.itemsize)
+        size = count * dtype.itemsize
+        if hasattr(os, "posix_fallocate"):
+            # All at once: a full disk would otherwise end the process without a word when memory is written.
+            os.posix_fallocate(file.fileno(), 0, size)
+        else:  # on macOS and Windows
+            file.truncate(max(size, file.tell()))
     return torch.from_file(str(path), shared=True, size=count, dtype=dtype).view(shape)

@@ -85,7 +85,7 @@ def results_section() -> str:
 
 def drafter_section() -> str:
     """What the default drafter is, how it was trained, and what it comes to by task."""
-    config = json.loads((ROOT / "config.json").read_text())
+    config = json.loads((ROOT / "config.json").read_text(encoding="utf-8"))
     log = result_of("default_drafter_training")
     lines = [f"For {config['target_name_or_path']}: {training_text(log, config)}", ""]
     for name in BY_TASK:
@@ -137,7 +137,7 @@ SECTIONS = {
 
 def render(page: str) -> str:
     """The page as it should be: its text, and the sections of today's result files between the markers."""
-    text = (ROOT / page).read_text()
+    text = (ROOT / page).read_text(encoding="utf-8")
     for name, section in SECTIONS[page].items():
         begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
         if text.count(begin) != 1 or text.count(end) != 1:
@@ -149,4 +149,4 @@ def render(page: str) -> str:
 
 if __name__ == "__main__":
     for page in SECTIONS:
-        (ROOT / page).write_text(render(page))
+        (ROOT / page).write_text(render(page), encoding="utf-8")

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import inspect
 import json
-import resource
 import shutil
 import sys
 from collections.abc import Callable
@@ -140,10 +139,14 @@ def minutes_between(first: Path, last: Path) -> float:
     return (last.stat().st_mtime - first.stat().st_mtime) / 60
 
 
-def peak_memory() -> int:
-    """Most bytes that this process held, on the GPU where it has one."""
+def peak_memory() -> int | None:
+    """Most bytes that this process held, on the GPU where it has one; `None` where the system does not tell."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
+    try:
+        import resource
+    except ImportError:  # on Windows
+        return None
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
@@ -154,7 +157,7 @@ def make_config(arguments: argparse.Namespace) -> SpecFormerConfig:
         for key in ("num_draft_tokens", "default_num_assistant_tokens", "draft_vocab_size")
         if getattr(arguments, key) is not None
     }
-    target_config = AutoConfig.from_pretrained(arguments.target)
+    target_config = AutoConfig.from_pretrained(arguments.target, trust_remote_code=arguments.trust_remote_code)
     if (arguments.draft_vocab_size or 0) >= target_config.get_text_config(decoder=True).vocab_size:
         del overrides["draft_vocab_size"]  # all of them are drafted: a recipe suits small vocabularies too
     for setting in arguments.config:
@@ -247,7 +250,7 @@ def training_of(drafter: str | None) -> dict | None:
     path = Path(drafter or "") / "training.json"
     if not drafter or not path.exists():
         return None
-    return {key: value for key, value in json.loads(path.read_text()).items() if key != "history"}
+    return {key: value for key, value in json.loads(path.read_text(encoding="utf-8")).items() if key != "history"}
 
 
 def main(arguments: argparse.Namespace) -> None:
@@ -292,7 +295,9 @@ def main(arguments: argparse.Namespace) -> None:
     )
     set_seed(arguments.seed)
     dtype = "bfloat16" if training.bf16 and training.device.type != "cpu" else "float32"
-    target = AutoModelForCausalLM.from_pretrained(arguments.target, dtype=getattr(torch, dtype))
+    target = AutoModelForCausalLM.from_pretrained(
+        arguments.target, dtype=getattr(torch, dtype), trust_remote_code=arguments.trust_remote_code
+    )
     target = target.eval().requires_grad_(False).to(training.device)
     drafter = make_drafter(config, target, answers, arguments.start_from)
     borrowed = drafter.borrow(target)
@@ -333,6 +338,7 @@ def main(arguments: argparse.Namespace) -> None:
     if trainer.is_world_process_zero():
         state = trainer.state
         names = {"data": arguments.data.name, "start_from": arguments.start_from and Path(arguments.start_from).name}
+        memory = peak_memory()
         log = {
             **provenance("specformer.scripts.train"),
             "settings": {**settings, **names, "target": config.target_name_or_path},
@@ -342,7 +348,7 @@ def main(arguments: argparse.Namespace) -> None:
             "held_out_answers": held_out,
             "steps": state.global_step,
             "minutes": minutes_between(output / SETTINGS, last_whole_checkpoint(output) / WHOLE),
-            "peak_memory_gib": peak_memory() / 2**30,
+            "peak_memory_gib": None if memory is None else memory / 2**30,
             "best": {"step": state.best_global_step, "tokens_per_pass": state.best_metric},
             "before": training_of(arguments.start_from),
             "history": [entry for entry in state.log_history if "train_runtime" not in entry],  # of one session only
@@ -353,7 +359,7 @@ def main(arguments: argparse.Namespace) -> None:
                 calibrate_drafter(best, borrowed, trainer.eval_dataset, arguments.batch_size)
         with writing(output):
             best.to(getattr(torch, arguments.save_dtype)).save_pretrained(output)
-            (output / "training.json").write_text(json.dumps(log, indent=2) + "\n")
+            (output / "training.json").write_text(json.dumps(log, indent=2) + "\n", encoding="utf-8")
             with suppress(FileExistsError):  # a card of one's own stays
                 write_model_card(output, [])
         for path in output.glob(f"{STATES_FILE}*"):
@@ -367,6 +373,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, required=True, help="folder for the drafter; begun or gone on with")
     parser.add_argument("--target", help="folder or Hub id of the target; default: the one of fetch_target")
     parser.add_argument("--target-id", help="name of the target to record, where --target is a folder")
+    parser.add_argument("--trust-remote-code", action="store_true", default=None, help="run the target's own code")
     parser.add_argument("--start-from", help="folder or Hub id of a drafter whose weights to begin with")
     parser.add_argument("--paper", action="store_true", help="the paper's inputs: no anchor token")
     parser.add_argument("--num-draft-tokens", type=int)

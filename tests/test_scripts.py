@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -27,12 +29,14 @@ from specformer.scripts import (
     train,
     variants,
 )
+from specformer.scripts.stored_states import map_file
 from tape import use_tapes
 from test_callers import tiny_tokenizer
 from tiny import PRESETS, llama, ragged_batch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 TEXTS = ["the other note", "and in the end", "is it?", "one, two", "a hen on the hill", "so it is", "in there", "there"]
+CONVERSATION = [{"role": "assistant", "content": "the cat"}, {"role": "user", "content": "and now?"}]
 
 VERSIONS = dict(torch="2.0", transformers="5.0")
 
@@ -120,6 +124,41 @@ def test_a_stopped_benchmark_keeps_what_it_measured_and_goes_on(folder: Path, mo
     assert json.loads(output.read_text())["contests"][0] != stopped["contests"][0]
 
 
+def test_evaluation_and_benchmark_write_prompts_as_distill_does(folder: Path, monkeypatch):
+    """Conversations, and arguments of the template."""
+    asked, answered = ({"role": role, "content": "is it?"} for role in ("user", "assistant"))
+    rows = [{"prompt": "is it?"}, {"messages": [asked, answered, asked, answered]}]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template += "{% if not enable_thinking %}the{% endif %}"
+    tokenizer.save_pretrained(folder / "target")
+    arguments = ["--prompts", folder / "prompts.jsonl", "--target", folder / "target", "--max-new-tokens", 4]
+    thinking = ["--chat-template-kwargs", '{"enable_thinking": true}']
+    run(distill, monkeypatch, *arguments, *thinking, "--output", folder / "answers")
+    answers = (folder / "answers" / "answers-00000.jsonl").read_text(encoding="utf-8").splitlines()
+    expected = sorted(json.loads(line)["prompt_ids"] for line in answers)
+    read, generate = [], LlamaForCausalLM.generate
+
+    def spied(self, input_ids, attention_mask, **options):
+        read.extend(ids[mask.bool()].tolist() for ids, mask in zip(input_ids, attention_mask, strict=True))
+        return generate(self, input_ids=input_ids, attention_mask=attention_mask, **options)
+
+    monkeypatch.setattr(LlamaForCausalLM, "generate", spied)
+    arguments += ["--drafter", folder / "drafter", "--output", folder / "result.json"]
+    few = ["--batch-sizes", 2, "--repeats", 1, "--contenders", "always right, k", "--num-assistant-tokens", 2]
+    for module, options in ((evaluate_drafter, []), (benchmark, few)):
+        read.clear()
+        run(module, monkeypatch, *arguments, *options, *thinking)
+        assert {tuple(ids) for ids in read} == set(map(tuple, expected))
+        regime = json.loads((folder / "result.json").read_text(encoding="utf-8"))["regime"]
+        assert regime["chat_template_kwargs"] == {"enable_thinking": True}
+        monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("it was loaded"))
+        with pytest.raises(ValueError, match="does not read thinking"):
+            run(module, monkeypatch, *arguments, *options, "--chat-template-kwargs", '{"thinking": true}')
+        monkeypatch.undo()
+        monkeypatch.setattr(LlamaForCausalLM, "generate", spied)
+
+
 def test_batches_of_the_turns():
     tokenizer = tiny_tokenizer()
     batches = benchmark.make_batches(tokenizer, TEXTS, 3, 2, 37, "cpu")
@@ -129,6 +168,8 @@ def test_batches_of_the_turns():
         batches = benchmark.make_batches(tokenizer, TEXTS, batch_size, turns, None, "cpu")
         texts = [ids[mask.bool()] for batch in batches for ids, mask in zip(*batch.values(), strict=True)]
         assert len({tuple(ids.tolist()) for ids in texts}) == len(texts) == len(TEXTS)
+    (batch,) = benchmark.make_batches(tokenizer, ["is it?", CONVERSATION], 1, 1, 37, "cpu")
+    assert tokenizer.decode(batch["input_ids"][0]).startswith("is it?the cat\n\nand now?is it?")
     for batch in benchmark.make_batches(tokenizer, TEXTS, 9, 2, None, "cpu", same=True):
         assert batch["input_ids"].shape[0] == batch["attention_mask"].shape[0] == 9 and batch["attention_mask"].all()
         assert (batch["input_ids"] == batch["input_ids"][0]).all()
@@ -453,3 +494,148 @@ def test_one_command_from_prompts_to_a_drafter(folder: Path, monkeypatch):
     steps = reproduce.commands(reproduce.parse())
     assert [step[0] for step in steps] == ["distill", "train", "evaluate_drafter", "evaluate_drafter"]
     assert steps[1][steps[1].index("--output") + 1] == str(output / "drafter")
+
+
+# ---- a target that brings its own code
+
+
+CONFIGURATION = """
+from transformers import LlamaConfig
+
+class OtherConfig(LlamaConfig):
+    model_type = "other-llama"
+"""
+MODELING = """
+from transformers import LlamaForCausalLM
+
+from .configuration_other import OtherConfig
+
+class OtherForCausalLM(LlamaForCausalLM):
+    config_class = OtherConfig
+"""
+TOKENIZATION = """
+from transformers import PreTrainedTokenizerFast
+
+class OtherTokenizer(PreTrainedTokenizerFast):
+    pass
+"""
+
+
+def make_remote(target: Path) -> None:
+    """Give a saved Llama classes of its own."""
+    for name, code in {"configuration": CONFIGURATION, "modeling": MODELING, "tokenization": TOKENIZATION}.items():
+        (target / f"{name}_other.py").write_text(code, encoding="utf-8")
+    classes = {
+        "config.json": {
+            "model_type": "other-llama",
+            "architectures": ["OtherForCausalLM"],
+            "auto_map": {
+                "AutoConfig": "configuration_other.OtherConfig",
+                "AutoModelForCausalLM": "modeling_other.OtherForCausalLM",
+            },
+        },
+        "tokenizer_config.json": {
+            "tokenizer_class": "OtherTokenizer",
+            "auto_map": {"AutoTokenizer": [None, "tokenization_other.OtherTokenizer"]},
+        },
+    }
+    for name, fields in classes.items():
+        before = json.loads((target / name).read_text(encoding="utf-8"))
+        (target / name).write_text(json.dumps({**before, **fields}), encoding="utf-8")
+
+
+def test_targets_with_code_of_their_own(folder: Path, monkeypatch):
+    make_remote(folder / "target")
+    prompts = ("--prompts", folder / "prompts.jsonl", "--target", folder / "target", "--trust-remote-code")
+    run(distill, monkeypatch, *prompts, "--max-new-tokens", 8, "--output", folder / "answers")
+    assert json.loads((folder / "answers" / "settings.json").read_text(encoding="utf-8"))["trust_remote_code"] is True
+    training = ("--data", folder / "answers", "--target", folder / "target", "--trust-remote-code", "--epochs", 1)
+    run(train, monkeypatch, *training, "--num-draft-tokens", 3, "--evaluations", 1, "--output", folder / "trained")
+    evaluated = (*prompts, "--drafter", folder / "trained", "--max-new-tokens", 8, "--output", folder / "result.json")
+    run(evaluate_drafter, monkeypatch, *evaluated)
+    assert json.loads((folder / "result.json").read_text(encoding="utf-8"))["identical"] == len(TEXTS)
+
+
+def test_training_of_before_there_was_an_option_is_gone_on_with(folder: Path, monkeypatch):
+    (folder / "answers.jsonl").write_text('{"prompt_ids": [3, 4], "response_ids": [5, 6, 7, 8]}\n' * 4)
+    options = ("--data", folder / "answers.jsonl", "--target", folder / "target", "--output", folder / "trained")
+    options += ("--epochs", 1, "--num-draft-tokens", 3, "--evaluations", 1)
+    run(train, monkeypatch, *options)
+    settings = json.loads((folder / "trained" / "settings.json").read_text(encoding="utf-8"))
+    del settings["trust_remote_code"]
+    (folder / "trained" / "settings.json").write_text(json.dumps(settings), encoding="utf-8")
+    run(train, monkeypatch, *options)
+    with pytest.raises(ValueError, match="trust_remote_code: None there, True now"):
+        run(train, monkeypatch, *options, "--trust-remote-code")
+
+
+def test_one_command_hands_on_what_the_target_needs(folder: Path, monkeypatch):
+    options = ["--trust-remote-code", "--chat-template-kwargs", '{"enable_thinking": false}']
+    arguments = ["--prompts", folder / "prompts.jsonl", "--evaluate", folder / "prompts.jsonl", "--recipe", "cpu"]
+    monkeypatch.setattr(sys, "argv", ["reproduce", *map(str, [*arguments, *options, "--output", folder / "run"])])
+    steps = reproduce.commands(reproduce.parse())
+    assert [step[0] for step in steps] == ["distill", "train", "evaluate_drafter", "evaluate_drafter"]
+    for name, *given in steps:
+        monkeypatch.setattr(sys, "argv", [name, *given])
+        understood = {"distill": distill, "train": train, "evaluate_drafter": evaluate_drafter}[name].parse()
+        assert understood.trust_remote_code is True
+        assert name == "train" or understood.chat_template_kwargs == {"enable_thinking": False}
+
+
+# ---- other systems
+
+
+def test_a_file_of_states_on_other_systems(tmp_path: Path, monkeypatch):
+    monkeypatch.delattr(os, "posix_fallocate")
+    for before in (0, 1):  # what is there is kept
+        states = map_file(tmp_path / "states.bin", (3, 5), torch.bfloat16)
+        assert states.shape == (3, 5) and (tmp_path / "states.bin").stat().st_size == 30
+        assert (states == before).all()
+        states.fill_(1)
+
+
+def test_without_the_module_resource():
+    """As on Windows: training goes on without the figure."""
+    code = (
+        "import sys, psutil\n"  # of accelerate: this one's own need of the module is Linux's
+        "sys.modules['resource'] = None\n"
+        "from specformer.scripts import train\n"
+        "print(train.peak_memory())"
+    )
+    environment = dict(os.environ, CUDA_VISIBLE_DEVICES="")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, env=environment)
+    assert (done.returncode, done.stdout) == (0, "None\n"), done.stderr
+
+
+def test_training_without_the_figure(folder: Path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "resource", None)
+    (folder / "answers.jsonl").write_text('{"prompt_ids": [3, 4], "response_ids": [5, 6, 7, 8]}\n' * 4)
+    data = ("--data", folder / "answers.jsonl", "--target", folder / "target", "--output", folder / "trained")
+    run(train, monkeypatch, *data, "--epochs", 1, "--num-draft-tokens", 3, "--evaluations", 1)
+    log = json.loads((folder / "trained" / "training.json").read_text(encoding="utf-8"))
+    assert log["peak_memory_gib"] is None or torch.cuda.is_available()
+
+
+def opens_text_without_encoding(call: ast.Call) -> bool:
+    name = getattr(call.func, "attr", getattr(call.func, "id", None))
+    if name not in ("open", "read_text", "write_text") or any(keyword.arg == "encoding" for keyword in call.keywords):
+        return False
+    modes = [*call.args, *(keyword.value for keyword in call.keywords if keyword.arg == "mode")]
+    modes = [each.value for each in modes if isinstance(each, ast.Constant) and isinstance(each.value, str)]
+    return not (name == "open" and any("b" in mode for mode in modes))
+
+
+def test_text_is_utf_8_everywhere():
+    """Without an encoding it is what the system prefers, on Windows another one."""
+    assert opens_text_without_encoding(ast.parse("open(path, 'a')").body[0].value)
+    assert not opens_text_without_encoding(ast.parse("path.open('rb')").body[0].value)
+    root = Path(train.__file__).resolve().parents[1]
+    files = [path for folder in ("", "generation", "scripts") for path in (root / folder).glob("*.py")]
+    assert len(files) > 50
+    found = [
+        f"{path.relative_to(root)}:{node.lineno}"
+        for path in files
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and opens_text_without_encoding(node)
+    ]
+    assert not found

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 
 from specformer.scripts import ablations
 from specformer.scripts.model_card import regime_text, task_table, training_text
 from specformer.scripts.speed_tables import (
+    RESULTS,
     ROOT,
     contenders_legend,
     costs_section,
@@ -147,6 +149,12 @@ def render(page: str) -> str:
     return text
 
 
-if __name__ == "__main__":
+def main() -> None:
+    if not RESULTS.is_dir():
+        sys.exit(f"There are no results under {RESULTS}: install from a checkout of SpecFormer with pip install -e.")
     for page in SECTIONS:
         (ROOT / page).write_text(render(page), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -41,7 +41,7 @@ def main(command: list[str]) -> int:
     if not others:
         print("canary: nothing is newer than in constraints.txt, so there is nothing to test.")
         return 0
-    print("canary: testing with", ", ".join(others), flush=True)
+    print("canary: testing with", ", ".join(others), "and all else as in constraints.txt", flush=True)
     status = subprocess.run([sys.executable, *command]).returncode
     print("canary:", "FAILED" if status else "passed", "with", ", ".join(others))
     return status

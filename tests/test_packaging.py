@@ -21,6 +21,7 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 from specformer import SpecFormerConfig, SpecFormerModel, registration
 from specformer.generation.versions import NEWEST_TESTED
+from specformer.scripts import tables
 from test_callers import tiny_tokenizer
 from tiny import llama, ragged_batch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
@@ -217,6 +218,12 @@ def test_the_wheel_works_with_nothing_else(wheel: Path, tmp_path: Path):
     page = (ROOT / "docs" / "pypi.md").read_text(encoding="utf-8")
     folders = [str(tmp_path / name) for name in ("site", "target", "drafter")]
     assert run(INSTALLED, *folders, page, rows, home=tmp_path).splitlines()[-1] == "done"
+
+
+def test_what_needs_a_checkout_says_so(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(tables, "RESULTS", tmp_path / "benchmarks")
+    with pytest.raises(SystemExit, match="checkout of SpecFormer"):
+        tables.main()
 
 
 # ---- what the auto classes know

@@ -7,11 +7,13 @@ Names are looked up on first use, and absolutely, so that this file also imports
 from importlib import import_module
 
 _HOMES = {
+    "Drafter": "specformer.generation.drafter",
+    "Proposal": "specformer.generation.drafter",
     "SpecFormerConfig": "specformer.configuration_specformer",
     "SpecFormerModel": "specformer.modeling_specformer",
     "generate": "specformer.generation.generate",
 }
-__all__ = ["SpecFormerConfig", "SpecFormerModel", "generate"]
+__all__ = ["Drafter", "Proposal", "SpecFormerConfig", "SpecFormerModel", "generate"]
 
 
 def __getattr__(name: str):

@@ -16,6 +16,7 @@ from __future__ import annotations
 import torch
 
 from .noise import HashedNoise, StepNoise
+from .settings import whole_number
 from .top_k import FewScores, sample_surely
 from .verification import best_tokens, reject_and_resample, sample_with_noise
 
@@ -180,18 +181,20 @@ def check_acceptance(name: str, seed) -> None:
             f"seed is for acceptance='coupled', and acceptance is {name!r}. Call torch.manual_seed({seed!r}) before "
             "generate() instead."
         )
-    seeds = seed.tolist() if isinstance(seed, torch.Tensor) else seed
-    for number in seeds if isinstance(seeds, (list, tuple)) else [seeds]:
-        if isinstance(number, bool) or not isinstance(number, int):
-            raise ValueError(f"seed is {seed!r}; expected an integer, or a list of one integer per row.")
+    numbers = whole_numbers(seed)
+    if None in (numbers if isinstance(numbers, list) else [numbers]):
+        raise ValueError(f"seed is {seed!r}; expected an integer, or a list of one integer per row.")
+
+
+def whole_numbers(seed) -> int | list[int | None] | None:
+    """`seed` as a Python integer, or a list of such, `None` for what is none."""
+    seed = getattr(seed, "tolist", lambda: seed)()  # of torch and NumPy
+    return [whole_number(number) for number in seed] if isinstance(seed, (list, tuple)) else whole_number(seed)
 
 
 def row_seeds(seed: int | list[int] | None, batch_size: int) -> list[int]:
     """One seed per row: those given, `seed` + row for a single one, and one from torch's generator for `None`."""
-    if isinstance(seed, torch.Tensor):
-        seed = seed.tolist()
-    if seed is None:
-        seed = int(torch.randint(2**62, ()))
+    seed = int(torch.randint(2**62, (), device="cpu")) if seed is None else whole_numbers(seed)
     if isinstance(seed, int):
         return [seed + row for row in range(batch_size)]
     if len(seed) != batch_size:
@@ -199,4 +202,4 @@ def row_seeds(seed: int | list[int] | None, batch_size: int) -> list[int]:
             f"{len(seed)} seeds were given for {batch_size} rows (prompts times num_return_sequences); expected one "
             "per row, or a single integer."
         )
-    return list(seed)
+    return seed

@@ -8,12 +8,13 @@ import torch
 
 from .attention import usable_attention
 from .capabilities import check_target, input_device
+from .drafter import Drafter, Prompts, Proposal, Verified
 from .fast_linear import fast_linears
 from .probe import probe_target
 from .target import prefill, prompt_arguments, verify
 
 
-class AssistantDrafter:
+class AssistantDrafter(Drafter):
     """A causal LM with the target's tokenizer (Leviathan et al. 2023; what transformers calls an assistant).
 
     Args:
@@ -26,8 +27,7 @@ class AssistantDrafter:
         ValueError: its vocabulary is another one.
     """
 
-    max_draft_tokens = 64
-    default_num_assistant_tokens = 4
+    proposes_known_tokens = True
 
     def __init__(self, assistant, target, chunk_size: int | None = None):
         check_target(assistant)
@@ -37,7 +37,7 @@ class AssistantDrafter:
         if abs(ours - theirs) > 0.01 * theirs:
             raise ValueError(
                 f"The assistant {assistant.name_or_path or type(assistant).__name__} has {ours} tokens and the target "
-                f"{theirs}, so their tokenizers differ. Pass an assistant with the target's tokenizer; if tokens were "
+                f"{theirs}, so their tokenizers differ. Pass an assistant with the target's tokenizer. If tokens were "
                 f"added to the target alone, call assistant.resize_token_embeddings({theirs}) as well."
             )
         self.assistant, self.chunk_size = assistant, chunk_size
@@ -54,7 +54,8 @@ class AssistantDrafter:
     def __exit__(self, *exception) -> None:
         self._attached.__exit__(*exception)
 
-    def begin(self, input_ids, layout, first_tokens, max_length) -> None:
+    def begin(self, prompts: Prompts) -> None:
+        input_ids, layout, max_length = prompts.input_ids, prompts.layout, prompts.max_length
         width = input_ids.shape[1]
         # Past its last position it goes on with clamped positions: the drafts are worse, the text is the same.
         last_position = getattr(self.config, "max_position_embeddings", None) or max_length
@@ -67,25 +68,26 @@ class AssistantDrafter:
         kwargs = prompt_arguments(self.assistant, layout)
         limit = min(max_length, last_position + width - layout.longest)
         # rounds without a proposal are caught up with at once, however many there were
-        _, self.cache = prefill(self.assistant, input_ids, layout, limit, None, kwargs, self.chunk_size)
-        self.newest = self._known(first_tokens)  # (R, 1), not read yet
+        _, self.cache, _ = prefill(self.assistant, input_ids, layout, limit, None, kwargs, self.chunk_size)
+        self.newest = self._known(prompts.first_tokens)  # (R, 1), not read yet
 
     @torch.no_grad()
-    def propose(self, num_tokens, choose) -> torch.Tensor:
+    def propose(self, num_tokens, choose) -> Proposal:
         lengths, longest = self.cache.lengths, self.cache.longest
         tokens, drafts = self.newest, []
         for ahead in range(num_tokens):
-            logits = verify(self.assistant, self.cache, tokens)
+            logits, _ = verify(self.assistant, self.cache, tokens)
             drafts.append(choose(logits[:, -1:], ahead))  # (R, 1)
             self.cache.advance(torch.full_like(lengths, tokens.shape[1]), self.cache.longest + tokens.shape[1])
             tokens = self._known(drafts[-1])
         self.cache.advance(lengths - self.cache.lengths, longest)
-        return torch.cat(drafts, dim=1)
+        return Proposal(torch.cat(drafts, dim=1))
 
-    def update(self, tokens, counts, longest) -> None:
+    def update(self, verified: Verified) -> None:
+        tokens, longest = verified.tokens, verified.longest
         # From the second round on, each begins by reading the newest two tokens of every row. Where all drafts of the
         # last round were right both are new; elsewhere one is read again, which changes nothing and keeps rows in step.
-        counts, known = counts.to(self.device), self.newest.shape[1]
+        counts, known = verified.counts.to(self.device), self.newest.shape[1]
         if tokens.shape[1] == 1:  # nothing was drafted: read it with the next drafts
             # Rows that were given no token read one again, so that all have as many to read.
             self.cache.advance((counts - 1).clamp(min=-self.cache.lengths), self.cache.longest)

@@ -15,7 +15,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation import GenerationMode
 
 from .prompt import PromptLayout
-from .settings import CallSettings
+from .settings import CallSettings, whole_number
 from .versions import CACHE_NAMES, cache_name, keeps_recurrent_state, untested
 
 KNOWN_MODEL_KWARGS = {
@@ -26,6 +26,8 @@ KNOWN_MODEL_KWARGS = {
     "logits_to_keep",
     "cache_position",
 }
+TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
+"""By which processors of multimodal models tell images (and other things) from text, which is 0."""
 EXACT_CACHES = (None, "dynamic", "dynamic_full", "static", "hybrid")
 """Cache implementations that give the text of the default one, as the ragged cache does."""
 
@@ -152,9 +154,12 @@ def check_arguments(
         )
     if (kind := settings.get("cache_implementation")) not in EXACT_CACHES:
         raise ValueError(f"cache_implementation is {kind!r}; speculative decoding keeps its own cache. Leave it unset.")
-    chunk_size = settings.get("prefill_chunk_size")
-    if chunk_size is not None and (isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1):
-        raise ValueError(f"prefill_chunk_size is {chunk_size!r}; expected a positive number of tokens, or None.")
+    if (chunk_size := settings.get("prefill_chunk_size")) is not None:
+        number = whole_number(chunk_size)
+        if number is None or number < 1:
+            raise ValueError(f"prefill_chunk_size is {chunk_size!r}; expected a positive number of tokens, or None.")
+        if type(chunk_size) is not int:  # of NumPy, for example
+            settings.kwargs["prefill_chunk_size"] = number
     if settings.get("token_healing"):
         raise ValueError("token_healing is not supported; leave it unset.")
     if synced_gpus:
@@ -188,7 +193,8 @@ def check_arguments(
 
 
 def check_call(model, layout: PromptLayout, generation_config: GenerationConfig, model_kwargs: dict, max_length: int):
-    """Refuse what a call asks for and the loop cannot do. `max_length` counts columns, as generate() does.
+    """Refuse what a call asks for and the loop cannot do, and drop token types that tell the model nothing from
+    `model_kwargs`. `max_length` counts columns, as generate() does.
 
     Raises:
         UnsupportedTargetError: a RoPE that changes with the length, and would change during this call.
@@ -204,6 +210,7 @@ def check_call(model, layout: PromptLayout, generation_config: GenerationConfig,
         )
     if outputs := [name for name in ("output_attentions", "output_hidden_states") if getattr(generation_config, name)]:
         raise ValueError(f"{', '.join(outputs)} cannot be returned by speculative decoding; leave it unset.")
+    drop_types_of_text(model, model_kwargs)
     given = {key: value for key, value in model_kwargs.items() if value is not None and not is_empty(value)}
     if extra := sorted(given.keys() - KNOWN_MODEL_KWARGS):
         raise ValueError(f"The inputs {extra} are not supported by speculative decoding; pass input_ids and a mask.")
@@ -232,6 +239,39 @@ def check_call(model, layout: PromptLayout, generation_config: GenerationConfig,
                 f"its {kind} rotary embedding changes at {limit} positions, and this call starts at "
                 f"{min(layout.host_lengths)} and may reach {longest_text}.{advice}",
             )
+
+
+def drop_types_of_text(model, model_kwargs: dict) -> None:
+    """Take token types out of `model_kwargs` that are 0 everywhere, where the model does not tell that from none.
+
+    Raises:
+        ValueError: they are not.
+    """
+    for name in TOKEN_TYPES:
+        types = model_kwargs.get(name)
+        if not isinstance(types, torch.Tensor):
+            continue
+        if types.any():
+            raise ValueError(
+                f"{name} is not 0 everywhere: it marks tokens of another kind, such as images. Speculative decoding is "
+                "for text alone; leave the others out, or call generate() without custom_generate."
+            )
+        if changes_nothing(model, name):
+            del model_kwargs[name]
+
+
+@torch.no_grad()
+def changes_nothing(model, name: str) -> bool:
+    """Whether zeros as the input `name` are the same to `model` as none, in a trial on a few tokens. They are not
+    where they have an embedding that is added (GPT-2)."""
+    tokens = torch.arange(8, device=input_device(model))[None] % model.config.get_text_config(decoder=True).vocab_size
+    without, given = (
+        model(input_ids=tokens, use_cache=False, **types).logits[0].cpu().double()
+        for types in ({}, {name: torch.zeros_like(tokens)})
+    )
+    rounding = max(torch.finfo(model.dtype).eps, torch.finfo(torch.float32).eps) ** 0.5
+    errors = (given - without).abs().median(dim=-1).values  # of each position
+    return bool((errors <= rounding * without.std()).all())
 
 
 def is_empty(value) -> bool:

@@ -10,9 +10,10 @@ from .auto_draft_length import AutoDraftLength, experience_of
 from .capabilities import unwrapped
 from .confident_draft_length import ConfidentDraftLength
 from .copying_drafter import MOST_COPIED, CopyingDrafter, CopyRates
-from .draft_length import AUTO, DraftLength, check_draft_length
-from .drafter import Drafter, NoDrafter
+from .draft_length import AUTO, DraftLength, checked_draft_length
+from .drafter import Drafter, NoDrafter, is_drafter
 from .prompt_lookup_drafter import PromptLookupDrafter
+from .settings import whole_number
 from .specformer_drafter import SpecFormerDrafter
 
 MOST_WITHOUT_NUMBER = 16
@@ -36,15 +37,15 @@ def choose_drafter(
         ValueError: none of them, more than one, or the drafter of another target.
     """
     assistant_model = unwrapped(assistant_model)
-    check_draft_length(num_assistant_tokens)
+    num_assistant_tokens = checked_draft_length(num_assistant_tokens)
     if num_assistant_tokens == 0:
         return NoDrafter(), 0
-    check_draft_length(prompt_lookup_num_tokens, "prompt_lookup_num_tokens")
-    if max_matching_ngram_size is not None and (
-        type(max_matching_ngram_size) is not int or max_matching_ngram_size < 1
-    ):
-        raise ValueError(f"max_matching_ngram_size is {max_matching_ngram_size!r}; expected a positive integer.")
-    if hasattr(assistant_model, "borrow"):
+    prompt_lookup_num_tokens = checked_draft_length(prompt_lookup_num_tokens, "prompt_lookup_num_tokens")
+    if max_matching_ngram_size is not None:
+        given, max_matching_ngram_size = max_matching_ngram_size, whole_number(max_matching_ngram_size)
+        if max_matching_ngram_size is None or max_matching_ngram_size < 1:
+            raise ValueError(f"max_matching_ngram_size is {given!r}; expected a positive integer.")
+    if model_type_of(assistant_model) == "specformer":
         drafter = SpecFormerDrafter(assistant_model, model)
         if prompt_lookup_num_tokens != 0:
             rates = experience_of(model, assistant_model, CopyingDrafter, CopyRates)
@@ -57,12 +58,13 @@ def choose_drafter(
             )
         drafter = PromptLookupDrafter(max_matching_ngram_size or 2)
         num_assistant_tokens = prompt_lookup_num_tokens
-    elif hasattr(assistant_model, "propose"):
+    elif is_drafter(assistant_model):
         drafter = assistant_model
     elif isinstance(assistant_model, GenerationMixin):
         drafter = AssistantDrafter(assistant_model, model, prefill_chunk_size)
         if num_assistant_tokens is None:
-            num_assistant_tokens = getattr(assistant_model.generation_config, "num_assistant_tokens", None)
+            asked_of_it = getattr(assistant_model.generation_config, "num_assistant_tokens", None)
+            num_assistant_tokens = checked_draft_length(asked_of_it)
     elif assistant_model is None:
         raise ValueError(
             "Nothing was passed that drafts: give assistant_model=AutoModel.from_pretrained(<drafter>, "
@@ -72,11 +74,16 @@ def choose_drafter(
     else:
         raise ValueError(
             f"assistant_model is a {type(assistant_model).__name__}; expected a SpecFormer drafter, loaded with "
-            "AutoModel.from_pretrained(<drafter>, trust_remote_code=True), or a causal LM."
+            "AutoModel.from_pretrained(<drafter>, trust_remote_code=True), a causal LM, or a Drafter."
         )
     if num_assistant_tokens is None and not drafter.default_num_assistant_tokens:
         num_assistant_tokens = 0
     return (NoDrafter() if num_assistant_tokens == 0 else drafter), num_assistant_tokens
+
+
+def model_type_of(model) -> str | None:
+    """What a model's config calls its kind."""
+    return getattr(getattr(model, "config", None), "model_type", None)
 
 
 def drafter_under(rule: AcceptanceRule, drafter: Drafter) -> Drafter:

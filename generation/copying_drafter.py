@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
+from .drafter import Drafter, Prompts, Proposal, Verified
 from .prompt_lookup_drafter import PromptLookupDrafter
+from .verification import NO_TOKEN
 
 MOST_COPIED = 8
 """Tokens that are copied each round where nobody names a number."""
@@ -23,7 +25,7 @@ class CopyRates:
     FADING = 0.99  # a round later
 
     def __init__(self):
-        self.first = self.FIRST_WEIGHT * torch.tensor((0.0, *self.FIRST))
+        self.first = self.FIRST_WEIGHT * torch.tensor((0.0, *self.FIRST), device="cpu")  # until a call has moved it
         self.seen, self.right = torch.full_like(self.first, self.FIRST_WEIGHT), self.first
 
     def to(self, device: torch.device) -> CopyRates:
@@ -57,7 +59,7 @@ def expected(chances: torch.Tensor) -> torch.Tensor:
     return chances.cumprod(dim=1).sum(dim=1)
 
 
-class CopyingDrafter:
+class CopyingDrafter(Drafter):
     """Each row's drafts are copied from its own text, or another drafter's: those of which more are likely right.
 
     A copy is what followed the last time that the row's newest tokens stood in it. What is copied depends on what the
@@ -78,13 +80,11 @@ class CopyingDrafter:
         self.lookup = PromptLookupDrafter(max_matching_ngram_size or len(rates.FIRST))
         self.max_draft_tokens = max(drafter.max_draft_tokens, num_tokens)
         self.default_num_assistant_tokens = drafter.default_num_assistant_tokens
-        self.confidences: torch.Tensor | None = None
+        self.hidden_state_layers, self.reads_logits = drafter.hidden_state_layers, drafter.reads_logits
+        self.proposes_known_tokens = drafter.proposes_known_tokens
+        self.knows_confidence = False  # whether the other drafter tells how sure it is
         self.copies: torch.Tensor | None = None  # of this round, (R, k)
         self.matched: torch.Tensor | None = None  # how much stood in front of them before, (R,); 0 where none is used
-
-    @property
-    def borrowed(self):
-        return getattr(self.drafter, "borrowed", None)
 
     def __enter__(self):
         self.drafter.__enter__()
@@ -93,43 +93,44 @@ class CopyingDrafter:
     def __exit__(self, *exception) -> None:
         self.drafter.__exit__(*exception)
 
-    def begin(self, input_ids, layout, first_tokens, max_length) -> None:
-        self.drafter.begin(input_ids, layout, first_tokens, max_length)
-        self.lookup.begin(input_ids, layout, first_tokens, max_length)
-        self.rates.to(input_ids.device)
-        self.running = torch.ones_like(layout.lengths, dtype=torch.bool)  # (R,)
+    def begin(self, prompts: Prompts) -> None:
+        self.drafter.begin(prompts)
+        self.lookup.begin(prompts)
+        self.rates.to(prompts.input_ids.device)
+        self.running = torch.ones_like(prompts.layout.lengths, dtype=torch.bool)  # (R,)
 
-    def propose(self, num_tokens, choose) -> torch.Tensor:
+    def propose(self, num_tokens, choose) -> Proposal:
         copies, matched = self.lookup.find(num_tokens)  # (R, k), (R,)
         chances = self.rates.chances(matched, num_tokens)  # (R, k)
         own = min(num_tokens, self.drafter.max_draft_tokens)
         if self._needs_no_other(chances[:, :own]):
-            self.confidences, self.copies, self.matched = chances, copies, matched
-            return copies
-        drafts = self.drafter.propose(own, choose).to(copies.device)
-        drafted, confidences = drafts.shape[1], getattr(self.drafter, "confidences", None)
+            self.copies, self.matched = copies, matched
+            return Proposal(copies, chances)
+        proposal = self.drafter.propose(own, choose)
+        drafts, confidences = proposal.tokens.to(copies.device), proposal.confidences
+        drafted, self.knows_confidence = drafts.shape[1], confidences is not None
         if confidences is None:
             is_copied = matched >= self.LEAST_MATCHED
         else:
             confidences = functional.pad(confidences.to(chances), (0, num_tokens - drafted))  # (R, k)
             is_copied = expected(chances) > expected(confidences)
             confidences = torch.where(is_copied[:, None], chances, confidences)
-        self.confidences, self.copies, self.matched = confidences, copies, matched * is_copied
-        # where the other one has no more slots there is nothing better than the copy
-        drafts = torch.cat([drafts, copies[:, drafted:]], dim=1)
-        return torch.where(is_copied[:, None], copies, drafts)
+        self.copies, self.matched = copies, matched * is_copied
+        drafts = functional.pad(drafts, (0, num_tokens - drafted), value=NO_TOKEN)
+        return Proposal(torch.where(is_copied[:, None], copies, drafts), confidences)
 
     def _needs_no_other(self, chances: torch.Tensor) -> bool:
         """Whether the other drafter would hardly be likelier right in any row, so that its time can be saved. A GPU is
         not asked, for which the host would have to wait; nor is this for a drafter that does not tell how sure it is.
         """
-        if chances.device.type != "cpu" or getattr(self.drafter, "confidences", None) is None:
+        if chances.device.type != "cpu" or not self.knows_confidence:
             return False
         return bool(((expected(chances) >= self.SURE * chances.shape[1]) | ~self.running).all())
 
-    def update(self, tokens, counts, longest) -> None:
-        self.drafter.update(tokens, counts, longest)
-        self.lookup.update(tokens, counts, longest)
+    def update(self, verified: Verified) -> None:
+        self.drafter.update(verified)
+        self.lookup.update(verified)
+        tokens, counts = verified.tokens, verified.counts
         self.running = counts > 0
         if self.copies is not None:
             verified = self.copies[:, : tokens.shape[1] - 1]

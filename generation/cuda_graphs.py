@@ -13,7 +13,7 @@ import threading
 import warnings
 from collections import defaultdict
 from collections.abc import Callable
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 
 import torch
 
@@ -28,13 +28,9 @@ _here = threading.local()  # `graphs` of the call that this thread is in
 
 
 @contextmanager
-def recorded_passes(wanted: bool, borrowed=None):
-    """Record and replay what `run_pass` runs in this thread, if that is `wanted`.
-
-    Args:
-        borrowed: the target as a drafter watches it, by hooks, which a replayed pass does not call.
-    """
-    outer, graphs = getattr(_here, "graphs", None), Graphs(borrowed) if wanted else None
+def recorded_passes(wanted: bool):
+    """Record and replay what `run_pass` runs in this thread, if that is `wanted`."""
+    outer, graphs = getattr(_here, "graphs", None), Graphs() if wanted else None
     _here.graphs = graphs
     try:
         yield
@@ -65,9 +61,6 @@ def run_pass(cache: RaggedCache, width: int, name: tuple, function: Callable[...
 class Graphs:
     """The recorded passes of one call.
 
-    Args:
-        borrowed: see `recorded_passes`.
-
     Attributes:
         of_caches: by cache, how often its buffers had moved when its passes were recorded, and these by their shape.
         memory: what passes are recorded with, by GPU.
@@ -75,8 +68,7 @@ class Graphs:
         watched: the same of passes in which nothing was seen that cannot be recorded.
     """
 
-    def __init__(self, borrowed=None):
-        self.borrowed = borrowed
+    def __init__(self):
         self.of_caches: dict[RaggedCache, tuple[int, dict[tuple, RecordedPass]]] = {}
         self.memory: dict[torch.device, GraphMemory] = {}
         self.unrecordable, self.watched = set(), set()
@@ -130,17 +122,16 @@ class Graphs:
         try:
             if device not in self.memory:
                 self.memory[device] = take_memory(device)
-            recorded = RecordedPass(cache, function, inputs, self.borrowed, self.memory[device])
+            recorded = RecordedPass(cache, function, inputs, self.memory[device])
             recorded.spoil()
-            with aside(self.borrowed):
-                again = recorded.replay(inputs)
+            again = recorded.replay(inputs)
             if all(agree(ours, theirs) for ours, theirs in zip(again, outputs, strict=True)):
                 return recorded
             reason = "it computed something else when it was replayed."
         except RuntimeError as error:  # of torch or of CUDA
             reason = f"{type(error).__name__}: {error}"
-        with aside(self.borrowed):  # what a wrong replay has written to the cache is written again
-            raise Unrecordable(reason, function(*inputs))
+        # what a wrong replay has written to the cache is written again
+        raise Unrecordable(reason, function(*inputs))
 
     def close(self) -> None:
         with _recording:
@@ -165,13 +156,12 @@ class RecordedPass:
     may be replayed in any order.
     """
 
-    def __init__(self, cache: RaggedCache, function, inputs, borrowed, memory: GraphMemory):
-        self.cache, self.borrowed = cache, borrowed
+    def __init__(self, cache: RaggedCache, function, inputs, memory: GraphMemory):
+        self.cache = cache
         self.inputs, self.lengths = [part.clone() for part in inputs], cache.lengths.clone()
         lengths, cache.lengths = cache.lengths, self.lengths
         try:
-            with aside(borrowed) as self.left:
-                self.graph, self.outputs = memory.record(lambda: function(*self.inputs))
+            self.graph, self.outputs = memory.record(lambda: function(*self.inputs))
         finally:
             cache.lengths = lengths
 
@@ -181,13 +171,11 @@ class RecordedPass:
             place.copy_(values)
         with _recording:
             self.graph.replay()
-        if self.left:
-            self.borrowed.leave({layer: [states.clone() for states in passes] for layer, passes in self.left.items()})
         return tuple(None if output is None else output.clone() for output in self.outputs)
 
     def spoil(self) -> None:
         """Leave nothing where the first replay has to put something."""
-        for output in (*self.outputs, *(states for passes in self.left.values() for states in passes)):
+        for output in self.outputs:
             if output is not None:
                 output.fill_(torch.nan if output.is_floating_point() else -1)
 
@@ -255,8 +243,3 @@ def free_memory() -> None:
         _free.clear()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-
-
-def aside(borrowed):
-    """What passes inside leave for the drafter does not reach it; it is what this yields."""
-    return nullcontext({}) if borrowed is None else borrowed.aside()

@@ -11,7 +11,7 @@ from time import perf_counter
 import torch
 
 from .draft_length import DraftLength, round_draft_length
-from .drafter import Drafter
+from .drafter import Drafter, Prompts, Verified, count_drafted
 from .fast_linear import fast_linears
 from .position_table import positions_in_table
 from .prompt import PromptLayout
@@ -42,14 +42,17 @@ def decode(
 
     with drafter, choice.rule, fast_linears(model):
         block_size = draft_length.most + 1
-        logits, cache = prefill(model, input_ids, layout, max_length, block_size, model_kwargs, prefill_chunk_size)
+        state_layers = drafter.hidden_state_layers if draft_length.most else None
+        logits, cache, states = prefill(
+            model, input_ids, layout, max_length, block_size, model_kwargs, prefill_chunk_size, state_layers
+        )
         drafts = input_ids.new_empty(text.batch_size, 0)  # (B, 0): the prompt pass verifies nothing
         tokens, accepted = choice.of_target(logits, drafts)  # (B, 1), (B,)
-        _, outcome = text.append(tokens, accepted)
-        statistics.count(text.rows, 0, outcome, is_prompt=True)
+        _, outcome, drafted = text.append(tokens, accepted)
+        statistics.count(text.rows, 0, drafted, outcome, is_prompt=True)
         statistics.lap("prefill")
         if not text.done and draft_length.most:
-            drafter.begin(input_ids, layout, tokens, max_length)
+            drafter.begin(Prompts(input_ids, layout, tokens, max_length, states))
 
         while not text.done:
             if (kept := text.drop_finished()) is not None:
@@ -61,20 +64,21 @@ def decode(
             if table is not None:
                 k = max(0, min(k, table - 1 - longest_read(text, layout)))
             if k and text.in_step.may_draft():
-                drafts = drafter.propose(k, choice.for_drafter).to(input_ids.device)  # (R, k) or fewer
-                confidences = getattr(drafter, "confidences", None)
-                drafts = drafts[:, : draft_length.keep(drafts, confidences, text.device_idle, started)]
+                proposal = drafter.propose(k, choice.for_drafter)
+                drafts = choice.drafts_of(proposal, drafter, k)  # (R, k) or fewer
+                drafts = drafts[:, : draft_length.keep(drafts, proposal.confidences, text.device_idle, started)]
             else:
                 drafts = input_ids.new_empty(len(text.rows), 0)
             drafts = text.pad_stopped(drafts)
             statistics.lap("draft")
 
-            logits = verify(model, cache, torch.cat([text.last_tokens(), drafts], dim=1))  # (R, k + 1, V)
+            block = torch.cat([text.last_tokens(), choice.readable(drafts)], dim=1)
+            logits, states = verify(model, cache, block, state_layers)  # (R, k + 1, V), (R, k + 1, S, d)
             statistics.lap("verify")
 
             tokens, accepted = choice.of_target(logits, drafts)  # (R, k + 1), (R,)
-            counts, outcome = text.append(tokens, accepted)
-            statistics.count(text.rows, drafts.shape[1], outcome, is_prompt=False)
+            counts, outcome, drafted = text.append(tokens, accepted, count_drafted(drafts))
+            statistics.count(text.rows, drafts.shape[1], drafted, outcome, is_prompt=False)
             draft_length.record(len(text.rows), drafts.shape[1], outcome, perf_counter() - started)
             statistics.lap("accept")
 
@@ -82,7 +86,8 @@ def decode(
                 longest = longest_read(text, layout)
                 cache.advance(counts, longest)
                 if draft_length.most:
-                    drafter.update(tokens, counts, longest)
+                    seen = logits if drafter.reads_logits else None
+                    drafter.update(Verified(tokens, counts, longest, states, seen))
                 choice.rule.forget_before(min(text.running_lengths()))
                 statistics.lap("draft")
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from .settings import whole_number
+
 AUTO = "auto"
 
 
@@ -36,19 +38,22 @@ class DraftLength:
         it took."""
 
 
-def check_draft_length(value, name: str = "num_assistant_tokens") -> None:
-    """
+def checked_draft_length(value, name: str = "num_assistant_tokens") -> int | str | None:
+    """`value` as a Python integer, or "auto", or `None`: nobody asked.
+
     Raises:
-        ValueError: a negative number, or none at all. `None` is well: nobody asked.
+        ValueError: a negative number, or none at all.
     """
     or_auto = f", or {AUTO!r}" if name == "num_assistant_tokens" else ""
-    if value is None or (or_auto and value == AUTO):
-        return
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+    if value is None or (or_auto and isinstance(value, str) and value == AUTO):
+        return value
+    number = whole_number(value)
+    if number is None or number < 0:
         raise ValueError(
             f"{name} is {value!r}; expected an integer: 0 for plain decoding, otherwise how many tokens to draft each "
             f"round{or_auto}."
         )
+    return number
 
 
 def round_draft_length(num_assistant_tokens: int, shortest: int, limit: int) -> int:

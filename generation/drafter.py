@@ -1,59 +1,131 @@
-"""What the decode loop asks of a drafter, and the drafter that drafts nothing.
+"""The contract between the decode loop and whatever drafts.
 
-A drafter is begun with the prompts, proposes, and is told what became of the proposal. The others are in files of their
-own: `specformer_drafter`, `assistant_drafter`, `prompt_lookup_drafter`, `copying_drafter`.
+A drafter is begun with the prompts, proposes tokens each round, and is told what the target made of them. Its text may
+be as wrong as it likes: what the target does not take is not written. A drafter of one's own is a subclass:
+
+    class RepeatLast(Drafter):
+        "Drafts each row's newest token again."
+
+        def begin(self, prompts):
+            self.newest = prompts.first_tokens
+
+        def propose(self, num_tokens, choose):
+            return Proposal(self.newest.expand(-1, num_tokens))
+
+        def update(self, verified):
+            self.newest = verified.newest(self.newest)
+
+        def select_rows(self, index, longest):
+            self.newest = self.newest[index]
+
+    specformer.generate(target, RepeatLast(), **inputs)
+
+The drafters that are here: `specformer_drafter`, `assistant_drafter`, `prompt_lookup_drafter`, `copying_drafter`.
+
+Shapes: B rows of the batch, R rows that passes still carry, P columns of the prompts, q positions of a pass, S layers
+whose states are read, d channels, V entries of the vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 
 from .prompt import PromptLayout
+from .verification import NO_TOKEN
+
+STEPS = ("begin", "propose", "update", "select_rows")
 
 
-class Drafter(Protocol):
-    """As a context manager a drafter may watch the target's passes; whatever it attached is gone on exit."""
+@dataclass
+class Prompts:
+    """What a drafter begins with: the target has read the prompts and taken a token behind each.
 
-    max_draft_tokens: int
-    default_num_assistant_tokens: int
-    """How many to begin with where the caller names no number. 0: nothing is drafted then."""
-    confidences: torch.Tensor | None
-    """Of the last proposal, how likely each token is accepted once those in front of it are, (R, k). A drafter that
-    cannot tell has `None`, or no such attribute."""
+    Attributes:
+        input_ids: prompts with their padding, (B, P).
+        layout: where in them the tokens are.
+        first_tokens: the token behind each prompt, (B, 1).
+        max_length: tokens, prompt and padding included, at which generate() stops.
+        hidden_states: of the layers that the drafter reads, (N, width, S, d) for each of `layout.groups`.
+    """
 
-    def __enter__(self): ...
-
-    def __exit__(self, *exception) -> None: ...
-
-    def begin(self, input_ids: torch.Tensor, layout: PromptLayout, first_tokens: torch.Tensor, max_length: int) -> None:
-        """The target has read the prompts `input_ids` (B, P) and taken `first_tokens` (B, 1)."""
-
-    def propose(self, num_tokens: int, choose: Callable[..., torch.Tensor]) -> torch.Tensor:
-        """Draft tokens (R, num_tokens), or fewer columns.
-
-        `choose(logits, ahead=0, token_ids=None)` turns logits (R, n, C) for the n positions from `ahead` on into tokens
-        (R, n). `token_ids`, (C,) or (R, n, C), are the tokens that the logits are of, each once; `None` means the
-        vocabulary in its order. A drafter calls it for all of its tokens in order, or for none where it has no logits.
-        """
-
-    def update(self, tokens: torch.Tensor, counts: torch.Tensor, longest: int) -> None:
-        """The target has read the last token and the drafts, and row r's text goes on with tokens[r, : counts[r]].
-
-        `tokens` is (R, q), with q = 1 where nothing was proposed; `longest` is the number of tokens of the longest row
-        that the target has read. Rows with count 0 have finished, or wait for others.
-        """
-
-    def select_rows(self, index: torch.Tensor, longest: int) -> None:
-        """Only the rows of `index` (R',) go on; `longest` as in `update`."""
+    input_ids: torch.Tensor
+    layout: PromptLayout
+    first_tokens: torch.Tensor
+    max_length: int
+    hidden_states: list[torch.Tensor] | None = None
 
 
-class NoDrafter:
-    """Plain decoding through the same loop."""
+@dataclass
+class Proposal:
+    """What a drafter proposes.
 
-    max_draft_tokens = default_num_assistant_tokens = 0
+    Attributes:
+        tokens: (R, n), n up to the number that was asked for; NO_TOKEN (-1) from where a row has nothing to draft.
+        confidences: how likely each token is accepted once those in front of it are, (R, n), if the drafter can tell.
+        probabilities: the distributions that the tokens were sampled from, (R, n, V), if the drafter sampled them
+            itself. `choose` remembers its own.
+    """
+
+    tokens: torch.Tensor
+    confidences: torch.Tensor | None = None
+    probabilities: torch.Tensor | None = None
+
+
+@dataclass
+class Verified:
+    """What the target made of a round: it has read each row's newest token and drafts.
+
+    Attributes:
+        tokens: row r's text goes on with tokens[r, : counts[r]]; (R, q), q = 1 where nothing was drafted. Those behind
+            may be NO_TOKEN.
+        counts: (R,), 0 in rows that have finished or wait for others.
+        longest: tokens of the longest row that the target has read.
+        hidden_states: of the layers that the drafter reads, at the positions that were read, (R, q, S, d).
+        logits: the target's, for a drafter that reads them, (R, q, V).
+    """
+
+    tokens: torch.Tensor
+    counts: torch.Tensor
+    longest: int
+    hidden_states: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+
+    def newest(self, before: torch.Tensor) -> torch.Tensor:
+        """The newest token of each row, (R, 1): that of `before` (R, 1) where there is no other."""
+        counts, tokens = self.counts.to(before.device), self.tokens.to(before.device)
+        last = tokens.gather(1, (counts[:, None] - 1).clamp(min=0))
+        return torch.where(counts[:, None] > 0, last, before)
+
+
+class Drafter:
+    """One batch's drafter. Around its use it is entered as a context manager; what it attached is gone on exit.
+
+    Attributes:
+        max_draft_tokens: most tokens that it can propose.
+        default_num_assistant_tokens: how many to begin with where the caller names no number. 0: nothing is drafted
+            then.
+        hidden_state_layers: which states of the target it reads, as `SpecFormerConfig.target_layer_ids` counts them;
+            `None`: none.
+        reads_logits: whether `update` is given the target's logits.
+        proposes_known_tokens: whether all tokens that it proposes are the target's for certain. Those of others are
+            checked, for which the host waits for a GPU.
+    """
+
+    max_draft_tokens: int = 64
+    default_num_assistant_tokens: int = 4
+    hidden_state_layers: Sequence[int] | None = None
+    reads_logits: bool = False
+    proposes_known_tokens: bool = False
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        for step in STEPS:
+            if step in vars(cls):
+                setattr(cls, step, blamed(vars(cls)[step], step))
 
     def __enter__(self):
         return self
@@ -61,14 +133,87 @@ class NoDrafter:
     def __exit__(self, *exception) -> None:
         pass
 
-    def begin(self, input_ids, layout, first_tokens, max_length) -> None:
-        pass
+    def begin(self, prompts: Prompts) -> None:
+        """A batch starts. Called once, before the other methods."""
 
-    def propose(self, num_tokens, choose) -> torch.Tensor:
-        raise ValueError(f"{num_tokens} draft tokens were asked for, but there is no drafter.")
+    def propose(self, num_tokens: int, choose: Callable[..., torch.Tensor]) -> Proposal:
+        """Draft up to `num_tokens` for each row.
 
-    def update(self, tokens, counts, longest) -> None:
-        pass
+        `choose(logits, ahead=0, token_ids=None)` turns logits (R, n, C) for the n positions from `ahead` on into tokens
+        (R, n), as the call samples. `token_ids`, (C,) or (R, n, C), are the tokens that the logits are of, each once;
+        `None` means the vocabulary in its order. A drafter calls it for all of its tokens in order, or for none where
+        it has no logits.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no propose(num_tokens, choose).")
 
-    def select_rows(self, index, longest) -> None:
-        pass
+    def update(self, verified: Verified) -> None:
+        """A round is over. Also called after rounds for which nothing was asked."""
+
+    def select_rows(self, index: torch.Tensor, longest: int) -> None:
+        """Only the rows of `index` (R',) go on; `longest` as in `Verified`."""
+
+
+class NoDrafter(Drafter):
+    """Plain decoding through the same loop."""
+
+    max_draft_tokens = default_num_assistant_tokens = 0
+
+
+def is_drafter(thing) -> bool:
+    """Whether `thing` has a drafter's methods, whatever copy of this code its class was derived from."""
+    return all(callable(getattr(thing, name, None)) for name in STEPS)
+
+
+def blamed(method: Callable, step: str) -> Callable:
+    """`method`, a drafter's `step`, whose errors say so."""
+
+    @functools.wraps(method)
+    def named(self, *args, **kwargs):
+        try:
+            return method(self, *args, **kwargs)
+        except Exception as error:
+            error.add_note(f"Raised by the drafter {name_of(self)}, in {step}().")
+            raise
+
+    return named
+
+
+def name_of(drafter: Drafter) -> str:
+    kind = type(drafter)
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def check_proposal(proposal: Proposal, drafter: Drafter, num_rows: int, num_tokens: int, vocab_size: int) -> None:
+    """
+    Raises:
+        ValueError: what a broken drafter gave; the message names it.
+    """
+
+    def refuse(what: str) -> None:
+        raise ValueError(f"The drafter {name_of(drafter)} {what}")
+
+    tokens = getattr(proposal, "tokens", None)
+    if not isinstance(tokens, torch.Tensor):
+        refuse(f"proposed a {type(proposal).__name__}; expected a Proposal, whose tokens are a tensor.")
+    if tokens.ndim != 2 or len(tokens) != num_rows or tokens.shape[1] > num_tokens:
+        refuse(
+            f"proposed tokens of shape {tuple(tokens.shape)}; expected one row for each of the {num_rows} rows, and at "
+            f"most {num_tokens} columns."
+        )
+    if tokens.dtype != torch.long:
+        refuse(f"proposed tokens of {tokens.dtype}; expected torch.int64.")
+    for name, ndim in (("confidences", 2), ("probabilities", 3)):
+        value = getattr(proposal, name, None)
+        if value is not None and (value.ndim != ndim or value.shape[:2] != tokens.shape):
+            refuse(f"proposed {name} of shape {tuple(value.shape)} for tokens of shape {tuple(tokens.shape)}.")
+    if not drafter.proposes_known_tokens and tokens.numel():
+        lowest, highest = torch.stack(tokens.aminmax()).tolist()
+        if lowest < NO_TOKEN or highest >= vocab_size:
+            refuse(
+                f"proposed tokens from {lowest} to {highest}; expected 0 to {vocab_size - 1}, or {NO_TOKEN} for none."
+            )
+
+
+def count_drafted(drafts: torch.Tensor) -> torch.Tensor:
+    """How many tokens each row drafts, of (R, n): those in front of its first NO_TOKEN, (R,)."""
+    return (drafts != NO_TOKEN).long().cumprod(dim=1).sum(dim=1)

@@ -111,7 +111,7 @@ def generate(
     if custom_generate is not None:
         raise ValueError(
             "custom_generate was given to a function that is a generation strategy itself. Leave it unset, or call "
-            "model.generate(..., custom_generate=...) instead."
+            "model.generate(..., custom_generate=<string>)."
         )
     check_arguments(assistant_model, inputs, synced_gpus, tokenizer, assistant_tokenizer, settings)
     check_target(model)
@@ -170,7 +170,7 @@ def generate(
         chunk_size = generation_config.prefill_chunk_size
         drafting = drafter_under(rule, drafter)
         draft_length = choose_draft_length(num_assistant_tokens, drafting, model, assistant_model, rule, cuda_graphs)
-        with recorded_passes(cuda_graphs, getattr(drafting, "borrowed", None)):
+        with recorded_passes(cuda_graphs):
             statistics = decode(model, drafting, text, choice, layout, model_kwargs, draft_length, chunk_size)
         if wants is None:
             return text.result()

@@ -77,7 +77,7 @@ def verify_among_many_slots(model, cache: RaggedCache, tokens: torch.Tensor) -> 
     masks = {kind: stretched(mask) for kind, mask in masks.items()} if isinstance(masks, dict) else stretched(masks)
     layers, cache.layers = cache.layers, [StretchedLayer(layer, slots, longest) for layer in cache.layers]
     try:
-        return read_block(model, cache, tokens, position_ids, masks)
+        return read_block(model, cache, tokens, position_ids, masks)[0]
     except RuntimeError as error:  # shapes, as a rule
         raise ValueError(f"{BY_NUMBER_OF_KEYS} ({error})") from error
     finally:
@@ -123,10 +123,10 @@ def probe_target(model) -> None:
     kept = [block, 1]  # of the first block, so that the second one stands at another position in each row
     try:
         layout = PromptLayout.from_mask(mask, prompt)
-        _, cache = prefill(model, prompt, layout, width + 2 * block + 1, block, prompt_arguments(model, layout))
+        _, cache, _ = prefill(model, prompt, layout, width + 2 * block + 1, block, prompt_arguments(model, layout))
         verify(model, cache, first)
         cache.advance(torch.tensor(kept, device=device), width + max(kept))
-        ours = verify(model, cache, second).cpu().double()
+        ours = verify(model, cache, second)[0].cpu().double()
         among_many = verify_among_many_slots(model, cache, second).cpu().double()
         for row, count in enumerate(kept):
             context = torch.cat([prompt[row][mask[row].bool()], first[row, :count]])[None]

@@ -5,39 +5,38 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
+from .drafter import Drafter, Prompts, Proposal, Verified
+from .verification import NO_TOKEN
+
 FIRST_WIDTH = 256
 """New tokens that the buffer has room for at first; it doubles."""
 
 
-class PromptLookupDrafter:
+class PromptLookupDrafter(Drafter):
     """Prompt lookup (Saxena 2023; `prompt_lookup_num_tokens` of transformers), for every row of a batch at once.
 
     The longest suffix of a row, of at most `max_matching_ngram_size` tokens, that occurs earlier in the same row is
     looked up, the latest occurrence of several, and the tokens behind it are drafted. Where the copy reaches the end of
-    the row it goes on with itself, as a repeating text does. Rows without an occurrence repeat their newest token if
-    other rows draft; if no row has one, nothing is drafted.
+    the row it goes on with itself, as a repeating text does. Rows without an occurrence draft nothing.
     """
 
-    max_draft_tokens = 64
+    proposes_known_tokens = True
 
     def __init__(self, max_matching_ngram_size: int = 2):
         self.max_matching_ngram_size = max_matching_ngram_size
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exception) -> None:
-        pass
-
-    def begin(self, input_ids, layout, first_tokens, max_length) -> None:
+    def begin(self, prompts: Prompts) -> None:
+        layout = prompts.layout
         # Real tokens go to the front: (R, width), the first `lengths` of a row count
-        self.ids = layout.compact(input_ids)[:, : layout.longest]
+        self.ids = layout.compact(prompts.input_ids)[:, : layout.longest]
         self.lengths, self.longest = layout.lengths, layout.longest
-        self.update(first_tokens, torch.ones_like(self.lengths), layout.longest)
+        self.update(Verified(prompts.first_tokens, torch.ones_like(self.lengths), layout.longest))
 
-    def propose(self, num_tokens, choose) -> torch.Tensor:
+    def propose(self, num_tokens, choose) -> Proposal:
         drafts, matched = self.find(num_tokens)
-        return drafts if matched.any() else drafts[:, :0]
+        if not matched.any():
+            return Proposal(drafts[:, :0])
+        return Proposal(drafts.masked_fill(matched[:, None] == 0, NO_TOKEN))
 
     def find(self, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Copies (R, num_tokens), and how many tokens in front of them stood there before (R,), 0 where none did."""
@@ -47,15 +46,16 @@ class PromptLookupDrafter:
         offsets = torch.arange(num_tokens, device=self.ids.device) % period[:, None]
         return self.ids.gather(1, source[:, None] + offsets), matched
 
-    def update(self, tokens, counts, longest) -> None:
+    def update(self, verified: Verified) -> None:
+        tokens = verified.tokens
         width = self.longest + tokens.shape[1]
         if width > self.ids.shape[1]:
             extra = max(width, 2 * self.ids.shape[1], FIRST_WIDTH) - self.ids.shape[1]
             self.ids = functional.pad(self.ids, (0, extra))
         columns = self.lengths[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
         self.ids.scatter_(1, columns, tokens.clamp(min=0))  # those behind `counts` are written over, or never read
-        self.lengths = self.lengths + counts
-        self.longest = longest + 1  # the newest token, which the target has not read
+        self.lengths = self.lengths + verified.counts
+        self.longest = verified.longest + 1  # the newest token, which the target has not read
 
     def select_rows(self, index, longest) -> None:
         self.ids, self.lengths, self.longest = self.ids[index], self.lengths[index], longest + 1

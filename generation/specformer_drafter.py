@@ -10,6 +10,7 @@ from transformers import DynamicCache
 
 from .capabilities import is_compiled
 from .cuda_graphs import run_pass
+from .drafter import Drafter, Prompts, Proposal, Verified
 from .fast_linear import fast_linears
 from .ragged_cache import RaggedCache
 from .target import FIRST_CAPACITY
@@ -21,7 +22,7 @@ MOST_UNREAD = 32
 take memory."""
 
 
-class SpecFormerDrafter:
+class SpecFormerDrafter(Drafter):
     """A SpecFormer network on one target: context states of all read tokens, drafts from each row's last one only.
 
     Args:
@@ -29,6 +30,8 @@ class SpecFormerDrafter:
             than the target's, a copy in that dtype is used.
         target: the model it drafts for.
     """
+
+    proposes_known_tokens = True
 
     def __init__(self, network, target):
         self.borrowed = network.borrow(target)
@@ -38,13 +41,12 @@ class SpecFormerDrafter:
                 self.network = copy.deepcopy(network).to(target.dtype)
         self.max_draft_tokens = network.config.num_draft_tokens
         self.default_num_assistant_tokens = network.config.default_num_assistant_tokens
-        self.confidences: torch.Tensor | None = None
+        self.hidden_state_layers = network.config.target_layer_ids
 
     def __enter__(self):
         with ExitStack() as stack:
             if is_compiled(self.borrowed.target):
                 stack.enter_context(uncompiled())
-            stack.enter_context(self.borrowed)
             stack.enter_context(fast_linears(self.network, self.borrowed.rows))
             self._attached = stack.pop_all()
         return self
@@ -52,21 +54,20 @@ class SpecFormerDrafter:
     def __exit__(self, *exception) -> None:
         self._attached.__exit__(*exception)
 
-    def begin(self, input_ids, layout, first_tokens, max_length) -> None:
+    def begin(self, prompts: Prompts) -> None:
         device = self.borrowed.device
-        layout, input_ids, newest = layout.to(device), input_ids.to(device), first_tokens.to(device)  # (B, 1)
-        limit = max_length - input_ids.shape[1] + layout.longest
+        layout, input_ids = prompts.layout.to(device), prompts.input_ids.to(device)
+        newest = prompts.first_tokens.to(device)  # (B, 1)
+        limit = prompts.max_length - input_ids.shape[1] + layout.longest
         capacity = min(layout.longest + FIRST_CAPACITY, limit)
         cache = RaggedCache(1, layout.lengths, layout.longest, capacity, limit)
         groups = layout.groups
         contexts = []
-        for group, hidden_states in zip(
-            groups, self.borrowed.take_each([group.width for group in groups]), strict=True
-        ):
+        for group, hidden_states in zip(groups, prompts.hidden_states, strict=True):
             ids, lengths = input_ids[group.rows, -group.width :], group.layout.lengths
             # Real tokens go to the front, so that plain causal attention keeps padding out.
             hidden_states, ids = (
-                group.layout.compact(part)[:, : group.layout.longest] for part in (hidden_states, ids)
+                group.layout.compact(part)[:, : group.layout.longest] for part in (hidden_states.to(device), ids)
             )
             next_tokens = ids.roll(-1, dims=1).scatter(1, lengths[:, None] - 1, newest[group.rows])  # (N, T)
             prompt_cache = DynamicCache()
@@ -88,7 +89,7 @@ class SpecFormerDrafter:
         self.unread: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []  # per round, as `_take_unread`
 
     @torch.no_grad()
-    def propose(self, num_tokens, choose) -> torch.Tensor:
+    def propose(self, num_tokens, choose) -> Proposal:
         self._read()
 
         def slots(context: torch.Tensor, newest: torch.Tensor) -> tuple[torch.Tensor]:
@@ -99,11 +100,9 @@ class SpecFormerDrafter:
 
         inputs = self.context, self.newest
         if isinstance(choose, BestDrafts):  # nothing but tensors, so that one pass can be made of it all
-            tokens, self.confidences = run_pass(self.cache, 0, ("drafts", num_tokens), drafts, *inputs)
-            return tokens
+            return Proposal(*run_pass(self.cache, 0, ("drafts", num_tokens), drafts, *inputs))
         (states,) = run_pass(self.cache, 0, ("slots", num_tokens), slots, *inputs)
-        tokens, self.confidences = choose_drafts(self.network, self.borrowed, states, self.newest, choose)
-        return tokens
+        return Proposal(*choose_drafts(self.network, self.borrowed, states, self.newest, choose))
 
     def _draft(self, context: torch.Tensor, newest: torch.Tensor) -> torch.Tensor:
         """States of all slots of every row, (R, D, d), from context states (R, d) and the `newest` tokens (R, 1)."""
@@ -115,13 +114,13 @@ class SpecFormerDrafter:
             seen = dict(position_ids=positions, attention_mask=mask, past_key_values=self.cache)
         return self.network.draft(context, anchors, **seen)
 
-    def update(self, tokens, counts, longest) -> None:
+    def update(self, verified: Verified) -> None:
         # Read when there is a proposal to make: rounds without one cost nothing, and are caught up with in one pass.
-        hidden_states = self.borrowed.take_hidden_states(tokens.shape[1])
-        counts, tokens = counts.to(hidden_states.device), tokens.to(hidden_states.device)
-        self.newest = newest_tokens(tokens, counts, self.newest)
+        parts = (verified.hidden_states, verified.tokens, verified.counts)
+        hidden_states, tokens, counts = (part.to(self.borrowed.device) for part in parts)
+        self.newest = verified.newest(self.newest)
         self.unread.append((hidden_states, tokens, counts))
-        self.longest = longest
+        self.longest = verified.longest
         if sum(tokens.shape[1] for _, tokens, _ in self.unread) >= MOST_UNREAD:
             self._read()
 
@@ -169,13 +168,6 @@ class SpecFormerDrafter:
 
     def _anchors(self, next_tokens: torch.Tensor) -> torch.Tensor | None:
         return embed(self.borrowed, next_tokens) if self.network.config.use_anchor_token else None
-
-
-def newest_tokens(tokens: torch.Tensor, counts: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
-    """The last of the first `counts` (R,) of each row's `tokens` (R, q), and that of `before` (R, 1) where there is
-    none: (R, 1)."""
-    last = tokens.gather(1, (counts[:, None] - 1).clamp(min=0))
-    return torch.where(counts[:, None] > 0, last, before)
 
 
 def choose_drafts(

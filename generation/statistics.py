@@ -13,9 +13,9 @@ class GenerationStatistics:
         rounds: target passes after the prompt's.
         target_passes_per_row: rounds in which each row of the batch was running.
         tokens_per_row: tokens generated per row, the one from the prompt pass included.
-        drafted_per_slot: how often slot j was drafted for a running row.
+        drafted_per_slot: how often slot j was drafted for a running row. Rows with nothing to draft do not count.
         accepted_per_slot: how often it was accepted, the slots before it included.
-        rounds_per_length: how many rounds drafted so many tokens.
+        rounds_per_length: how many rounds verified so many drafts of each row.
         seconds: wall-clock of the host in "prefill", "draft", "verify" and "accept". On a GPU the host runs ahead, so
             only the sum means something there.
     """
@@ -40,19 +40,22 @@ class GenerationStatistics:
         self.seconds[part] = self.seconds.get(part, 0.0) + now - self._clock
         self._clock = now
 
-    def count(self, rows: list[int], drafted: int, outcome: list[tuple[int, int]], is_prompt: bool) -> None:
-        """Book one pass: `outcome` holds (accepted drafts, tokens added) of each of `rows`."""
+    def count(
+        self, rows: list[int], width: int, drafted: list[int], outcome: list[tuple[int, int]], is_prompt: bool
+    ) -> None:
+        """Book one pass over `width` drafts: how many each of `rows` had `drafted`, and its `outcome`, (accepted
+        drafts, tokens added)."""
         if not is_prompt:
             self.rounds += 1
-            self.rounds_per_length[drafted] = self.rounds_per_length.get(drafted, 0) + 1
-        slots = max(drafted, len(self.drafted_per_slot))
+            self.rounds_per_length[width] = self.rounds_per_length.get(width, 0) + 1
+        slots = max(width, len(self.drafted_per_slot))
         for counts in (self.drafted_per_slot, self.accepted_per_slot):
             counts.extend([0] * (slots - len(counts)))
-        for row, (accepted, added) in zip(rows, outcome, strict=True):
+        for row, count, (accepted, added) in zip(rows, drafted, outcome, strict=True):
             if added == 0:
                 continue  # stopped earlier and only carried along
             self.target_passes_per_row[row] += not is_prompt
-            for slot in range(drafted):
+            for slot in range(count):
                 self.drafted_per_slot[slot] += 1
                 self.accepted_per_slot[slot] += slot < accepted
 

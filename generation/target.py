@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 
 import torch
 from transformers import DynamicCache
 
 from .cuda_graphs import run_pass
 from .grouped_heads import folded_heads
+from .hidden_states import HiddenStates
 from .prompt import PromptLayout
 from .ragged_cache import RaggedCache, attention_masks, sliding_layers
 from .versions import CACHE_NAMES, cache_argument, cache_of, prepared_inputs, untested
@@ -35,7 +37,8 @@ def prefill(
     block_size: int | None,
     model_kwargs: dict,
     chunk_size: int | None = None,
-) -> tuple[torch.Tensor, RaggedCache]:
+    state_layers: Sequence[int] | None = None,
+) -> tuple[torch.Tensor, RaggedCache, list[torch.Tensor] | None]:
     """Read the prompts (B, P), those of similar length together, and keep their keys and values in a ragged cache.
 
     Args:
@@ -43,19 +46,22 @@ def prefill(
         block_size: most tokens that are written before it is known which of them are kept; `None` if any number may be.
         model_kwargs: what generate() prepared: attention_mask, position_ids, logits_to_keep.
         chunk_size: tokens of one pass (`prefill_chunk_size`); default all.
+        state_layers: whose states are wanted, see `hidden_states`.
 
     Returns:
-        Logits of the last prompt position (B, 1, V), and the cache.
+        Logits of the last prompt position (B, 1, V), the cache, and the states of each group, (N, width, S, d).
     """
     # Rows are counted without their padding, so the longest ends max_length - (P - longest) tokens on.
     longest_text = layout.longest + max_length - input_ids.shape[1]
-    cache, logits, order = None, [], []
+    cache, logits, order, states = None, [], [], []
     for group in layout.groups:
         of_group = dict(model_kwargs)
         for name in ("attention_mask", "position_ids"):
             if (value := model_kwargs.get(name)) is not None:
                 of_group[name] = value.expand(len(input_ids), -1)[group.rows.to(value.device), -group.width :]
-        last, prompt_cache = read_prompts(model, input_ids[group.rows, -group.width :], of_group, chunk_size)
+        last, prompt_cache, states_of_group = read_prompts(
+            model, input_ids[group.rows, -group.width :], of_group, chunk_size, state_layers
+        )
         if cache is None:
             num_layers = len(prompt_cache.layers)
             capacity = min(layout.longest + FIRST_CAPACITY + (block_size or 1), longest_text)
@@ -66,19 +72,25 @@ def prefill(
             cache = RaggedCache(num_layers, layout.lengths, layout.longest, capacity, longest_text, *rings)
         cache.load(group.rows, prompt_cache, group.layout.columns[:, : group.layout.longest])
         logits.append(last)
+        states.append(states_of_group)
         order.append(group.rows)
     places = torch.cat(order).argsort().to(last.device)
-    return torch.cat(logits)[places], cache
+    return torch.cat(logits)[places], cache, None if state_layers is None else states
 
 
 def read_prompts(
-    model, input_ids: torch.Tensor, model_kwargs: dict, chunk_size: int | None
-) -> tuple[torch.Tensor, DynamicCache]:
-    """Run prompts (N, P) the way plain generate() does: logits of the last position (N, 1, V), and the cache."""
+    model,
+    input_ids: torch.Tensor,
+    model_kwargs: dict,
+    chunk_size: int | None,
+    state_layers: Sequence[int] | None = None,
+) -> tuple[torch.Tensor, DynamicCache, torch.Tensor | None]:
+    """Run prompts (N, P) the way plain generate() does: logits of the last position (N, 1, V), the cache, and the
+    states of `state_layers` (N, P, S, d)."""
     width = input_ids.shape[1]
     cut = ("attention_mask", "position_ids", *CACHE_NAMES)
     kwargs = {key: value for key, value in model_kwargs.items() if key not in cut} | {"use_cache": True}
-    cache = DynamicCache(config=model.config)
+    cache, states = DynamicCache(config=model.config), []
     mask, position_ids = model_kwargs.get("attention_mask"), model_kwargs.get("position_ids")
     for start in range(0, width, chunk_size or width):
         end = min(start + (chunk_size or width), width)
@@ -91,7 +103,9 @@ def read_prompts(
             is_first_iteration=start == 0,
             **kwargs,
         )
-        outputs = model(**inputs, return_dict=True)
+        with HiddenStates(model, state_layers) as hidden:
+            outputs = model(**inputs, return_dict=True)
+        states.append(hidden.result(outputs.logits.device))
         # Not the cache that went in: some families start a new one for long prompts.
         cache = cache_of(outputs)
     if not isinstance(cache, DynamicCache) or cache.get_seq_length() != width:
@@ -99,23 +113,29 @@ def read_prompts(
             f"{type(model).__name__} did not fill its cache with the {width} tokens of the prompt. If it is training "
             "with gradient checkpointing, which may switch the cache off, call model.eval() first." + untested()
         )
-    return outputs.logits[:, -1:], cache
+    return outputs.logits[:, -1:], cache, None if state_layers is None else torch.cat(states, dim=1)
 
 
-def verify(model, cache: RaggedCache, tokens: torch.Tensor) -> torch.Tensor:
-    """One pass over `tokens` (B, q), which follow what the cache holds of each row: logits (B, q, V)."""
+def verify(
+    model, cache: RaggedCache, tokens: torch.Tensor, state_layers: Sequence[int] | None = None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """One pass over `tokens` (B, q), which follow what the cache holds of each row: logits (B, q, V), and the states of
+    `state_layers` (B, q, S, d)."""
 
-    def one_pass(tokens: torch.Tensor) -> tuple[torch.Tensor]:
+    def one_pass(tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         position_ids = cache.prepare(tokens.shape[1])
         masks = attention_masks(model.config, cache, position_ids, model.dtype)
-        return (read_block(model, cache, tokens, position_ids, masks),)
+        return read_block(model, cache, tokens, position_ids, masks, state_layers)
 
-    return run_pass(cache, tokens.shape[1], ("verify",), one_pass, tokens)[0]
+    return run_pass(cache, tokens.shape[1], ("verify",), one_pass, tokens)
 
 
-def read_block(model, cache, tokens: torch.Tensor, position_ids: torch.Tensor, masks) -> torch.Tensor:
-    """Logits (B, q, V) of `tokens` at `position_ids`, both (B, q), which see what `masks` let them see."""
-    with folded_heads():
+def read_block(
+    model, cache, tokens: torch.Tensor, position_ids: torch.Tensor, masks, state_layers: Sequence[int] | None = None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Logits (B, q, V) and states (B, q, S, d) of `tokens` at `position_ids`, both (B, q), which see what `masks` let
+    them see."""
+    with folded_heads(), HiddenStates(model, state_layers) as hidden:
         outputs = model(
             input_ids=tokens,
             position_ids=position_ids,
@@ -124,4 +144,4 @@ def read_block(model, cache, tokens: torch.Tensor, position_ids: torch.Tensor, m
             use_cache=True,
             return_dict=True,
         )
-    return outputs.logits
+    return outputs.logits, hidden.result(outputs.logits.device)

@@ -140,15 +140,19 @@ class Text:
         """Which of `tokens` (R, n) end their row, bool."""
         return self.rules.is_eos(tokens) & ~self.device_stopped[:, None]
 
-    def append(self, tokens: torch.Tensor, accepted: torch.Tensor) -> tuple[torch.Tensor, list[tuple[int, int]]]:
+    def append(
+        self, tokens: torch.Tensor, accepted: torch.Tensor, drafted: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, list[tuple[int, int]], list[int]]:
         """Add each row's accepted drafts and the token behind them, as far as its stopping rules let it.
 
         Args:
             tokens: the target's tokens, (R, q).
             accepted: how many of them were drafted, (R,), from 0 to q - 1.
+            drafted: how many were proposed, (R,); default none.
 
         Returns:
-            Tokens added per row, (R,), on the device; and per row (accepted, added) for the host, padding left out.
+            Tokens added per row, (R,), on the device; and for the host (accepted, added) of each row, padding left out,
+            and how many were proposed.
             This is the one point of a greedy round where the host waits for the device.
 
         Raises:
@@ -167,7 +171,10 @@ class Text:
         columns = self.prompt_width + self.device_generated[:, None] + offsets
         self.ids[self.device_rows[:, None], columns] = torch.where(offsets < counts[:, None], tokens, self.pad_token_id)
         missing = ((tokens == NO_TOKEN) & (offsets < counts[:, None])).any(dim=1)
-        accepted, added, ended, missing = to_host(torch.stack([accepted, counts, stopped.long(), missing.long()]))
+        drafted = torch.zeros_like(accepted) if drafted is None else drafted
+        accepted, added, ended, missing, drafted = to_host(
+            torch.stack([accepted, counts, stopped.long(), missing.long(), drafted])
+        )
         if any(missing):
             raise RuntimeError(
                 "A row cannot be sampled: its scores contain NaN or inf, or no token is left above -inf."
@@ -181,7 +188,7 @@ class Text:
         self.device_generated = self.device_generated + counts
         self._stream()
         added = [0 if padding else count for count, padding in zip(added, is_padding, strict=True)]
-        return counts, list(zip(accepted, added, strict=True))
+        return counts, list(zip(accepted, added, strict=True)), drafted
 
     def drop_finished(self) -> torch.Tensor | None:
         """When at least half of the carried rows have finished: the places of the others (R',), else `None`."""

@@ -12,6 +12,7 @@ import torch
 from torch.nn import functional
 
 from .acceptance import AcceptanceRule
+from .drafter import Drafter, Proposal, check_proposal
 from .processors import Processors
 from .step_outputs import StepOutputs
 from .text import Text
@@ -86,6 +87,21 @@ class TokenChoice:
                 proposals = everywhere.scatter_(-1, token_ids, proposals)
         self.proposals.append(proposals)
         return drafts
+
+    def drafts_of(self, proposal: Proposal, drafter: Drafter, num_tokens: int) -> torch.Tensor:
+        """The drafts (R, n) of a proposal for `num_tokens`, beside the text.
+
+        Raises:
+            ValueError: what a broken drafter gave.
+        """
+        check_proposal(proposal, drafter, len(self.text.rows), num_tokens, self.vocab_size)
+        if proposal.probabilities is not None:
+            self.proposals[:] = [proposal.probabilities.to(self.text.ids.device, torch.float32)]
+        return proposal.tokens.to(self.text.ids.device)
+
+    def readable(self, drafts: torch.Tensor) -> torch.Tensor:
+        """Drafts as the target can read them: a token also where there is none."""
+        return drafts.clamp(min=0, max=self.vocab_size - 1)
 
     def of_target(self, logits: torch.Tensor, drafts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The target's tokens (R, k + 1) from its logits (R, k + 1, V) behind `drafts` (R, k), and how many drafts it

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from specformer.generation.drafter import NoDrafter
+from specformer.generation.drafter import Drafter, Prompts, Proposal, Verified
 from specformer.generation.fast_linear import FEW, fast_linears, faster_layers, plain_linears
 from specformer.generation.generate import generate
 from specformer.generation.statistics import GenerationStatistics
@@ -24,7 +24,7 @@ RECORDED = ", CUDA graphs"
 """Behind the name of a contender of this package whose passes are recorded."""
 
 
-class KnownText(NoDrafter):
+class KnownText(Drafter):
     """Drafts from a text that is known in advance, and knows where to be wrong.
 
     Args:
@@ -41,16 +41,16 @@ class KnownText(NoDrafter):
         (B, T)."""
         self.drafts = answer ^ (~is_right).long()
 
-    def begin(self, input_ids, layout, first_tokens, max_length) -> None:
-        self.rows = torch.arange(len(input_ids), device=input_ids.device)
+    def begin(self, prompts: Prompts) -> None:
+        self.rows = torch.arange(len(prompts.input_ids), device=prompts.input_ids.device)
         self.written = torch.ones_like(self.rows)
 
-    def propose(self, num_tokens, choose) -> torch.Tensor:
+    def propose(self, num_tokens, choose) -> Proposal:
         steps = self.written[:, None] + torch.arange(num_tokens, device=self.rows.device)
-        return self.drafts[self.rows[:, None], steps.clamp(max=self.drafts.shape[1] - 1)]
+        return Proposal(self.drafts[self.rows[:, None], steps.clamp(max=self.drafts.shape[1] - 1)])
 
-    def update(self, tokens, counts, longest) -> None:
-        self.written = self.written + counts
+    def update(self, verified: Verified) -> None:
+        self.written = self.written + verified.counts
 
     def select_rows(self, index, longest) -> None:
         self.rows, self.written = self.rows[index], self.written[index]

@@ -108,7 +108,7 @@ def time_round(
         drafting.propose(k, BestDrafts(config.vocab_size))
         own_cache.advance(-counts, context)
 
-    with drafting, recorded_passes(cuda_graphs, drafting.borrowed):
+    with drafting, recorded_passes(cuda_graphs):
         return result | {"draft_seconds": median_seconds(draft, device, repeats)}
 
 

@@ -100,7 +100,8 @@ class Answering:
         # A row may be taken by a longer prompt later, so the buffers' limit is the model's.
         limit = getattr(self.target.config.get_text_config(decoder=True), "max_position_embeddings", None) or 2**20
         arguments = prompt_arguments(self.target, layout)
-        logits, cache = prefill(self.target, input_ids, layout, max(limit, width + self.max_new_tokens), 1, arguments)
+        most = max(limit, width + self.max_new_tokens)
+        logits, cache, _ = prefill(self.target, input_ids, layout, most, 1, arguments)
         places = free[: len(answers)]
         if self.cache is None or not self.rows:
             self.cache, self.rows, places = cache, list(answers), list(range(len(answers)))
@@ -113,7 +114,7 @@ class Answering:
 
     def _step(self) -> Iterator[Answer]:
         """One more token for every row."""
-        logits = verify(self.target, self.cache, self.last)[:, -1]
+        logits = verify(self.target, self.cache, self.last)[0][:, -1]
         running = torch.tensor([answer is not None for answer in self.rows], device=self.device)
         self.cache.advance(running.long(), self._longest())
         yield from self._take(logits, list(range(len(self.rows))))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import torch
+from specformer.generation.drafter import Drafter, Prompts, Proposal, Verified
 from tiny import VOCAB
 
 
-class Oracle:
-    """A `Drafter` that draws its proposals from the text that plain generate() wrote.
+class Oracle(Drafter):
+    """Draws its proposals from the text that plain generate() wrote.
 
     Args:
         answer: plain generate()'s sequences, (B, P + T).
@@ -17,6 +18,7 @@ class Oracle:
     """
 
     max_draft_tokens = 8
+    default_num_assistant_tokens = 0
 
     def __init__(self, answer: torch.Tensor, prompt_width: int, kind: str, eos_token_id: int = 0):
         self.answer, self.kind, self.eos = answer[:, prompt_width:], kind, eos_token_id
@@ -25,16 +27,14 @@ class Oracle:
         self.generated = torch.ones(len(answer), dtype=torch.long)
         self.rounds = 0
 
-    def __enter__(self):
-        return self
+    def begin(self, prompts: Prompts) -> None:
+        assert torch.equal(prompts.first_tokens[:, 0], self.answer[:, 0])
 
-    def __exit__(self, *exception) -> None:
-        pass
+    def propose(self, num_tokens, choose) -> Proposal:
+        return Proposal(self.drafts(num_tokens))
 
-    def begin(self, input_ids, layout, first_tokens, max_length) -> None:
-        assert torch.equal(first_tokens[:, 0], self.answer[:, 0])
-
-    def propose(self, num_tokens, choose) -> torch.Tensor:
+    def drafts(self, num_tokens: int) -> torch.Tensor:
+        """Draft tokens (R, num_tokens)."""
         self.rounds += 1
         steps = self.generated[:, None] + torch.arange(num_tokens)
         truth = self.answer[self.rows[:, None], steps.clamp(max=self.answer.shape[1] - 1)]
@@ -49,8 +49,8 @@ class Oracle:
         is_bad = torch.arange(num_tokens) == bad[:, None]
         return torch.where(is_bad, torch.where(truth == self.eos, wrong, self.eos), truth)
 
-    def update(self, tokens, counts, longest) -> None:
-        self.generated += counts
+    def update(self, verified: Verified) -> None:
+        self.generated += verified.counts
 
     def select_rows(self, index, longest) -> None:
         self.rows, self.generated = self.rows[index], self.generated[index]

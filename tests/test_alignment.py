@@ -12,6 +12,7 @@ import torch
 from exactness import choose_eos
 from specformer import SpecFormerModel, generate
 from specformer.context_specformer import SeenContext
+from specformer.generation.drafter import Proposal
 from specformer.generation.specformer_drafter import SpecFormerDrafter
 from specformer.generation.token_choice import TokenChoice
 from specformer.scripts.answers import Answers
@@ -77,7 +78,8 @@ def record_drafts(monkeypatch, answer: torch.Tensor | None = None) -> list[Draft
             seen.append(over_vocabulary(logits, token_ids))
             return choose(logits, ahead, token_ids)
 
-        tokens = propose(self, num_tokens, noted)
+        proposal = propose(self, num_tokens, noted)
+        tokens = proposal.tokens
         logits = torch.cat(seen, dim=1)
         text, proposed = choices[-1].text, tokens.clone()
         for place, row in enumerate(text.rows):
@@ -89,10 +91,10 @@ def record_drafts(monkeypatch, answer: torch.Tensor | None = None) -> list[Draft
                 proposed[place, : len(truth)] = truth
                 proposed[place, (row + generated) % (num_tokens + 1) :] += 1
                 proposed[place] %= VOCAB
-            confidences = None if self.confidences is None else self.confidences[place]
+            confidences = None if proposal.confidences is None else proposal.confidences[place]
             both = tokens[place].tolist(), proposed[place].tolist()
             drafts.append(Draft(row, generated, logits[place], *both, confidences))
-        return proposed
+        return Proposal(proposed, proposal.confidences)
 
     monkeypatch.setattr(SpecFormerDrafter, "propose", recorded)
     monkeypatch.setattr(TokenChoice, "for_drafter", property(lambda self: choices.append(self) or for_drafter(self)))

@@ -9,9 +9,10 @@ from specformer import SpecFormerModel, generate
 from specformer.generation.auto_draft_length import experience_of
 from specformer.generation.choose_drafter import choose_drafter, drafter_under
 from specformer.generation.copying_drafter import MOST_COPIED, CopyingDrafter, CopyRates
-from specformer.generation.drafter import NoDrafter
+from specformer.generation.drafter import NoDrafter, Prompts, Proposal, Verified
 from specformer.generation.prompt import PromptLayout
 from specformer.generation.specformer_drafter import SpecFormerDrafter
+from specformer.generation.verification import NO_TOKEN
 from test_drafters import repeats_what_came_five_before
 from test_exactness import NEW_TOKENS, SETTINGS, meaningful_target
 from tiny import PRESETS, llama, ragged_batch
@@ -70,8 +71,8 @@ class Drafts(NoDrafter):
         self.known = confidences
 
     def propose(self, num_tokens, choose):
-        self.confidences = None if self.known is None else self.known[:, :num_tokens]
-        return torch.full((3, num_tokens), 50)
+        confidences = None if self.known is None else self.known[:, :num_tokens]
+        return Proposal(torch.full((3, num_tokens), 50), confidences)
 
 
 CONFIDENT = torch.tensor([[0.9, 0.9, 0.9], [0.2, 0.2, 0.2], [0.2, 0.2, 0.2]])
@@ -82,25 +83,28 @@ def begun(confidences: torch.Tensor | None, num_tokens: int = 5) -> CopyingDraft
     drafter = CopyingDrafter(Drafts(confidences), num_tokens, CopyRates())
     prompts = torch.tensor([[7, 8, 9, 10, 11, 7, 8], [1, 2, 3, 4, 5, 1, 2], [20, 21, 22, 23, 24, 25, 26]])
     first = torch.tensor([[9], [3], [27]])
-    drafter.begin(prompts, PromptLayout.from_mask(None, prompts), first, 50)
+    drafter.begin(Prompts(prompts, PromptLayout.from_mask(None, prompts), first, 50))
     return drafter
 
 
 def test_a_row_is_copied_where_that_is_more_likely_right():
     drafter = begun(CONFIDENT)
-    drafts = drafter.propose(5, None)
+    proposal = drafter.propose(5, None)
+    drafts = proposal.tokens
     assert drafts[:, :3].tolist() == [[50, 50, 50], [4, 5, 1], [50, 50, 50]]
     assert drafts[1].tolist() == [4, 5, 1, 2, 3]
     expected = torch.zeros(3, 5)
     expected[:, :3] = CONFIDENT
     expected[1] = torch.tensor(CopyRates.FIRST[2:7])  # three tokens stood there before
-    torch.testing.assert_close(drafter.confidences, expected)
+    torch.testing.assert_close(proposal.confidences, expected)
+    assert drafts[[0, 2], 3:].tolist() == [[NO_TOKEN, NO_TOKEN]] * 2  # where the other one has no more slots
 
 
 def test_a_drafter_that_does_not_tell_is_left_for_two_tokens_that_were_there_before():
     drafter = begun(None)
-    assert drafter.propose(3, None).tolist() == [[10, 11, 7], [4, 5, 1], [50, 50, 50]]
-    assert drafter.confidences is None
+    proposal = drafter.propose(3, None)
+    assert proposal.tokens.tolist() == [[10, 11, 7], [4, 5, 1], [50, 50, 50]]
+    assert proposal.confidences is None
 
 
 def test_the_other_drafter_is_not_asked_where_copies_are_sure():
@@ -111,13 +115,14 @@ def test_the_other_drafter_is_not_asked_where_copies_are_sure():
     rounds = torch.tensor([[9, 10, 11, 7, 8], [3, 4, 5, 1, 2], [20, 21, 22, 23, 24]])
     for place in range(30):
         drafter.propose(4, None)
-        drafter.update(rounds[:, [(place + 1) % 5]], torch.ones(3, dtype=torch.long), 8 + place)
+        drafter.update(Verified(rounds[:, [(place + 1) % 5]], torch.ones(3, dtype=torch.long), 8 + place))
     assert 5 < len(asked) < 20  # until all rows have gone on as before for long
     text = [7, 8, 9, 10, 11]
-    copies = drafter.propose(4, None)[0].tolist()
+    proposal = drafter.propose(4, None)
+    copies = proposal.tokens[0].tolist()
     start = text.index(copies[0])
     assert copies == [text[(start + place) % 5] for place in range(4)]
-    assert torch.equal(drafter.confidences, drafter.rates.chances(drafter.matched, 4))
+    assert torch.equal(proposal.confidences, drafter.rates.chances(drafter.matched, 4))
 
 
 def test_under_rejection_nothing_is_copied():
@@ -170,10 +175,11 @@ def test_only_rounds_that_copied_are_counted():
     before = drafter.rates.seen.clone()
     drafter.propose(3, None)
     # row 0 drafted, row 1 had one copy accepted, row 2 drafted
-    drafter.update(torch.tensor([[50, 50, 50, 1], [4, 6, 0, 0], [1, 0, 0, 0]]), torch.tensor([4, 2, 1]), 11)
+    tokens = torch.tensor([[50, 50, 50, 1], [4, 6, 0, 0], [1, 0, 0, 0]])
+    drafter.update(Verified(tokens, torch.tensor([4, 2, 1]), 11))
     added = (drafter.rates.seen - before).round().tolist()
     assert [place for place, count in enumerate(added) if count] == [3, 4]  # behind three tokens, and behind four
-    drafter.update(torch.tensor([[1], [1], [1]]), torch.tensor([1, 1, 1]), 12)  # a plain round
+    drafter.update(Verified(torch.tensor([[1], [1], [1]]), torch.tensor([1, 1, 1]), 12))  # a plain round
     assert (drafter.rates.seen - before).round().tolist() == added
 
 

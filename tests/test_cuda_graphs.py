@@ -204,7 +204,7 @@ def test_passes_of_a_target_need_no_values(name: str):
     target, cache = make_target(name).to("meta"), lengths_on_meta()
     tokens = torch.zeros(3, 5, dtype=torch.long, device="meta")
     with torch.no_grad(), Watch() as watch:
-        logits = verify(target, cache, tokens)
+        logits, _ = verify(target, cache, tokens)
     assert logits.shape == (3, 5, VOCAB)
     assert watch.obstacle is None
 
@@ -222,7 +222,7 @@ def test_passes_of_a_drafter_need_no_values(preset: str, monkeypatch):
     with Watch() as watch:
         for _ in range(2):
             drafter.unread = [(states, tokens, counts)]
-            drafts = drafter.propose(4, BestDrafts(VOCAB))
+            drafts = drafter.propose(4, BestDrafts(VOCAB)).tokens
     assert drafts.shape == (3, 4)
     assert watch.obstacle is None
 

@@ -17,7 +17,7 @@ from specformer.generation import generate as entry
 from specformer.generation.auto_draft_length import AutoDraftLength, Experience
 from specformer.generation.confident_draft_length import ConfidentDraftLength
 from specformer.generation.draft_length import DraftLength
-from specformer.generation.drafter import NoDrafter
+from specformer.generation.drafter import NoDrafter, Proposal
 from test_alignment import assert_teacher_forced_agrees, make_network, record_drafts, target
 from tiny import llama, ragged_batch
 
@@ -296,10 +296,10 @@ class Unhashable(NoDrafter):
     max_draft_tokens: int
 
     def propose(self, num_tokens, choose):
-        return torch.ones(self.rows, num_tokens, dtype=torch.long)
+        return Proposal(torch.ones(self.rows, num_tokens, dtype=torch.long))
 
-    def begin(self, input_ids, layout, first_tokens, max_length):
-        self.rows = len(input_ids)
+    def begin(self, prompts):
+        self.rows = len(prompts.input_ids)
 
     def select_rows(self, index, longest):
         self.rows = len(index)

@@ -10,8 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from specformer import generate
 from specformer.generation.assistant_drafter import AssistantDrafter
+from specformer.generation.drafter import Prompts
 from specformer.generation.prompt import PromptLayout
 from specformer.generation.prompt_lookup_drafter import PromptLookupDrafter, find_repetition
+from specformer.generation.verification import NO_TOKEN
 from test_exactness import NEW_TOKENS, SAMPLING, SETTINGS, meaningful_target
 from tiny import EOS, PAD, llama, ragged_batch
 
@@ -52,9 +54,9 @@ def test_drafts_are_what_the_assistant_writes_alone(monkeypatch):
     propose = AssistantDrafter.propose
 
     def recorded(self, num_tokens, choose):
-        drafts = propose(self, num_tokens, choose)
-        proposed.append(drafts)
-        return drafts
+        proposal = propose(self, num_tokens, choose)
+        proposed.append(proposal.tokens)
+        return proposal
 
     monkeypatch.setattr(AssistantDrafter, "propose", recorded)
     reference = plain(target, batch, eos_token_id=None, max_new_tokens=NEW_TOKENS)
@@ -182,9 +184,9 @@ def test_lookup_against_the_obvious_way(rows: list[list[int]], max_size: int, k:
     drafter = PromptLookupDrafter(max_size)
     padded = torch.tensor([[EOS] * (width - len(row)) + row for row in rows])  # the prompts end one token earlier
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-    drafter.begin(padded, PromptLayout.from_mask(mask, padded), padded[:, :1], 100)
+    drafter.begin(Prompts(padded, PromptLayout.from_mask(mask, padded), padded[:, :1], 100))
     texts = [[*row, int(padded[place, 0])] for place, row in enumerate(rows)]
-    drafts = drafter.propose(k, None)
+    drafts = drafter.propose(k, None).tokens
     sources = [naive_source(text, max_size) for text in texts]
     if max(sources) < 0:
         assert drafts.shape == (len(rows), 0)
@@ -192,8 +194,7 @@ def test_lookup_against_the_obvious_way(rows: list[list[int]], max_size: int, k:
     for text, source, drafted in zip(texts, sources, drafts.tolist(), strict=True):
         expected = list(text)
         for _ in range(k):
-            period = len(text) - source if source >= 0 else 1
-            expected.append(expected[-period])
+            expected.append(expected[source - len(text)] if source >= 0 else NO_TOKEN)
         assert drafted == expected[len(text) :]
 
 

@@ -205,12 +205,12 @@ def test_a_real_call(with_eos: bool, kind: str, metric, monkeypatch):
     """Measures of a call's statistics, and of each of its rounds, are what the statistics say of themselves."""
     rounds = []
 
-    def count(self, rows, drafted, outcome, is_prompt):
-        for accepted, added in outcome:
+    def count(self, rows, width, drafted, outcome, is_prompt):
+        for count, (accepted, added) in zip(drafted, outcome, strict=True):
             if added and not is_prompt:
-                slots = [int(slot < accepted) for slot in range(drafted)]
-                rounds.append(dict(tokens=added, passes=1, drafted_per_slot=[1] * drafted, accepted_per_slot=slots))
-        original(self, rows, drafted, outcome, is_prompt)
+                slots = [int(slot < accepted) for slot in range(count)]
+                rounds.append(dict(tokens=added, passes=1, drafted_per_slot=[1] * count, accepted_per_slot=slots))
+        original(self, rows, width, drafted, outcome, is_prompt)
 
     original = GenerationStatistics.count
     monkeypatch.setattr(GenerationStatistics, "count", count)

@@ -174,8 +174,8 @@ class CutRow:
 class RightInTheFirstRow(Oracle):
     """The others fall behind it."""
 
-    def propose(self, num_tokens, choose):
-        drafts = super().propose(num_tokens, choose)
+    def drafts(self, num_tokens):
+        drafts = super().drafts(num_tokens)
         drafts[self.rows > 0] = (drafts[self.rows > 0] + 1) % VOCAB
         return drafts
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import warnings
 from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
@@ -27,14 +28,14 @@ class CudaOracle(Oracle):
     def __init__(self, answer, *args):
         super().__init__(answer.cpu(), *args)
 
-    def begin(self, input_ids, layout, first_tokens, max_length) -> None:
-        super().begin(input_ids, layout, first_tokens.cpu(), max_length)
+    def begin(self, prompts) -> None:
+        super().begin(replace(prompts, first_tokens=prompts.first_tokens.cpu()))
 
-    def propose(self, num_tokens, choose) -> torch.Tensor:
-        return super().propose(num_tokens, choose).cuda()
+    def drafts(self, num_tokens) -> torch.Tensor:
+        return super().drafts(num_tokens).cuda()
 
-    def update(self, tokens, counts, longest) -> None:
-        super().update(tokens, counts.cpu(), longest)
+    def update(self, verified) -> None:
+        super().update(replace(verified, counts=verified.counts.cpu()))
 
     def select_rows(self, index, longest) -> None:
         super().select_rows(index.cpu(), longest)

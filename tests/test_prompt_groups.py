@@ -95,7 +95,7 @@ def test_prompts_leave_the_same_in_groups(make, chunk_size: int | None):
         hook = target.model.register_forward_pre_hook(
             lambda module, args, kwargs, sizes=sizes: sizes.append(kwargs["input_ids"].numel()), with_kwargs=True
         )
-        logits, cache = prefill(
+        logits, cache, _ = prefill(
             target, batch["input_ids"], layout, 20, 4, prompt_arguments(target, layout), chunk_size=chunk_size
         )
         hook.remove()

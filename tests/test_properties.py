@@ -73,11 +73,11 @@ class Informed(Oracle):
 
     default_num_assistant_tokens = 3
 
-    def begin(self, input_ids, layout, first_tokens, max_length) -> None:
+    def begin(self, prompts) -> None:
         pass
 
-    def propose(self, num_tokens, choose) -> torch.Tensor:
-        return super().propose(num_tokens, choose).clamp(0, VOCAB - 1)
+    def drafts(self, num_tokens) -> torch.Tensor:
+        return super().drafts(num_tokens).clamp(0, VOCAB - 1)
 
 
 # ---- pure functions of their arguments, row by row

@@ -364,8 +364,8 @@ def seconds(monkeypatch) -> Callable:
 class OwnPace(Oracle):
     """In every round another number of right drafts in each row, from 0 to k: rows are cut at every offset."""
 
-    def propose(self, num_tokens, choose):
-        drafts = super().propose(num_tokens, choose)
+    def drafts(self, num_tokens):
+        drafts = super().drafts(num_tokens)
         wrong = (self.rows * 2 + self.rounds) % BLOCK  # the place of the first wrong one; k: none
         ahead = torch.arange(num_tokens)
         return torch.where(ahead == wrong[:, None], (drafts + 1) % VOCAB, drafts)

@@ -279,8 +279,8 @@ class SpecFormerConfig(PreTrainedConfig):
         own, given = (fields.get("vocab_size") for fields in (config_dict, kwargs))
         if None not in (own, given) and own != given:
             raise ValueError(
-                f"vocab_size={short(given)} was given, and the drafter was made for a vocabulary of {short(own)}. Leave "
-                "it out: a target to which tokens were added, or whose embeddings are padded, works as it is."
+                f"vocab_size={short(given)} was given, and the drafter was made for a vocabulary of {short(own)}. "
+                "Leave it out: a target to which tokens were added, or whose embeddings are padded, works as it is."
             )
         return super().from_dict(config_dict, **kwargs)
 

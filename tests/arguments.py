@@ -23,6 +23,7 @@ from exactness import Recorder
 from oracles import Oracle
 from specformer import SpecFormerConfig, SpecFormerModel, generate
 from specformer.generation.capabilities import refuse
+from specformer.generation.versions import CACHE_NAMES
 from tiny import VOCAB, llama, ragged_batch
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import WordLevel
@@ -214,7 +215,7 @@ def trials() -> dict[str, Trial]:
         "position_ids": Trial(
             [Labelled("each row's from 0", lambda: positions), Labelled("others", lambda: 2 * positions)]
         ),
-        "past_key_values": Trial([Labelled("a cache", lambda: DynamicCache(config=target().config))]),
+        **{name: Trial([Labelled("a cache", lambda: DynamicCache(config=target().config))]) for name in CACHE_NAMES},
         "inputs_embeds": Trial([Labelled("embeddings", lambda: torch.zeros(3, 9, 32, dtype=torch.float64))]),
         "logits_to_keep": Trial([3]),
         "tokenizer": Trial([Labelled("a tokenizer", tokenizer)]),
@@ -398,7 +399,7 @@ def observe(call: Callable, arguments: dict) -> Outcome:
     return Outcome(
         None,
         output.sequences.tolist(),
-        sorted(output.keys() - {"statistics", "past_key_values"}),
+        sorted(output.keys() - {"statistics", *CACHE_NAMES}),
         streamed,
         state,
         {name: output[name] for name in ("scores", "logits") if name in output},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -416,6 +417,67 @@ def test_too_large_unset_and_zero_work(requested: int | None, longest: int):
         assert len(statistics.drafted_per_slot) == longest
 
 
+class OwnInteger:
+    def __index__(self) -> int:
+        return 3
+
+
+INTEGERS = [np.int64(3), np.uint8(3), np.array(3), torch.tensor(3), OwnInteger()]
+NO_INTEGERS = [np.float64(3.0), np.bool_(True), np.array([3]), torch.tensor(3.0), torch.tensor(True), "3"]
+
+
+@pytest.mark.parametrize("integer", INTEGERS, ids=lambda value: f"{type(value).__module__}.{type(value).__name__}")
+def test_integers_of_others_work(integer):
+    target, batch = llama(), ragged_batch()
+    drafter = drafter_for(target)
+    settings = dict(max_new_tokens=NEW_TOKENS, eos_token_id=None, return_dict_in_generate=True)
+
+    def compare(drafter, **arguments) -> None:
+        calls = []
+        for number in (3, integer):
+            given = {name: number if value is int else value for name, value in arguments.items()}
+            output = generate(target, drafter, **batch, **settings, **given)
+            calls.append((output.sequences.tolist(), output.statistics.drafted_per_slot))
+        assert calls[0] == calls[1]
+
+    compare(drafter, num_assistant_tokens=int)
+    compare(llama(seed=1), num_assistant_tokens=int, prefill_chunk_size=int)
+    compare(drafter, num_assistant_tokens=2, prompt_lookup_num_tokens=int)
+    compare(None, prompt_lookup_num_tokens=4, max_matching_ngram_size=int)
+    compare(drafter, num_assistant_tokens=2, prefill_chunk_size=int)
+    compare(drafter, num_assistant_tokens=2, do_sample=True, acceptance="coupled", seed=int)
+    config = GenerationConfig(max_new_tokens=NEW_TOKENS, eos_token_id=None, pad_token_id=PAD)
+    config.num_assistant_tokens = integer
+    output = generate(target, drafter, **batch, generation_config=config, return_dict_in_generate=True)
+    assert len(output.statistics.drafted_per_slot) == 3
+
+
+@pytest.mark.parametrize(
+    "seeds", [np.arange(5), torch.arange(5), list(np.arange(5)), (0, 1, 2, np.int32(3), 4)], ids=repr
+)
+def test_seeds_of_others_work(seeds):
+    target, arguments = llama(), dict(ragged_batch(), max_new_tokens=NEW_TOKENS, do_sample=True, acceptance="coupled")
+    texts = [
+        generate(target, drafter_for(target), **arguments, seed=given).tolist() for given in (list(range(5)), seeds)
+    ]
+    assert texts[0] == texts[1]
+
+
+NUMBERS = ["num_assistant_tokens", "prompt_lookup_num_tokens", "max_matching_ngram_size", "prefill_chunk_size"]
+
+
+@pytest.mark.parametrize("value", NO_INTEGERS, ids=repr)
+@pytest.mark.parametrize("name", NUMBERS)
+def test_no_integers(name: str, value):
+    assert contains(refusal(llama(), **{name: value}), f"{name} is {value!r}", "expected")
+
+
+@pytest.mark.parametrize("value", NO_INTEGERS, ids=repr)
+def test_no_seeds(value):
+    message = refusal(llama(), acceptance="coupled", seed=[1, value])
+    assert contains(message, f"seed is {[1, value]!r}", "expected an integer")
+
+
 def test_zero_without_a_drafter():
     target, batch = llama(), ragged_batch()
     for sampling in ({}, dict(do_sample=True)):
@@ -602,19 +664,17 @@ def test_probe_refuses(target_class: type, dtype: torch.dtype):
         assert contains(message, target_class.__name__, "trial")
 
 
-class RoundsToFloat32(LlamaForCausalLM):
-    """A part of it is computed in float32, whose rounding depends on the batch, as of mixtures of experts."""
-
-    def forward(self, input_ids=None, **kwargs):
-        outputs = super().forward(input_ids=input_ids, **kwargs)
-        outputs.logits = outputs.logits * (1 + torch.finfo(torch.float32).eps * len(input_ids))
-        return outputs
+def rounds_to_float32(target, args, kwargs, outputs):
+    outputs.logits = outputs.logits * (1 + torch.finfo(torch.float32).eps * len(kwargs["input_ids"]))
+    return outputs
 
 
 def test_probe_expects_no_more_than_float32():
-    torch.manual_seed(0)
-    target = RoundsToFloat32(llama_config()).double().eval()
+    """A part of it is computed in float32, whose rounding depends on the batch, as of mixtures of experts."""
+    target, passes = llama(), []
+    target.register_forward_hook(lambda *of_pass: passes.append(1) or rounds_to_float32(*of_pass), with_kwargs=True)
     probe_target(target)
+    assert passes
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -9,6 +9,7 @@ import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 from architectures import make_target
 from specformer import SpecFormerConfig, SpecFormerModel, context_specformer
+from specformer.generation.versions import cache_argument, cache_of
 from specformer.layers_specformer import SpecFormerRMSNorm, rotate
 from specformer.target_specformer import final_norm_scale
 from tiny import PRESETS, VOCAB, all_logits, llama, llama_config, ragged_batch
@@ -442,7 +443,7 @@ def test_borrowed_states_are_the_output_hidden_states(name: str, pieces: int):
     cache = None
     with network.borrow(target) as borrowed:
         for piece in input_ids.chunk(pieces, dim=1):
-            cache = target(input_ids=piece, past_key_values=cache, use_cache=True).past_key_values
+            cache = cache_of(target(input_ids=piece, **cache_argument(target, cache), use_cache=True))
         states = borrowed.take_hidden_states()
         with pytest.raises(RuntimeError, match=r"left its hidden states \[0, 2, 3, 4\]"):
             borrowed.take_hidden_states()

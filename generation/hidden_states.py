@@ -70,7 +70,8 @@ class HiddenStates:
 def find_decoder(model) -> tuple[nn.Module, nn.ModuleList]:
     """The module that runs the decoder layers and the final norm, and its list of layers."""
     count = model.config.get_text_config(decoder=True).num_hidden_layers
-    for module in model.get_decoder().modules():
+    # get_decoder() may return something else that is called `decoder`, such as the head
+    for module in (*model.get_decoder().modules(), *model.modules()):
         for child in module.children():
             if isinstance(child, nn.ModuleList) and len(child) == count:
                 return module, child

@@ -1,10 +1,8 @@
-"""The target as a drafter sees it: its hidden states, embeddings and LM head, and whether it is the right one."""
+"""What a drafter uses of its target, its embeddings and LM head, and whether it is the right target."""
 
 from __future__ import annotations
 
-import threading
 import warnings
-from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import nn
@@ -18,11 +16,7 @@ RELATED = 0.7
 
 
 class BorrowedTarget:
-    """The target as a drafter sees it: hidden states of its forward passes, token embeddings, and its LM head.
-
-    As a context manager it hooks the target, and forward passes that the same thread runs leave their hidden states
-    for `take_hidden_states`. The hooks are gone afterwards, also after an exception. Passes that other threads run on
-    the same target are not seen.
+    """What a drafter uses of its target: token embeddings and the LM head.
 
     Args:
         draft_token_ids: the only tokens that are drafted, ascending; `None` means all.
@@ -60,85 +54,11 @@ class BorrowedTarget:
             raise ValueError(f"{type(target).__name__} has no LM head (get_output_embeddings() is None).")
         self.draft_token_ids = None if draft_token_ids is None else draft_token_ids.to(self.device)
         self.rows: nn.Linear | None = some_rows(self.head, self.draft_token_ids) if is_plain_linear(self.head) else None
-        self._seen: dict[int, list[torch.Tensor]] = {}
-        self._exit = ExitStack()
-
-    def __enter__(self) -> BorrowedTarget:
-        owner = threading.get_ident()
-
-        def keep(layer_id: int, states: torch.Tensor) -> None:
-            self._seen.setdefault(layer_id, []).append(states)
-
-        # Where this thread removes its hooks during a pass of another one, that pass may call them without kwargs.
-        def before_layer(layer_id: int):
-            def hook(module, args, kwargs=None):
-                if threading.get_ident() == owner:
-                    keep(layer_id, args[0] if args else kwargs["hidden_states"])
-
-            return hook
-
-        def after_decoder(module, args, *kwargs_and_output):
-            if threading.get_ident() == owner:
-                keep(len(layers), kwargs_and_output[-1][0])
-
-        decoder, layers = find_decoder(self.target)
-        with ExitStack() as stack:
-            for layer_id in self.layer_ids:
-                if layer_id < len(layers):
-                    hook = layers[layer_id].register_forward_pre_hook(before_layer(layer_id), with_kwargs=True)
-                else:
-                    hook = decoder.register_forward_hook(after_decoder, with_kwargs=True)
-                stack.callback(hook.remove)
-            self._exit = stack.pop_all()
-        return self
-
-    def __exit__(self, *exception) -> None:
-        self._exit.close()
-        self._seen.clear()
-
-    @contextmanager
-    def aside(self):
-        """Passes inside leave their states in the dict that this yields, and not for `take_hidden_states`."""
-        seen, self._seen = self._seen, {}
-        try:
-            yield self._seen
-        finally:
-            self._seen = seen
-
-    def leave(self, states: dict[int, list[torch.Tensor]]) -> None:
-        """What a pass left `aside`, as if its hooks had been called now."""
-        for layer_id, passes in states.items():
-            self._seen.setdefault(layer_id, []).extend(passes)
 
     @property
     def device(self) -> torch.device:
         """Where the drafter computes: beside the LM head that it shares."""
         return device_of(self.head)
-
-    def take_hidden_states(self, num_tokens: int | None = None) -> torch.Tensor:
-        """The hooked states of this thread's passes since the last call, one behind the other along T:
-        (B, T, len(target_layer_ids), d).
-
-        Args:
-            num_tokens: T, where only the first passes are wanted: a caller's processor or streamer may have run the
-                target after them.
-        """
-        return self.take_each([num_tokens])[0]
-
-    def take_each(self, num_tokens: list[int | None]) -> list[torch.Tensor]:
-        """The same of several batches that the target read one after the other."""
-        missing = [layer_id for layer_id in self.layer_ids if layer_id not in self._seen]
-        if missing:
-            raise RuntimeError(f"No forward pass of the target left its hidden states {missing}.")
-        passes, taken = zip(*(self._seen[layer_id] for layer_id in self.layer_ids), strict=True), []
-        for wanted in num_tokens:
-            states, width = [], 0
-            while width != wanted and (one_pass := next(passes, None)) is not None:
-                states.append(torch.stack([slice_.to(self.device) for slice_ in one_pass], dim=2))
-                width += states[-1].shape[1]
-            taken.append(states[0] if len(states) == 1 else torch.cat(states, dim=1))
-        self._seen.clear()
-        return taken
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         """The target's input embeddings of `token_ids` (B, T), (B, T, d)."""
@@ -257,19 +177,6 @@ def device_of(module: nn.Module) -> torch.device:
     return device if device.type != "meta" else torch.device(module._hf_hook.execution_device)
 
 
-def find_decoder(target: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList]:
-    """The target's module that runs the decoder layers and the final norm, and its list of layers."""
-    count = target.config.get_text_config(decoder=True).num_hidden_layers
-    # get_decoder() may return something else that is called `decoder`, such as the head
-    for module in (*target.get_decoder().modules(), *target.modules()):
-        for child in module.children():
-            if isinstance(child, nn.ModuleList) and len(child) == count:
-                return module, child
-    raise ValueError(
-        f"{type(target).__name__} has no nn.ModuleList of {count} decoder layers to read hidden states from."
-    )
-
-
 def final_norm_scale(target: PreTrainedModel) -> torch.Tensor:
     """Per-channel scale (d,) that the target's final norm applies; ones where it has none.
 
@@ -277,8 +184,9 @@ def final_norm_scale(target: PreTrainedModel) -> torch.Tensor:
     zero mean, so the odd part of the norm's answer to it is the scale, for RMSNorm and LayerNorm alike.
     """
     size = target.config.get_text_config(decoder=True).hidden_size
-    decoder, layers = find_decoder(target)
-    inside_layers = set(layers.modules())
+    decoder = target.get_decoder()
+    lists = [module for module in decoder.modules() if isinstance(module, nn.ModuleList)]
+    inside_layers = {module for layers in lists for module in layers.modules()}
     norms = [
         module
         for module in decoder.modules()

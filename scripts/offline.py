@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from specformer.configuration_specformer import SpecFormerConfig
 from specformer.generation.fast_linear import fast_linears
+from specformer.generation.hidden_states import HiddenStates
 from specformer.generation.verification import best_tokens
 from specformer.scripts.answers import Answers
 from specformer.scripts.confidence import BINS, calibration, count_by_confidence
@@ -27,11 +28,11 @@ def drafter_config(drafter: nn.Module) -> SpecFormerConfig:
 @torch.no_grad()
 def target_states(borrowed: BorrowedTarget, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """What a drafter reads of the target over whole texts: (B, T, len(target_layer_ids), d)."""
-    with borrowed:
+    with HiddenStates(borrowed.target, borrowed.layer_ids) as hidden:
         borrowed.target.base_model(
             input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
         )
-        return borrowed.take_hidden_states()
+    return hidden.result(borrowed.device)
 
 
 class Drafts(NamedTuple):

@@ -13,6 +13,7 @@ from exactness import choose_eos
 from specformer import SpecFormerModel, generate
 from specformer.context_specformer import SeenContext
 from specformer.generation.drafter import Proposal
+from specformer.generation.hidden_states import HiddenStates
 from specformer.generation.specformer_drafter import SpecFormerDrafter
 from specformer.generation.token_choice import TokenChoice
 from specformer.scripts.answers import Answers
@@ -108,9 +109,10 @@ def assert_teacher_forced_agrees(target, network, batch, sequences, drafts, shif
     for row in {draft.row for draft in drafts}:
         padding = int((batch["attention_mask"][row] == 0).sum())
         text = sequences[row : row + 1, padding:]
-        with network.borrow(target) as borrowed:
+        borrowed = network.borrow(target)
+        with HiddenStates(target, network.config.target_layer_ids) as hidden:
             target(input_ids=text)
-            hidden_states = borrowed.take_hidden_states()
+        hidden_states = hidden.result(borrowed.device)
         anchors = borrowed.embed(functional.pad(text[:, 1:], (0, 1))) if network.config.reads_anchor_token else None
         states = network(hidden_states, anchors).draft_hidden_states[0]  # (T, D, d)
         for draft in (draft for draft in drafts if draft.row == row):

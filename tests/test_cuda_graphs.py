@@ -18,7 +18,6 @@ from specformer.generation.recordable import Watch
 from specformer.generation.specformer_drafter import SpecFormerDrafter
 from specformer.generation.target import verify
 from specformer.generation.token_choice import BestDrafts
-from specformer.target_specformer import BorrowedTarget
 from tape import Tape, use_tapes
 from test_exactness import NEW_TOKENS, SAMPLING, SETTINGS, meaningful_target
 from tiny import PRESETS, VOCAB, llama, ragged_batch
@@ -394,9 +393,13 @@ def test_buffers_go_without_garbage_collection():
         gc.enable()
 
 
-def test_states_that_a_replay_leaves(tapes, monkeypatch):
-    """Without them nothing is there to draft from."""
-    monkeypatch.setattr(BorrowedTarget, "leave", lambda self, states: None)
+def test_states_of_a_replay_are_its_results(tapes, monkeypatch):
+    """Stale ones would give other drafts."""
     target, batch = llama(), ragged_batch()
-    with pytest.raises(RuntimeError, match="left its hidden states"):
-        generate(target, network_of(target, "anchor"), **batch, max_new_tokens=NEW_TOKENS, cuda_graphs=True)
+    network = network_of(target, "anchor")
+    reference = plain(target, batch, max_new_tokens=NEW_TOKENS)
+    counts = []
+    for recorded in (False, True):
+        arguments = dict(max_new_tokens=NEW_TOKENS, cuda_graphs=recorded, prompt_lookup_num_tokens=0)
+        counts.append(check(target, batch, reference, network, 4, **arguments).accepted_per_slot)
+    assert counts[0] == counts[1]

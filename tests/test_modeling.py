@@ -9,6 +9,7 @@ import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 from architectures import make_target
 from specformer import SpecFormerConfig, SpecFormerModel, context_specformer
+from specformer.generation.hidden_states import HiddenStates
 from specformer.generation.versions import cache_argument, cache_of
 from specformer.layers_specformer import SpecFormerRMSNorm, rotate
 from specformer.target_specformer import final_norm_scale
@@ -441,13 +442,12 @@ def test_borrowed_states_are_the_output_hidden_states(name: str, pieces: int):
     expected = target(input_ids=input_ids, output_hidden_states=True).hidden_states
     expected = torch.stack([expected[layer_id] for layer_id in (0, 2, 3, 4)], dim=2)
     cache = None
-    with network.borrow(target) as borrowed:
-        for piece in input_ids.chunk(pieces, dim=1):
+    states = []
+    for piece in input_ids.chunk(pieces, dim=1):
+        with HiddenStates(target, network.config.target_layer_ids) as hidden:
             cache = cache_of(target(input_ids=piece, **cache_argument(target, cache), use_cache=True))
-        states = borrowed.take_hidden_states()
-        with pytest.raises(RuntimeError, match=r"left its hidden states \[0, 2, 3, 4\]"):
-            borrowed.take_hidden_states()
-    torch.testing.assert_close(states, expected, rtol=1e-5, atol=1e-6)
+        states.append(hidden.result(target.device))
+    torch.testing.assert_close(torch.cat(states, dim=1), expected, rtol=1e-5, atol=1e-6)
 
 
 @torch.no_grad()
@@ -456,31 +456,30 @@ def test_last_state_is_what_the_head_reads():
         target = make_target(name)
         network = SpecFormerModel(SpecFormerConfig.paper(target.config))
         input_ids = ragged_batch(padding=(0, 0))["input_ids"]
-        with network.borrow(target) as borrowed:
+        with HiddenStates(target, network.config.target_layer_ids) as hidden:
             logits = target(input_ids=input_ids).logits
-            last = borrowed.take_hidden_states()[:, :, -1]
-        torch.testing.assert_close(borrowed.draft_logits(last), logits)
+        last = hidden.result(target.device)[:, :, -1]
+        torch.testing.assert_close(network.borrow(target).draft_logits(last), logits)
 
 
 @torch.no_grad()
 def test_passes_of_other_threads_are_not_seen():
     target, ids = llama(), ragged_batch(padding=(0, 0))["input_ids"]
-    network = SpecFormerModel(make_config())
 
     def in_another_thread():
         thread = threading.Thread(target=lambda: target(input_ids=ids.flip(1)))
         thread.start()
         thread.join()
 
-    with network.borrow(target) as borrowed:
+    with HiddenStates(target, [0, 2, 4]) as hidden:
         in_another_thread()
-        with pytest.raises(RuntimeError, match="No forward pass"):
-            borrowed.take_hidden_states()
+        with pytest.raises(RuntimeError, match=r"did not go through its layers \[0, 2, 4\]"):
+            hidden.result(target.device)
         target(input_ids=ids)
         in_another_thread()
-        states = borrowed.take_hidden_states()
+    with HiddenStates(target, [0, 2, 4]) as again:
         target(input_ids=ids)
-        assert torch.equal(states, borrowed.take_hidden_states())
+    assert torch.equal(hidden.result(target.device), again.result(target.device))
 
 
 def count_hooks(target) -> int:
@@ -490,8 +489,7 @@ def count_hooks(target) -> int:
 def test_hooks_are_gone_after_an_exception():
     target = llama()
     before = count_hooks(target)
-    network = SpecFormerModel(make_config())
-    with pytest.raises(ZeroDivisionError), network.borrow(target):
+    with pytest.raises(ZeroDivisionError), HiddenStates(target, [0, 2, 4]):
         assert count_hooks(target) == before + 3
         raise ZeroDivisionError
     assert count_hooks(target) == before

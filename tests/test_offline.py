@@ -11,6 +11,7 @@ from exactness import choose_eos
 from hypothesis import given
 from hypothesis import strategies as st
 from specformer import SpecFormerModel, generate
+from specformer.generation.hidden_states import HiddenStates
 from specformer.scripts import offline
 from specformer.scripts.answers import Answers
 from specformer.scripts.losses import IGNORED, drafter_loss, slot_labels
@@ -164,10 +165,13 @@ def test_loss_and_accuracy_one_token_at_a_time(preset: str):
     drafter = make_drafter(preset, True)
     hits, counts, losses = [0] * SLOTS, [0] * SLOTS, []
     for tokens, labels in rows:
-        with torch.no_grad(), drafter.borrow(target) as borrowed:
-            target(input_ids=tokens[None])
+        borrowed = drafter.borrow(target)
+        with torch.no_grad():
+            with HiddenStates(target, drafter.config.target_layer_ids) as hidden:
+                target(input_ids=tokens[None])
             anchors = borrowed.embed(torch.cat([tokens[1:], tokens[:1]])[None])
-            logits = all_logits(borrowed, drafter(borrowed.take_hidden_states(), anchors).draft_hidden_states)[0]
+            states = drafter(hidden.result(borrowed.device), anchors).draft_hidden_states
+            logits = all_logits(borrowed, states)[0]
         for n in range(len(tokens)):
             for slot in range(SLOTS):
                 place = n + 2 + slot

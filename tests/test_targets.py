@@ -21,6 +21,7 @@ from exactness import assert_meaningful, check, choose_eos, oracle, plain
 from specformer import SpecFormerModel, generate
 from specformer.generation import generate as entry
 from specformer.generation.capabilities import UnsupportedTargetError
+from specformer.generation.hidden_states import HiddenStates
 from specformer.generation.specformer_drafter import SpecFormerDrafter
 from specformer.generation.versions import cache_argument, cache_of
 from test_bad_input import NEW_TOKENS as REFUSED_TOKENS
@@ -68,11 +69,10 @@ def check_exact(target, model: PreTrainedModel | None = None, reference_of=None)
 def borrowed(target: PreTrainedModel, drafter: SpecFormerModel) -> list[torch.Tensor]:
     """All that a drafter takes from its target: hidden states, embeddings, and logits."""
     tokens = ragged_batch(padding=(0, 0))["input_ids"]
-    with SpecFormerDrafter(drafter, target) as drafting:
-        target_parts = drafting.borrowed
+    with SpecFormerDrafter(drafter, target) as drafting, HiddenStates(target, drafting.hidden_state_layers) as hidden:
         target(input_ids=tokens, use_cache=False)
-        states = target_parts.take_hidden_states()
-        return [states, target_parts.embed(tokens), target_parts.draft_logits(states[:, :, -1])]
+    target_parts, states = drafting.borrowed, hidden.result(drafting.borrowed.device)
+    return [states, target_parts.embed(tokens), target_parts.draft_logits(states[:, :, -1])]
 
 
 def assert_same_borrowed(target: PreTrainedModel, twin: PreTrainedModel) -> None:
@@ -633,12 +633,12 @@ def test_one_drafter_on_targets_of_two_dtypes():
 
 def test_interrupted_entry_leaves_no_hooks(monkeypatch):
     target = llama()
-    borrowed = drafter_for(target).borrow(target)
+    states = HiddenStates(target, [0, 2, 4])
 
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(torch.nn.Module, "register_forward_hook", interrupt)  # the last of them
     with pytest.raises(KeyboardInterrupt):
-        borrowed.__enter__()
+        states.__enter__()
     assert hooks_of(target) == 0

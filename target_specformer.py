@@ -183,10 +183,18 @@ def final_norm_scale(target: PreTrainedModel) -> torch.Tensor:
     Measured rather than read, since some families store weight - 1: a vector of alternating signs has unit RMS and
     zero mean, so the odd part of the norm's answer to it is the scale, for RMSNorm and LayerNorm alike.
     """
-    size = target.config.get_text_config(decoder=True).hidden_size
-    decoder = target.get_decoder()
-    lists = [module for module in decoder.modules() if isinstance(module, nn.ModuleList)]
-    inside_layers = {module for layers in lists for module in layers.modules()}
+    config = target.config.get_text_config(decoder=True)
+    size = config.hidden_size
+    # get_decoder() may return something else that is called `decoder`, such as the head
+    modules = (*target.get_decoder().modules(), *target.modules())
+    lists = [
+        (module, child)
+        for module in modules
+        for child in module.children()
+        if isinstance(child, nn.ModuleList) and len(child) == config.num_hidden_layers
+    ]
+    decoder, layers = lists[0] if lists else (target, nn.ModuleList())
+    inside_layers = set(layers.modules())
     norms = [
         module
         for module in decoder.modules()

@@ -18,7 +18,7 @@ def positions_in_table(model) -> int | None:
     if not isinstance(count, int):
         return None
     sizes = {count + offset for offset in OFFSETS}
-    for module in model.get_decoder().modules():
+    for module in model.modules():
         if isinstance(module, nn.Embedding) and module is not model.get_input_embeddings():
             if module.num_embeddings in sizes:
                 return count

@@ -20,7 +20,9 @@ Nothing of the decode loop is here: that is `generation/` (`custom_generate/` in
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -42,6 +44,11 @@ from .layers_specformer import (
 from .loading_specformer import check_checkpoint, check_values
 from .publishing_specformer import complete_repository, push
 from .target_specformer import BorrowedTarget, final_norm_scale, some_embeddings
+
+# transformers imports remote code without setting the module on its package. dill, by which `datasets` fingerprints the
+# functions that it maps, then does not find this class by its name, and takes it apart, down to a function of
+# huggingface_hub that it never comes to an end with.
+setattr(import_module(__package__), __name__.rpartition(".")[2], sys.modules[__name__])
 
 HOW_TO_GENERATE = (
     "A SpecFormer drafter does not generate by itself, and transformers' own assisted decoding cannot use it. "

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -53,7 +55,7 @@ class BorrowedTarget:
         if self.head is None:
             raise ValueError(f"{type(target).__name__} has no LM head (get_output_embeddings() is None).")
         self.draft_token_ids = None if draft_token_ids is None else draft_token_ids.to(self.device)
-        self.rows: nn.Linear | None = some_rows(self.head, self.draft_token_ids) if is_plain_linear(self.head) else None
+        self.rows: nn.Linear | None = kept_rows(self.head, self.draft_token_ids) if is_plain_linear(self.head) else None
 
     @property
     def device(self) -> torch.device:
@@ -153,6 +155,27 @@ def is_plain_linear(head: nn.Module) -> bool:
     hook = getattr(head, "_hf_hook", None)  # of accelerate, on every module where there is a device_map
     is_there = hook is None or getattr(hook, "offload", True) is False
     return type(head) is nn.Linear and type(head.weight.data) is torch.Tensor and is_there
+
+
+_rows: WeakKeyDictionary = WeakKeyDictionary()
+"""LM head -> its rows that were taken out last, which they were, and of which weights. The next call needs the same."""
+_rows_lock = threading.Lock()
+
+
+def kept_rows(head: nn.Linear, rows: torch.Tensor | None) -> nn.Linear:
+    """`some_rows`, without taking them out of the same weights again."""
+    # tensors of inference mode do not count how often they were written to
+    weights = [
+        (id(part), part.device, part.dtype, None if part.is_inference() else part._version)
+        for part in head.parameters()
+    ]
+    with _rows_lock:
+        kept, which, of = _rows.get(head, (None, None, None))
+        if rows is None or of != weights or not torch.equal(which, rows):
+            kept = some_rows(head, rows)
+            if rows is not None:  # without `rows` it is the head itself, which must not keep itself alive
+                _rows[head] = kept, rows.clone(), weights
+    return kept
 
 
 def some_rows(head: nn.Linear, rows: torch.Tensor | None = None) -> nn.Linear:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import threading
 from contextlib import ExitStack
+from weakref import WeakKeyDictionary
 
 import torch
 from transformers import DynamicCache
@@ -22,6 +24,29 @@ MOST_UNREAD = 32
 take memory."""
 
 
+_converted: WeakKeyDictionary = WeakKeyDictionary()
+"""network -> its copy in another dtype, and what that was made of: weights that did not change are not copied again."""
+_converted_lock = threading.Lock()
+
+
+def in_dtype(network, dtype: torch.dtype):
+    """`network` itself, or its copy in `dtype`, which is kept for the next call."""
+    if network.dtype == dtype:
+        return network
+    made_of = [dtype, *map(mark_of, network.state_dict(keep_vars=True).values())]
+    with _converted_lock:
+        kept, of = _converted.get(network, (None, None))
+        if of != made_of:
+            kept = copy.deepcopy(network).to(dtype)
+            _converted[network] = kept, made_of
+    return kept
+
+
+def mark_of(part: torch.Tensor) -> tuple:
+    """What changes with the values of `part`; tensors of inference mode do not count how often they were written to."""
+    return id(part), part.device, part.dtype, None if part.is_inference() else part._version
+
+
 class SpecFormerDrafter(Drafter):
     """A SpecFormer network on one target: context states of all read tokens, drafts from each row's last one only.
 
@@ -36,9 +61,7 @@ class SpecFormerDrafter(Drafter):
     def __init__(self, network, target):
         self.borrowed = network.borrow(target)
         with torch.inference_mode(False):  # weights that move inside it could not be trained any more
-            self.network = network.to(self.borrowed.device)
-            if network.dtype != target.dtype:
-                self.network = copy.deepcopy(network).to(target.dtype)
+            self.network = in_dtype(network.to(self.borrowed.device), target.dtype)
         self.max_draft_tokens = network.config.num_draft_tokens
         self.default_num_assistant_tokens = network.config.default_num_assistant_tokens
         self.hidden_state_layers = network.config.target_layer_ids

@@ -3,6 +3,9 @@ have finished."""
 
 from __future__ import annotations
 
+import copy
+import gc
+import weakref
 from collections import Counter
 from contextlib import contextmanager
 from itertools import pairwise
@@ -11,7 +14,7 @@ import pytest
 import torch
 from architectures import make_target
 from exactness import check, choose_eos, oracle, plain
-from specformer import SpecFormerConfig, SpecFormerModel, generate
+from specformer import SpecFormerConfig, SpecFormerModel, generate, target_specformer
 from specformer.generation import decoding, ragged_cache
 from specformer.generation import specformer_drafter as drafter_module
 from specformer.generation import target as target_module
@@ -266,3 +269,38 @@ def test_rows_leave_when_half_of_the_carried_ones_have_finished(target, monkeypa
     assert all(running < carried <= 8 for carried, running in drops)
     assert all(2 * running > carried for carried, running in passes)
     assert any(running < carried for carried, running in passes)  # fewer than half are carried along
+
+
+def test_a_second_call_copies_no_weights(monkeypatch):
+    """The network in the target's dtype, and the head's rows of the tokens that are drafted, are kept from call to
+    call: until weights change, and no longer than the models live."""
+    target, batch = llama(torch.float64), ragged_batch()
+    config = SpecFormerConfig.from_target_config(target.config, draft_vocab_size=24)
+    network = SpecFormerModel(config).eval()  # float32
+    network.choose_draft_tokens(torch.rand(target.config.vocab_size))
+    copies, gathers = [], []
+    deepcopy, take = copy.deepcopy, target_specformer.some_rows
+    monkeypatch.setattr(
+        drafter_module.copy,
+        "deepcopy",
+        lambda thing, *args: copies.append(isinstance(thing, SpecFormerModel)) or deepcopy(thing, *args),
+    )
+    monkeypatch.setattr(target_specformer, "some_rows", lambda *args: gathers.append(1) or take(*args))
+
+    def call(target=target, network=network) -> tuple[int, int]:
+        generate(target, network, **batch, max_new_tokens=6, num_assistant_tokens=2)
+        return sum(copies), sum(gathers)
+
+    assert [call() for _ in range(3)] == [(1, 1)] * 3
+    with torch.no_grad():
+        next(network.parameters()).mul_(2)
+    assert [call() for _ in range(2)] == [(2, 1)] * 2
+    with torch.no_grad():
+        target.lm_head.weight.mul_(0.5)
+    assert [call() for _ in range(2)] == [(2, 2)] * 2
+    network.choose_draft_tokens(torch.rand(target.config.vocab_size))
+    assert call()[1] == 3
+    gone = weakref.ref(network), weakref.ref(target.lm_head)
+    del network, target, call
+    gc.collect()
+    assert [ref() for ref in gone] == [None, None]

@@ -12,7 +12,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .PHONY: demo test test-all test-oldest canary test-gpu bench-gpu kill lint clean
 
 demo: $(VENV)/ready
-	$(VENV)/bin/python -m specformer.scripts.demo
+	$(VENV)/bin/python -m specformer demo
 
 test: lint
 	OMP_NUM_THREADS=1 $(VENV)/bin/python $(PYTEST) -m "not slow and not gpu"
@@ -49,7 +49,7 @@ kill: $(VENV)/ready
 
 # All GPU tables, with the Python and the CUDA build of torch that are installed: make bench-gpu PROMPTS=prompts.jsonl.
 # May be stopped: benchmarks go on where they were.
-BENCH := $(PYTHON) -m specformer.scripts.benchmark --prompts $(PROMPTS) --dtype bfloat16
+BENCH := $(PYTHON) -m specformer bench --prompts $(PROMPTS) --dtype bfloat16
 COST := $(PYTHON) -m specformer.scripts.cost_model --batch-sizes 1 8 32 128
 RESULTS := benchmarks/results
 bench-gpu:

@@ -1,6 +1,6 @@
 """Time plain generate() and this package on the same prompts, in turn, in one process.
 
-    python -m specformer.scripts.benchmark --prompts prompts.jsonl --output benchmarks/results/benchmark_cpu.json
+    specformer bench --prompts prompts.jsonl --output benchmarks/results/benchmark_cpu.json
 
 Contenders are in contenders.py. Besides the default drafter (or --drafter) there are some that know the text and cost
 nothing: always right and always wrong, what drafting could give and what it costs; right at 7 of 10 tokens, the same

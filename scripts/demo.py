@@ -1,6 +1,6 @@
 """Eight different prompts as one batch: with the drafter of this checkout, and with plain generate().
 
-    make demo
+    specformer demo
 
 Prints every text with its tokens per target pass, the speed of both, and whether all texts are identical.
 """
@@ -48,7 +48,7 @@ def timed(function):
     return result, time.perf_counter() - started
 
 
-def main(result_file: Path | None) -> int:
+def main(arguments: argparse.Namespace) -> int:
     logging.set_verbosity_error()
     print("Loading the target (SmolLM2-135M-Instruct) and the drafter ...", flush=True)
     folder = fetch_target()
@@ -104,7 +104,7 @@ def main(result_file: Path | None) -> int:
     )
     print(f"                        median of {REPEATS}, {len(PROMPTS)} rows, float32, {device}, {threads}")
     print(f"identical texts         {sum(identical)}/{len(identical)}")
-    if result_file is not None:
+    if arguments.output is not None:
         result = {
             **provenance("specformer.scripts.demo"),
             "regime": {
@@ -121,11 +121,15 @@ def main(result_file: Path | None) -> int:
             "tokens_per_second": our_rate,
             "plain_tokens_per_second": plain_rate,
         }
-        result_file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        arguments.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     return 0 if all(identical) else 1
 
 
-if __name__ == "__main__":
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, help="JSON file for the figures")
-    sys.exit(main(parser.parse_args().output))
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main(parse()))

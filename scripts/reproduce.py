@@ -1,6 +1,6 @@
 """Make the default drafter, from prompts to model.safetensors.
 
-    python -m specformer.scripts.reproduce --prompts train_prompts.jsonl --evaluate mt_bench.jsonl --output runs/default
+    specformer reproduce --prompts train_prompts.jsonl --evaluate mt_bench.jsonl --output runs/default
 
 Answers of the target, training, and an evaluation at 4 and 7 drafted tokens, one after the other. With a GPU this is
 the recipe of the default drafter; without one a reduced form that takes hours and gives a weaker drafter. Every step

@@ -1,9 +1,9 @@
 """Train a drafter for a causal LM on the target's own answers.
 
-    python -m specformer.scripts.train --data answers --output runs/drafter
+    specformer train --data answers --output runs/drafter
     accelerate launch -m specformer.scripts.train --data answers --output runs/drafter --mixed-precision bf16
 
---data is what specformer.scripts.distill wrote: what the target answered, not what somebody else wrote. The target
+--data is what `specformer distill` wrote: what the target answered, not what somebody else wrote. The target
 stays frozen and its hidden states are computed on the fly. The loss is the paper's, cross-entropy of every slot at
 every response position (arXiv 2511.20340, section 3), unless options say otherwise. Run the same command again after
 an interruption: it goes on from the last whole checkpoint, with the losses of a run that was left alone. The best

@@ -7,6 +7,7 @@ import inspect
 import json
 import os
 import re
+import warnings
 from pathlib import Path
 
 import torch
@@ -33,6 +34,7 @@ def check_checkpoint(
         ValueError: the files are damaged, are not those of a drafter, or do not fit the config.
         OSError: there is no config.json, or a file cannot be downloaded.
     """
+    warn_without_links(name, subfolder)
     hub = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
     files = [] if name is None else weight_files(name, subfolder, hub, **kwargs)
     if name is not None and state_dict is None and not files:
@@ -47,6 +49,21 @@ def check_checkpoint(
         missing_keys=expected.keys() - shapes.keys(),
         unexpected_keys=shapes.keys() - expected.keys(),
         other_shapes=[f"{key}: {shapes[key]}, not {expected[key]}" for key in common if shapes[key] != expected[key]],
+    )
+
+
+def warn_without_links(name, subfolder: str = "") -> None:
+    """Say what to do where a checkout holds a file in the place of the link to its generation strategy, as git makes
+    it on Windows; transformers would only say that there is no such folder."""
+    if name is None or not os.path.isfile(place := os.path.join(name, subfolder, "custom_generate")):
+        return
+    warnings.warn(
+        f"{place} is a file where it should be a link to the folder `generation`: this checkout was made without "
+        "symbolic links, as on Windows, and generate(custom_generate=<this folder>) will not find the strategy. Call "
+        "specformer.generate(target, drafter, ...), or save the drafter with drafter.save_pretrained(<other folder>), "
+        "which writes real files, and pass that folder. `git config core.symlinks true`, then `git checkout .`, makes "
+        "the link where Windows allows it.",
+        stacklevel=3,
     )
 
 

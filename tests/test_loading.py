@@ -162,3 +162,27 @@ def test_drafts_that_are_not_finite_change_no_distribution(value: float):
     sample = draw_texts(target, drafting, "rejection", settings, size=40_000)
     assert (sample.accepted, sample.drafted > 0) == (0, True)
     assert p_value(sample.counts, probabilities(target, settings)) > 1e-3
+
+
+# ---- checkouts without symbolic links
+
+
+def test_checkout_of_windows_says_what_to_do(folder: Path, tmp_path: Path):
+    """git writes the target of a link into a text file there. What the sentence advises works."""
+    checkout = tmp_path / "checkout"
+    shutil.copytree(folder, checkout, ignore=shutil.ignore_patterns("custom_generate"))
+    (checkout / "custom_generate").write_text("generation", encoding="utf-8")
+    with pytest.warns(
+        UserWarning, match=r"without symbolic links, as on Windows.* specformer\.generate\(.*save_pretrained"
+    ):
+        drafter = SpecFormerModel.from_pretrained(checkout)
+    target, batch = llama(), ragged_batch()
+    reference = plain(target, batch, **SETTINGS)
+    check(target, batch, reference, drafter, k=3, **SETTINGS)
+    with pytest.raises(OSError):
+        target.generate(**batch, **SETTINGS, custom_generate=str(checkout), trust_remote_code=True)
+    drafter.save_pretrained(tmp_path / "whole")
+    output = target.generate(
+        **batch, **SETTINGS, assistant_model=drafter, custom_generate=str(tmp_path / "whole"), trust_remote_code=True
+    )
+    assert output.tolist() == reference.sequences.tolist()

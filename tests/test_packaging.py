@@ -11,6 +11,7 @@ import subprocess
 import sys
 import zipfile
 from configparser import ConfigParser
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ConfigParser()
 CONFIG.read(ROOT / "setup.cfg", encoding="utf-8")
+SCRIPT_FOLDERS = [ROOT / "scripts", *(folder for folder in (ROOT / "scripts").iterdir() if folder.is_dir())]
 INDIRECT = {
     "gguf": "transformers reads the default target with it, as PyPI has it",
     "ruff": "a command",
@@ -58,7 +60,8 @@ def imported(*folders: Path) -> set[str]:
             elif isinstance(node, ast.ImportFrom) and node.level == 0:
                 names.add(node.module.partition(".")[0])
     own = {"specformer", *(file.stem for file in (ROOT / "tests").glob("*.py"))}
-    return {normal(name) for name in names - own - set(sys.stdlib_module_names)}
+    distributions = packages_distributions()  # yaml is of pyyaml
+    return {normal(distributions.get(name, [name])[0]) for name in names - own - set(sys.stdlib_module_names)}
 
 
 def test_what_is_imported_is_declared():
@@ -66,7 +69,7 @@ def test_what_is_imported_is_declared():
     not, and nothing that it does not need."""
     core = imported(ROOT, ROOT / "generation")
     assert core == CORE.keys()
-    assert imported(ROOT / "scripts") - CORE.keys() == SCRIPTS.keys() - INDIRECT.keys()
+    assert imported(*SCRIPT_FOLDERS) - CORE.keys() == SCRIPTS.keys() - INDIRECT.keys()
     tests = imported(ROOT / "tests") - CORE.keys() - SCRIPTS.keys()
     texts = "".join(file.read_text(encoding="utf-8") for file in (ROOT / "tests").glob("*.py"))
     skipped_without = {normal(name) for name in re.findall(r'importorskip\("(\w+)', texts)}
@@ -128,14 +131,9 @@ def test_what_is_in_the_wheel(wheel: Path):
         "specformer",
         wheel.name[: -len("-py3-none-any.whl")] + ".dist-info",
     }
-    for folder in (ROOT, ROOT / "generation", ROOT / "custom_generate", ROOT / "scripts"):
-        expected = {file.relative_to(ROOT).as_posix() for file in folder.glob("*.py")}
-        inside = f"specformer/{folder.relative_to(ROOT).as_posix()}/".replace("./", "")
-        assert {f"specformer/{name}" for name in expected} == {
-            name
-            for name in names
-            if name.startswith(inside) and "/" not in name[len(inside) :] and name.endswith(".py")
-        }
+    folders = ROOT, ROOT / "generation", ROOT / "custom_generate", *SCRIPT_FOLDERS
+    code = {file.relative_to(ROOT).as_posix() for folder in folders for file in folder.glob("*.py")}
+    assert {name for name in names if name.endswith(".py")} == {f"specformer/{name}" for name in code}
     data = {name for name in names if name.startswith("specformer/") and not name.endswith(".py")}
     requirements = {f"specformer/{folder}/requirements.txt" for folder in ("generation", "custom_generate")}
     assert data == {"specformer/config.json", "specformer/model.safetensors", *requirements}

@@ -164,7 +164,7 @@ def find_case(class_name: str) -> Case:
         if best is not None and not any(best.flaws):
             return best
     if best is None:
-        raise NotBuilt(f"plain generate() fails: {one_line(reason)}") from reason
+        raise NotBuilt(f"it writes no text with plain generate(): {one_line(reason)}") from reason
     return best
 
 
@@ -326,19 +326,25 @@ def wrong_in(entry: dict) -> list[str]:
 def reason_of(sentence: str) -> str:
     """A refusal without what differs from class to class, to see which are alike."""
     sentence = re.sub(r"^\w+ cannot be decoded speculatively: |\.? Call generate\(\) without.*$", "", sentence)
-    sentence = re.sub(r" \((?!\w+Error)[^()]*\)", "", sentence)
-    sentence = re.sub(r"^\w+(?= has )", "The target", sentence)
+    details = re.compile(r" \((?!\w+Error)[^()]*\)")
+    while details.search(sentence):
+        sentence = details.sub("", sentence)
+    sentence = re.sub(r"^\w+(?= has )", "the target", sentence)
     return re.sub(r"\d[\d.e+-]*(?<![.-])", "…", sentence).rstrip(".")
 
 
-def listed(entries: dict[str, dict], kinds: tuple[str, ...], reason: Callable[[str], str]) -> list[str]:
-    """Lines of the reasons for these kinds, the most frequent first, with the classes behind each."""
+def by_reason(entries: dict[str, dict], kinds: tuple[str, ...]) -> dict[str, list[str]]:
+    """The classes behind every reason for outcomes of these kinds, the most frequent reason first."""
     reasons: dict[str, list[str]] = {}
     for name, entry in entries.items():
-        for why in dict.fromkeys(reason(entry[key]["why"]) for key in COLUMNS if entry[key]["kind"] in kinds):
+        sentences = [entry[key]["why"] for key in COLUMNS if entry[key]["kind"] in kinds]
+        for why in dict.fromkeys(map(reason_of, sentences) if REFUSED in kinds else sentences):
             reasons.setdefault(why, []).append(name)
-    ordered = sorted(reasons.items(), key=lambda item: (-len(item[1]), item[0]))
-    return [f"- **{len(names)}**: {why}. {', '.join(names)}" for why, names in ordered]
+    return dict(sorted(reasons.items(), key=lambda item: (-len(item[1]), item[0])))
+
+
+def listed(reasons: dict[str, list[str]]) -> list[str]:
+    return [f"{number}. {why} ({', '.join(names)})" for number, (why, names) in enumerate(reasons.items(), 1)]
 
 
 def count(entries: dict[str, dict], column: str, *kinds: str) -> int:
@@ -348,24 +354,30 @@ def count(entries: dict[str, dict], column: str, *kinds: str) -> int:
 def page_of(result: dict) -> str:
     """docs/compatibility.md."""
     entries, versions = result["classes"], result["versions"]
-    cells = {EXACT: "exact", ONE_ROW: "exact, one row", DIFFERENT: "**different**", FAILED: "**failed**"}
+    refused, not_built, wrong = (by_reason(entries, kinds) for kinds in ((REFUSED,), (NOT_BUILT,), WRONG))
+
+    def cell(outcome: dict) -> str:
+        if outcome["kind"] == REFUSED:
+            return f"refused ({list(refused).index(reason_of(outcome['why'])) + 1})"
+        return f"**{outcome['kind']}**" if outcome["kind"] in WRONG else outcome["kind"]
+
     table = [
         f"| {', '.join(f'`{kind}`' for kind in entry['model_types'])} | {name} | "
-        + " | ".join(cells.get(entry[column]["kind"], entry[column]["kind"]) for column in COLUMNS)
+        + " | ".join(cell(entry[column]) for column in COLUMNS)
         + f" | {entry['dtype'] or ''} |"
         for name, entry in sorted(entries.items(), key=lambda item: item[1]["model_types"])
     ]
     counts = [
         f"| {heading} | " + " | ".join(str(count(entries, column, *kinds)) for column in COLUMNS) + " |"
         for heading, kinds in (
-            ("exact", (EXACT, ONE_ROW)),
+            ("exact", (EXACT,)),
+            ("exact for one row", (ONE_ROW,)),
             ("refused", (REFUSED,)),
             ("not built", (NOT_BUILT,)),
-            ("wrong", WRONG),
+            ("different or failed", WRONG),
         )
     ]
     titles, line = " | ".join(COLUMNS.values()), "|---" * len(COLUMNS)
-    wrong = listed(entries, WRONG, str)
     return "\n".join(
         [
             INTRODUCTION.format(
@@ -381,7 +393,7 @@ def page_of(result: dict) -> str:
             f"|---{line}|",
             *counts,
             "",
-            *(["## Wrong", "", *wrong, ""] if wrong else []),
+            *(["## Different or failed", "", *listed(wrong), ""] if wrong else []),
             "## Every model",
             "",
             f"| `model_type` | class | {titles} | compared in |",
@@ -390,11 +402,11 @@ def page_of(result: dict) -> str:
             "",
             "## Why some are refused",
             "",
-            *listed(entries, (REFUSED,), reason_of),
+            *listed(refused),
             "",
             "## Which could not be tried",
             "",
-            *listed(entries, (NOT_BUILT,), str),
+            *listed(not_built),
             "",
             f"Made with `{result['command']}` on {result['date']}, {result['machine']['cpu']}.",
             "",
@@ -412,9 +424,10 @@ tokens and a left-padded batch of {rows} with {shortest} to {longest}. It writes
 greedily and sampling with a seed.
 
 - **exact**: the tokens, streamer calls and final state of torch's random generator are those of plain `generate()`.
-- **exact, one row**: the same for one prompt. What plain `generate()` writes in a batch depends on its padding here.
-- **refused**: an error before the first token that says why. No other text is written.
-- **not built**: it could not be tried; the reasons are at the end.
+- **exact for one row**: the same for one prompt. In batches, what plain `generate()` itself writes depends on padding.
+- **refused**: an error before the first token says why (the number is that of the reason below). No other text is
+  written.
+- **not built**: it could not be tried, for a reason given at the end.
 
 "copies": drafts are copied from the text (`prompt_lookup_num_tokens`). "assistant": a causal LM drafts, here the
 target with noise in its weights. SpecFormer: whether `SpecFormerConfig.from_target_config` knows the model, a drafter
@@ -436,12 +449,8 @@ def run(names: list[str], entries: dict[str, dict]) -> None:
         print(f"{name}: {', '.join(kinds)} ({time.perf_counter() - started:.1f} s)", file=sys.stderr)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--output", type=Path, default=PAGE, help="the page (default: docs/compatibility.md)")
-    parser.add_argument("--result", type=Path, default=RESULT, help="what the page is made of")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="classes, or parts of their names")
-    arguments = parser.parse_args()
+def measure(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """Run the classes that are asked for, and write the result."""
     names = [
         name
         for name in class_names()
@@ -467,6 +476,18 @@ def main() -> int:
     facts["command"] = facts["command"].replace(" -m ", " ", 1)
     result = {**facts, "classes": dict(sorted(entries.items()))}
     arguments.result.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--output", type=Path, default=PAGE, help="the page (default: docs/compatibility.md)")
+    parser.add_argument("--result", type=Path, default=RESULT, help="what the page is made of")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="classes, or parts of their names")
+    parser.add_argument("--page-only", action="store_true", help="run none, and write the page from the result")
+    arguments = parser.parse_args()
+    if not arguments.page_only:
+        measure(arguments, parser)
+    result = json.loads(arguments.result.read_text(encoding="utf-8"))
     arguments.output.write_text(page_of(result), encoding="utf-8")
     wrong = {name: found for name, entry in result["classes"].items() if (found := wrong_in(entry))}
     for name, found in wrong.items():

@@ -65,7 +65,7 @@ COUNTS = {
     # of keys or positions, the first ones by four or more: short texts go past all of them but the last ones, which
     # are tables. Longer than what the probe reads, as in real models.
     2: ("index_topk_blocks",),
-    4: ("index_block_size", "local_attn_chunk_length", "lsh_attn_chunk_length"),
+    4: ("index_block_size",),
     13: (
         *("sliding_window", "window_size", "sliding_window_size", "local_attention", "attention_window_size"),
         *("index_topk", "rel_extent", "local_attention_window_len"),
@@ -80,7 +80,9 @@ COUNTS = {
         *("max_target_positions",),
     ),
 }
-COUNTED = {name: value for value, names in COUNTS.items() for name in names}
+STRONG = {"attn_scale": 1.0, "llama_4_scaling_beta": 1.0, "log_scaling_alpha": 1.0}
+"""How much attention changes past a threshold: enough to show in the text."""
+COUNTED = {name: value for value, names in COUNTS.items() for name in names} | STRONG
 TINY = COUNTED | {name: value for value, names in SIZES.items() for name in names}
 EVEN_IF_NONE = ("head_dim", "num_key_value_heads", "sliding_window", "log_scaling_n_floor")
 STDS = (0.15, 0.3, 0.6)
@@ -134,7 +136,9 @@ OVERRIDES: dict[str, dict] = {
     "Gemma4AssistantForCausalLM": {
         "text_config.hidden_size_per_layer_input": 0,
         "text_config.vocab_size_per_layer_input": 0,
+        "text_config.num_kv_shared_layers": 4,
     },
+    "Gemma4UnifiedAssistantForCausalLM": {"text_config.num_kv_shared_layers": 4},
     "Dots1ForCausalLM": dict(n_routed_experts=4, n_shared_experts=1, num_experts_per_tok=2, layer_types=HALF),
     "GraniteMoeHybridForCausalLM": dict(mamba_d_head="auto", layer_types=["linear_attention", "full_attention"] * 2),
     "Inkling2ForCausalLM": dict(unpadded_vocab_size=VOCAB),
@@ -153,7 +157,9 @@ OVERRIDES: dict[str, dict] = {
         indexer_n_heads=2, indexer_kv_heads=1, indexer_head_dim=8, indexer_budget=8, indexer_compress_ratio=2
     ),
     "ReformerModelWithLMHead": dict(axial_pos_embds_dim=[16, 16], axial_pos_shape=[8, 12]),
-    "RoCBertForCausalLM": dict(enable_shape=False, enable_pronunciation=False),
+    "RoCBertForCausalLM": dict(
+        enable_shape=False, enable_pronunciation=False, shape_vocab_size=VOCAB, pronunciation_vocab_size=VOCAB
+    ),
     "XLMWithLMHeadModel": dict(causal=True),
     "xLSTMForCausalLM": dict(hidden_size=128, embedding_dim=128),
     "XmodForCausalLM": dict(default_language="en_XX"),
@@ -220,7 +226,8 @@ def shrunken(config_class: type[PreTrainedConfig], overrides: dict) -> PreTraine
                 key.removeprefix(f"{name}."): inner for key, inner in overrides.items() if key.startswith(f"{name}.")
             }
             fields[name] = shrunken(type(value), inner)
-    return config_class(**{**fields, **TOKENS, **own})
+    tokens = TOKENS if "vocab_size" in real or not config_class.base_config_key else {}
+    return config_class(**{**fields, **tokens, **own})
 
 
 def real_fields(config_class: type[PreTrainedConfig]) -> dict:

@@ -241,7 +241,10 @@ def test_a_class_that_plain_generate_fails_with_is_not_built(monkeypatch):
 
     monkeypatch.setattr(census, "make_target", fail)
     entry = entry_of("LlamaForCausalLM")
-    assert entry["specformer"] == {"kind": NOT_BUILT, "why": "plain generate() fails: KeyError: 'no such thing'"}
+    assert entry["specformer"] == {
+        "kind": NOT_BUILT,
+        "why": "it writes no text with plain generate(): KeyError: 'no such thing'",
+    }
 
 
 @pytest.mark.parametrize(
@@ -257,7 +260,12 @@ def test_a_class_that_plain_generate_fails_with_is_not_built(monkeypatch):
             "from plain decoding, where 3e-04 is usual). Call generate() without custom_generate and assistant_model.",
             "a trial did not agree (ValueError: logits differ by … from plain decoding, where … is usual)",
         ),
-        ("HrmText has no nn.ModuleList of 32 layers.", "The target has no nn.ModuleList of … layers"),
+        (
+            "GPTNeo cannot be decoded speculatively: a trial failed (ValueError: by keys (size a (96) is not b (4))). "
+            "Call generate() without custom_generate.",
+            "a trial failed (ValueError: by keys)",
+        ),
+        ("HrmText has no nn.ModuleList of 32 layers.", "the target has no nn.ModuleList of … layers"),
     ],
 )
 def test_refusals_are_grouped_by_reason(sentence: str, reason: str):

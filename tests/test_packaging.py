@@ -136,7 +136,8 @@ def test_what_is_in_the_wheel(wheel: Path):
     assert {name for name in names if name.endswith(".py")} == {f"specformer/{name}" for name in code}
     data = {name for name in names if name.startswith("specformer/") and not name.endswith(".py")}
     requirements = {f"specformer/{folder}/requirements.txt" for folder in ("generation", "custom_generate")}
-    assert data == {"specformer/config.json", "specformer/model.safetensors", *requirements}
+    recipes = {f"specformer/recipes/{file.name}" for file in (ROOT / "recipes").iterdir()}
+    assert data == {"specformer/config.json", "specformer/model.safetensors", *requirements, *recipes}
     description = metadata.partition("\n\n")[2]
     assert description.startswith("# SpecFormer\n")
 

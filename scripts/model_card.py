@@ -30,38 +30,64 @@ output = target.generate(
 
 def training_text(log: dict, config: dict) -> str:
     """What a drafter is and how it was trained, in sentences. `log`: training.json; `config`: config.json."""
+    return (
+        f"{what_it_is(log, config)} {run_text(log)} On the held-out answers the best checkpoint has "
+        f"{log['best']['tokens_per_pass']:.2f} tokens per target pass, greedy, at {config['num_draft_tokens']} drafted."
+    )
+
+
+def what_it_is(log: dict, config: dict) -> str:
+    """Size and parts of a drafter, in one sentence."""
     vocabulary = config.get("draft_vocab_size")
-    vocabulary = f" that draft the {vocabulary:,} most frequent tokens" if vocabulary else ""
+    vocabulary = f" for the {vocabulary:,} most frequent tokens" if vocabulary else ""
     inputs = "with" if config["use_anchor_token"] or config.get("anchor_slot") else "without"
     rank = config.get("previous_token_rank")
-    correction = f", a correction of rank {rank} by the token in front" if rank else ""
+    correction = f", a correction of rank {rank} by the previous token" if rank else ""
     layers = f", {config['num_draft_layers']} draft layers" if config.get("num_draft_layers", 1) > 1 else ""
-    confidence = ", and a head that tells how sure each slot is" if config.get("confidence_head") else ""
+    confidence = ", and a head that estimates each draft's acceptance" if config.get("confidence_head") else ""
     return (
         f"{log['parameters'] / 1e6:.1f} million weights ({config['dtype']}), {config['num_draft_tokens']} draft "
-        f"slots{vocabulary}, {inputs} the anchor token as input{layers}{correction}{confidence}. {run_text(log)} On "
-        "the held-out answers "
-        f"the best checkpoint comes to {log['best']['tokens_per_pass']:.2f} tokens per target pass, greedy, at "
-        f"{config['num_draft_tokens']} drafted."
+        f"slots{vocabulary}, {inputs} the anchor token as input{layers}{correction}{confidence}."
     )
 
 
 def run_text(log: dict) -> str:
     """On what, for how long and where a drafter was trained, and before that the one that it began with."""
-    settings, machine, before = log["settings"], log["machine"], log.get("before")
+    settings, before = log["settings"], log.get("before")
     return (
         f"{run_text(before) + ' Then trained' if before else 'Trained'} on {log['answers']:,} answers of the target "
         f"itself ({log['answer_tokens']:,} tokens, {log['held_out_answers']} of the answers held out), "
         f"{settings['epochs']:g} epoch{'s' * (settings['epochs'] != 1)}, {log['steps']:,} steps of "
         f"{settings['batch_size']} x {settings['accumulation']} texts on each of {settings['processes']} processes, in "
-        f"{log['minutes']:.0f} minutes on {machine['device']} ({machine['cpu']}), torch {log['versions']['torch']}, "
-        f"transformers {log['versions']['transformers']}."
+        f"{log['minutes']:.0f} minutes on {machine_text(log)}."
     )
 
 
-def commands(log: dict) -> list[str]:
-    """Of the training, and before that of the drafter that it began with."""
-    return [*(commands(log["before"]) if log.get("before") else []), log["command"]]
+def runs_of(log: dict) -> list[dict]:
+    """The training, and before it those that it began with."""
+    return [*(runs_of(log["before"]) if log.get("before") else []), log]
+
+
+def run_table(log: dict) -> list[str]:
+    """The same trainings as a table, for a drafter that had many."""
+    titles = "training | answers | tokens | held out | epochs | steps | texts a step | minutes | tokens per target pass"
+    rows = [
+        f"| {number} | {run['answers']:,} | {run['answer_tokens']:,} | {run['held_out_answers']} | "
+        f"{run['settings']['epochs']:g} | {run['steps']:,} | {texts_a_step(run['settings'])} | {run['minutes']:.0f} | "
+        f"{run['best']['tokens_per_pass']:.2f} |"
+        for number, run in enumerate(runs_of(log), start=1)
+    ]
+    return [f"| {titles} |", "|---" * 9 + "|", *rows]
+
+
+def texts_a_step(settings: dict) -> int:
+    return settings["batch_size"] * settings["accumulation"] * settings["processes"]
+
+
+def machine_text(result: dict) -> str:
+    """Where something was measured or trained, and with what."""
+    machine, versions = result["machine"], result["versions"]
+    return f"{machine['device']} ({machine['cpu']}), torch {versions['torch']}, transformers {versions['transformers']}"
 
 
 def task_table(result: dict) -> list[str]:
@@ -97,9 +123,8 @@ def regime_text(result: dict) -> str:
         if "identical" in result:
             how += f", {result['identical']} of {result['prompts']} texts identical to plain `generate`"
     return (
-        f"Tokens per target pass at k drafted tokens, {regime['dtype']}, {how}; {result['machine']['device']} "
-        f"({result['machine']['cpu']}), torch {result['versions']['torch']}, transformers "
-        f"{result['versions']['transformers']}. `{result['command']}`"
+        f"Tokens per target pass at k drafted tokens, {regime['dtype']}, {how}; {machine_text(result)}. "
+        f"`{result['command']}`"
     )
 
 
@@ -110,7 +135,7 @@ def model_card(folder: Path, results: list[dict], license: str | None, sources: 
     config = config.to_dict()
     log = json.loads((folder / "training.json").read_text(encoding="utf-8"))
     target = hub_id(config["target_name_or_path"]) or "its target"
-    figures = ["Not measured yet on prompts of its own; see `specformer.scripts.evaluate_drafter`."]
+    figures = ["Not measured yet on prompts of its own; see `specformer evaluate`."]
     if results:
         figures = [line for result in results for line in (*task_table(result), "", regime_text(result), "")]
     return "\n".join(
@@ -121,7 +146,7 @@ def model_card(folder: Path, results: list[dict], license: str | None, sources: 
             f"# SpecFormer drafter for {target}",
             "",
             f"Makes `generate` of {target} draft several tokens a pass, for one prompt or a batch of different ones, "
-            "without changing what it says: the target verifies every token.",
+            "with the same text: the target verifies every token.",
             "",
             USE.format(target=target, here=HERE),
             "",
@@ -134,17 +159,16 @@ def model_card(folder: Path, results: list[dict], license: str | None, sources: 
             training_text(log, config),
             "",
             "```",
-            *commands(log),
+            *(run["command"] for run in runs_of(log)),
             "```",
             "",
             *(["## Prompts", "", sources.strip(), ""] if sources else []),
             "## Limits",
             "",
-            f"It fits {target} and fine-tunes of the same sizes alone. Drafts are best on text like the answers that "
-            "it learnt; elsewhere fewer are accepted, which costs time and never changes the text. Whether drafting "
-            "saves time "
-            "depends on the device, the batch and how much is accepted: measure it with "
-            "`specformer.scripts.benchmark`.",
+            f"It fits {target} and fine-tunes of the same sizes only. Drafts are best on text like the answers that it "
+            "was trained on; elsewhere fewer are accepted, which costs time and never changes the text. Whether "
+            "drafting saves time depends on the device, the batch and how much is accepted: measure it with "
+            "`specformer bench`.",
             "",
         ]
     )

@@ -1,4 +1,8 @@
-"""Tables of speed and of where the time goes, in Markdown, from the JSON files under benchmarks/results."""
+"""Tables of speed and of where the time goes, in Markdown, from the JSON files under benchmarks/results.
+
+One number a cell. Speed-ups are ratios to plain `generate()`, taken within one turn; where oneDNN's matrix products are
+faster than torch's own, plain `generate()` was timed with both, and the fastest plain one is what counts.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,9 @@ from specformer.scripts.contenders import PLAIN, PLAIN_ONEDNN
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 
+HEADLINE, HEADLINE_LONG = "benchmark_cpu", "benchmark_cpu_256"
+HEADLINE_ROWS = {"default drafter": "default, auto", "drafter that is always wrong": "always wrong, auto"}
+"""What the README calls a contender, and its name in the result file."""
 OTHER_SPEEDS = [f"benchmark_cpu_{regime}" for regime in ("256", "sampling", "long", "8k", "64", "128")]
 """Other regimes: long answers, sampling, long prompts, large batches."""
 
@@ -19,13 +26,30 @@ def result_of(name: str) -> dict:
     return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
 
 
-def ratios_of(figures: dict | None) -> str:
-    """Times plain generate(), times the best of the plain ones if that is another one, and tokens per pass."""
-    if not figures:
-        return ""
-    ratios = [figures[key]["median"] for key in ("ratio_to_plain", "ratio_to_best_plain")]
-    rate = f" ({figures['tokens_per_pass']:.2f})" if "tokens_per_pass" in figures else ""
-    return " / ".join(dict.fromkeys(f"{ratio:.2f}" for ratio in ratios)) + rate
+# ---- cells and lines
+
+
+def markdown(titles: list[str], rows: list[list[str]]) -> list[str]:
+    """The lines of a table."""
+    return [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|", *(f"| {' | '.join(row)} |" for row in rows)]
+
+
+def tokens_per_second(figures: dict | None) -> str:
+    return f"{figures['tokens_per_second']:.0f}" if figures else ""
+
+
+def speed_up(figures: dict | None) -> str:
+    """Compared with the fastest plain generate()."""
+    return f"{figures['ratio_to_best_plain']['median']:.2f}" if figures else ""
+
+
+def speed_up_over_torch(figures: dict | None) -> str:
+    """Compared with plain generate() as torch computes its matrix products by itself."""
+    return f"{figures['ratio_to_plain']['median']:.2f}" if figures else ""
+
+
+def tokens_per_pass(figures: dict | None) -> str:
+    return f"{figures['tokens_per_pass']:.2f}" if figures and "tokens_per_pass" in figures else ""
 
 
 def names_of(contests: list[dict]) -> list[str]:
@@ -34,9 +58,38 @@ def names_of(contests: list[dict]) -> list[str]:
     return list(dict.fromkeys(name for names in by_number for name in names))
 
 
+def by_batch(contests: list[dict], names: list[str], cell) -> list[str]:
+    """`cell` of each contender at each batch size; contenders that have none anywhere are left out."""
+    rows = [[name, *(cell(contest["contenders"].get(name)) for contest in contests)] for name in names]
+    return markdown(["contender", *batch_titles(contests)], [row for row in rows if any(row[1:])])
+
+
+def batch_titles(contests: list[dict]) -> list[str]:
+    return [f"batch {contest['batch_size']}" for contest in contests]
+
+
 def machine_of(result: dict) -> str:
     machine = result["machine"]
     return f"{machine['torch_threads']} threads of {machine['device']} ({machine['cpu']})"
+
+
+def software_of(result: dict) -> str:
+    return f"torch {result['versions']['torch']}, transformers {result['versions']['transformers']}"
+
+
+def regime_of(result: dict) -> str:
+    regime, turns = result["regime"], result["contests"][0]["turns"]
+    return (
+        f"Greedy, {regime['max_new_tokens']} new tokens, {regime['dtype']}, MT-Bench prompts, medians of {turns} turns "
+        f"with other prompts each, {machine_of(result)}, {result['date']}"
+    )
+
+
+def identical_of(result: dict) -> str:
+    """How many texts were those of plain generate()."""
+    found = [(figures["identical"], c["texts"]) for c in result["contests"] for figures in c["contenders"].values()]
+    identical, texts = (sum(numbers) for numbers in zip(*found, strict=True))
+    return f"{identical} of {texts} texts identical to plain `generate`"
 
 
 def sampling_of(result: dict) -> str:
@@ -44,142 +97,163 @@ def sampling_of(result: dict) -> str:
     return ", ".join(f"{key} {value}" for key, value in settings.items() if key != "do_sample")
 
 
-def speed_table(name: str) -> list[str]:
-    """Speed beside plain generate(), with drafters at both ends of what can be."""
-    result = result_of(name)
-    regime, contests = result["regime"], result["contests"]
-    names = [name for name in names_of(contests) if name != PLAIN]
-    lines = [
-        "| contender | " + " | ".join(f"batch {contest['batch_size']}" for contest in contests) + " |",
-        "|---" * (1 + len(contests)) + "|",
-        f"| {PLAIN} | "
-        + " | ".join(f"{contest['contenders'][PLAIN]['tokens_per_second']:.0f} tokens/s" for contest in contests)
-        + " |",
-    ]
-    for name in names:
-        cells = [ratios_of(contest["contenders"].get(name)) for contest in contests]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    identical, texts = (
-        sum(numbers)
-        for numbers in zip(
-            *((f["identical"], c["texts"]) for c in contests for f in c["contenders"].values()), strict=True
-        )
+def section(*lines: str) -> str:
+    return "\n".join(lines) + "\n"
+
+
+# ---- sections of the README and of docs/benchmarks.md
+
+
+def headline_section() -> str:
+    """The README's table."""
+    result, long = result_of(HEADLINE), result_of(HEADLINE_LONG)
+    contests = result["contests"]
+    rows = []
+    for title, name in HEADLINE_ROWS.items():
+        found = [contest["contenders"][name] for contest in contests]
+        rows.append([f"{title}: speed-up", *map(speed_up, found)])
+        if title == "default drafter":
+            rows.append([f"{title}: tokens per target pass", *map(tokens_per_pass, found)])
+    (more,) = long["contests"]
+    return section(
+        *markdown(["", *batch_titles(contests)], rows),
+        "",
+        f"{result['regime']['target']} compared with the fastest plain `generate`. {regime_of(result)}; "
+        f"{identical_of(result)}. With {long['regime']['max_new_tokens']} new tokens a single row is "
+        f"{speed_up(more['contenders']['default, auto'])} times as fast.",
     )
-    return [
-        *lines,
-        "",
-        f"Greedy, {regime['max_new_tokens']} new tokens, {regime['dtype']}, MT-Bench prompts, medians of "
-        f"{contests[0]['turns']} turns with other prompts each, {machine_of(result)}; {identical} of {texts} texts "
-        f"identical to plain `generate`; {result['date']}.",
-    ]
 
 
-def speed_legend() -> list[str]:
-    return [
-        "Times the speed of plain `generate`, where another plain one is faster / times the speed of that one, and in "
-        f'brackets tokens per target pass. "{PLAIN_ONEDNN}" has the matrix products of this package\'s passes, where '
-        'some of those are faster than torch\'s own. "auto" is the default: it drafts as much as seems to pay. The '
-        "drafters that are always right or always wrong know the text and cost nothing; a real one takes time. Drawn "
-        "in benchmarks/results/benchmark_cpu.png.",
-    ]
-
-
-def contenders_legend() -> list[str]:
-    return [
-        "Times the speed of plain `generate`, where another plain one is faster / times the speed of that one, and in "
-        f'brackets tokens per target pass. "{PLAIN_ONEDNN}" has the matrix products of this package\'s passes, '
-        "where those are faster than torch's own: what is gained beside it, drafting gains. The drafters that are "
-        'always right, always wrong, or right at 7 of 10 tokens know the text and cost nothing. "In step" all rows '
-        'are right at the same tokens and advance together, "ragged" each row has its own: beside each other they '
-        'show what raggedness costs. "default alone" drafts without copies. Drawn in '
-        "benchmarks/results/benchmark_cpu_contenders.png and benchmark_cpu_amd.png.",
-    ]
-
-
-def other_speeds() -> list[str]:
-    """Speed of the default drafter in other regimes."""
-    results = [result_of(name) for name in OTHER_SPEEDS]
-    every = names_of([contest for result in results for contest in result["contests"]])
-    names = [name for name in every if name.startswith("default")]
+def speeds(name: str) -> list[str]:
+    """Every contender of one result, by batch size: speed-ups, tokens per pass, and the plain ones in tokens/s."""
+    result = result_of(name)
+    contests = result["contests"]
+    names = names_of(contests)
+    plain, drafting = ([name for name in names if (name in (PLAIN, PLAIN_ONEDNN)) == kind] for kind in (True, False))
     lines = [
-        "| decoding | prompt tokens | new tokens | batch | " + " | ".join([PLAIN, *names]) + " | identical |",
-        "|---" * (6 + len(names)) + "|",
-    ]
-    for result in results:
-        for contest in result["contests"]:
-            found, prompts = contest["contenders"], contest["prompt_tokens"]
-            identical = sum(figures["identical"] for figures in found.values())
-            lines.append(
-                f"| {contest['decoding']} | {' to '.join(dict.fromkeys(map(str, prompts.values())))} | "
-                f"{result['regime']['max_new_tokens']} | {contest['batch_size']} | "
-                f"{found[PLAIN]['tokens_per_second']:.0f} tokens/s | "
-                + " | ".join(ratios_of(found.get(name)) for name in names)
-                + f" | {identical} of {contest['texts'] * len(found)} |"
-            )
-    settings = sampling_of(result_of("benchmark_cpu_sampling"))
-    return [
-        *lines,
+        "Tokens a second of plain `generate`:",
         "",
-        f"The same on {machine_of(result)}, medians of {contest['turns']} turns. Sampling: {settings}. Prompts that "
-        "are all of one length are pieces of all prompts in a row. Batches of 64 and more have short prompts of "
-        "Spec-Bench besides.",
+        *by_batch(contests, plain, tokens_per_second),
+        "",
+        "Speed-up over the fastest plain `generate`:",
+        "",
+        *by_batch(contests, drafting, speed_up),
+        "",
     ]
+    if PLAIN_ONEDNN in names:
+        lines += ["Speed-up over plain `generate` with torch's own matrix products:", ""]
+        lines += [*by_batch(contests, [PLAIN_ONEDNN, *drafting], speed_up_over_torch), ""]
+    lines += ["Tokens per target pass:", "", *by_batch(contests, drafting, tokens_per_pass), ""]
+    return [*lines, f"{regime_of(result)}; {identical_of(result)}."]
+
+
+def speed_section() -> str:
+    return section(*speeds(HEADLINE))
+
+
+def contenders_section() -> str:
+    """More contenders, on two machines."""
+    lines = []
+    for name in ("benchmark_cpu_contenders", "benchmark_cpu_amd"):
+        lines += [f"### {result_of(name)['machine']['cpu']}", "", *speeds(name), "", f"![]({picture(name)})", ""]
+    return section(*lines[:-1])
+
+
+def picture(name: str) -> str:
+    """What `plots` drew of a result, as pages under docs/ refer to it."""
+    return f"../benchmarks/results/{name}.png"
+
+
+def regimes_section() -> str:
+    """Speed of the default drafter in other regimes."""
+    rows = []
+    for name in OTHER_SPEEDS:
+        result = result_of(name)
+        for contest in result["contests"]:
+            lengths = " to ".join(dict.fromkeys(map(str, contest["prompt_tokens"].values())))
+            for contender, figures in contest["contenders"].items():
+                rows.append(
+                    [
+                        contest["decoding"],
+                        lengths,
+                        str(result["regime"]["max_new_tokens"]),
+                        str(contest["batch_size"]),
+                        contender,
+                        tokens_per_second(figures),
+                        speed_up(figures),
+                        tokens_per_pass(figures),
+                        f"{figures['identical']} of {contest['texts']}",
+                    ]
+                )
+    titles = ["decoding", "prompt tokens", "new tokens", "batch", "contender", "tokens/s", "speed-up"]
+    return section(
+        *markdown([*titles, "tokens per pass", "identical"], rows),
+        "",
+        f"On {machine_of(result)}, medians of {contest['turns']} turns, {result['date']}; speed-ups over the fastest "
+        f"plain `generate`. Sampling: {sampling_of(result_of('benchmark_cpu_sampling'))}. Prompts that are all of one "
+        "length are pieces of all prompts in a row. Batches of 64 and more also have short prompts of Spec-Bench.",
+    )
+
+
+def demo_section() -> str:
+    demo = result_of("demo_cpu")
+    ratio = demo["tokens_per_second"] / demo["plain_tokens_per_second"]
+    return section(
+        f"`make demo` on {machine_of(demo)}: {demo['tokens_per_second']:.0f} tokens/s where plain `generate` has "
+        f"{demo['plain_tokens_per_second']:.0f} ({ratio:.2f} times), {demo['tokens_per_pass']:.2f} tokens per target "
+        f'pass; batch of {demo["regime"]["batch_size"]}, draft length "{demo["regime"]["num_assistant_tokens"]}", '
+        f"medians of {demo['regime']['repeats']} calls each, in turn."
+    )
 
 
 def lengths_section() -> str:
     """Speed of the default drafter by how many tokens a round drafts."""
     result = result_of("benchmark_cpu_lengths")
     contests = result["contests"]
-    names = [name for name in contests[0]["contenders"] if name.startswith("default")]
-    lines = ["| drafted a round | " + " | ".join(f"batch {contest['batch_size']}" for contest in contests) + " |"]
-    lines.append("|---" * (1 + len(contests)) + "|")
-    for name in names:
-        cells = [ratios_of(contest["contenders"][name]) for contest in contests]
-        lines.append(f"| {name.removeprefix('default, ').removeprefix('k = ')} | {' | '.join(cells)} |")
-    return "\n".join([*lines, "", f"Times plain `generate`, as above. {regime_of(result)}"]) + "\n"
+    titles = [f"{what}, {batch}" for batch in batch_titles(contests) for what in ("speed-up", "tokens per pass")]
+    rows = []
+    for name in contests[0]["contenders"]:
+        if name.startswith("default"):
+            found = [contest["contenders"][name] for contest in contests]
+            cells = [cell(figures) for figures in found for cell in (speed_up, tokens_per_pass)]
+            rows.append([name.removeprefix("default, ").removeprefix("k = "), *cells])
+    return section(*markdown(["drafted a round", *titles], rows), "", f"{regime_of(result)}.")
 
 
 def same_prompt_section() -> str:
-    """Batches of one prompt again and again, beside such of different ones."""
+    """Batches of one prompt again and again, compared with different ones."""
     same, different = result_of("benchmark_cpu_same_prompt"), result_of("benchmark_cpu")
     (contest,) = same["contests"]
     (other,) = (found for found in different["contests"] if found["batch_size"] == contest["batch_size"])
-    lines = ["| contender | different prompts | one prompt again and again |", "|---|---|---|"]
-    for name, figures in contest["contenders"].items():
-        if theirs := other["contenders"].get(name):
-            speeds = [f"{one['tokens_per_second']:.0f} tokens/s, {ratios_of(one)}" for one in (theirs, figures)]
-            lines.append(f"| {name} | {' | '.join(speeds)} |")
-    return "\n".join([*lines, "", f"Batches of {contest['batch_size']}. {regime_of(same)}"]) + "\n"
+    cells = {"tokens/s": tokens_per_second, "speed-up": speed_up, "tokens per pass": tokens_per_pass}
+    titles = [f"{which}: {what}" for which in ("different prompts", "one prompt") for what in cells]
+    rows = [
+        [name, *(cell(one) for one in (other["contenders"][name], figures) for cell in cells.values())]
+        for name, figures in contest["contenders"].items()
+        if name in other["contenders"]
+    ]
+    return section(
+        *markdown(["contender", *titles], rows), "", f"Batches of {contest['batch_size']}. {regime_of(same)}."
+    )
 
 
 def memory_section() -> str:
     """What the first call of each contender took, of memory and of time."""
     result = result_of("benchmark_cpu")
-    contests = result["contests"]
-    lines = ["| contender | " + " | ".join(f"batch {contest['batch_size']}" for contest in contests) + " |"]
-    lines.append("|---" * (1 + len(contests)) + "|")
-    for name in names_of(contests):
-        found = [contest["contenders"].get(name) for contest in contests]
-        cells = [f"{one['first_call_gib']:.2f} GiB, {one['first_call_seconds']:.1f} s" if one else "" for one in found]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    regime = result["regime"]
-    return "\n".join(
-        [
-            *lines,
-            "",
-            f"The first call of each, with its widest batch: {regime['max_new_tokens']} new tokens, {regime['dtype']}, "
-            f"{machine_of(result)}; {result['date']}. Memory is the most that was resident beside what was there "
-            "before the call, such as the weights. The first calls in the process, in the first column, find out what "
-            "is faster here, probe the target and load the drafter.\n",
-        ]
-    )
-
-
-def regime_of(result: dict) -> str:
-    regime = result["regime"]
-    return (
-        f"Greedy, {regime['max_new_tokens']} new tokens, {regime['dtype']}, MT-Bench prompts, medians of "
-        f"{regime['turns']} turns, {machine_of(result)}; {result['date']}."
+    contests, names = result["contests"], names_of(result["contests"])
+    return section(
+        "Memory in GiB:",
+        "",
+        *by_batch(contests, names, lambda figures: f"{figures['first_call_gib']:.2f}" if figures else ""),
+        "",
+        "Seconds:",
+        "",
+        *by_batch(contests, names, lambda figures: f"{figures['first_call_seconds']:.1f}" if figures else ""),
+        "",
+        f"The first call of each, with its widest batch: {result['regime']['max_new_tokens']} new tokens, "
+        f"{result['regime']['dtype']}, {machine_of(result)}, {result['date']}. Memory is the peak of resident memory "
+        "during the call, less what was resident before it, such as the weights. The first calls of the process, in "
+        "the first column, also find out which matrix products are faster, probe the target and load the drafter.",
     )
 
 
@@ -187,33 +261,33 @@ def profile_section() -> str:
     """Shares of one call's time."""
     result = result_of("profile_cpu_batch_16")
     regime, seconds, outside = result["regime"], result["median_seconds"], result["share_outside_the_models"]
-    return (
-        "| part | share of the call |\n|---|---|\n"
-        f"| target | {seconds['target'] / seconds['total']:.1%} |\n"
-        f"| drafter | {seconds['drafter'] / seconds['total']:.1%} |\n"
-        f"| everything else | {outside['median']:.1%} ({outside['min']:.1%} to {outside['max']:.1%}) |\n"
-        f"| of which rows of different lengths cost | {seconds['alignment'] / seconds['total']:.1%} |\n\n"
+    shares = {
+        "target": seconds["target"] / seconds["total"],
+        "drafter": seconds["drafter"] / seconds["total"],
+        "everything else": outside["median"],
+        "of which rows of different lengths": seconds["alignment"] / seconds["total"],
+    }
+    return section(
+        *markdown(["part", "share of the call"], [[name, f"{share:.1%}"] for name, share in shares.items()]),
+        "",
         f"{regime['target']} in {regime['dtype']}, greedy, {regime['batch_size']} different MT-Bench prompts, "
         f"{regime['max_new_tokens']} new tokens, {regime['num_assistant_tokens']} drafted a round, without copies, "
-        f"median of {regime['repeats']} runs of {seconds['total']:.1f} s; {result['machine']['device']} "
-        f"({result['machine']['cpu']}, {result['machine']['torch_threads']} threads), torch "
-        f"{result['versions']['torch']}, transformers {result['versions']['transformers']}.\n"
+        f"median of {regime['repeats']} runs of {seconds['total']:.1f} s, in which everything else took "
+        f"{outside['min']:.1%} to {outside['max']:.1%}; {machine_of(result)}, {software_of(result)}, "
+        f"{result['date']}.",
     )
 
 
 def loop_section() -> str:
-    """Rounds beside the passes in them."""
+    """Rounds compared with the passes in them."""
     result = result_of("loop_overhead_cpu")
     regime = result["regime"]
-    return "\n".join(
-        [
-            *loop_overhead.table(result["rounds"]),
-            "",
-            f"{regime['target']} in {regime['dtype']}, {regime['max_new_tokens']} new tokens behind prompts of "
-            f"{regime['prompt_tokens']}, {regime['num_assistant_tokens']} drafted a round, without copies, medians of "
-            f"all rounds of {regime['calls']} calls; sampling: {sampling_of(result)}; {machine_of(result)}; "
-            f"{result['date']}.\n",
-        ]
+    return section(
+        *loop_overhead.table(result["rounds"]),
+        "",
+        f"{regime['target']} in {regime['dtype']}, {regime['max_new_tokens']} new tokens after prompts of "
+        f"{regime['prompt_tokens']}, {regime['num_assistant_tokens']} drafted a round, without copies, medians of all "
+        f"rounds of {regime['calls']} calls; sampling: {sampling_of(result)}; {machine_of(result)}, {result['date']}.",
     )
 
 
@@ -221,13 +295,11 @@ def costs_section() -> str:
     """What drafting would cost a larger target."""
     result = result_of("cost_smollm2_1.7b_cpu")
     regime = result["regime"]
-    return "\n".join(
-        [
-            cost_model.table(result),
-            "",
-            f"A model of costs, no generation: random weights of the shape of {regime['shape']} "
-            f"({regime['target_parameters'] / 1e9:.1f} billion, and {regime['drafter_parameters'] / 1e6:.0f} million "
-            f"of a drafter, which drafts {regime['draft_vocab_size']:,} tokens), {regime['dtype']}, texts of "
-            f"{regime['context']} tokens, medians of {regime['repeats']}; {machine_of(result)}; {result['date']}.\n",
-        ]
+    return section(
+        cost_model.table(result),
+        "",
+        f"A model of costs, no generation: random weights of the shape of {regime['shape']} "
+        f"({regime['target_parameters'] / 1e9:.1f} billion, and {regime['drafter_parameters'] / 1e6:.0f} million of a "
+        f"drafter, which drafts {regime['draft_vocab_size']:,} tokens), {regime['dtype']}, texts of "
+        f"{regime['context']} tokens, medians of {regime['repeats']}; {machine_of(result)}, {result['date']}.",
     )

@@ -6,26 +6,30 @@ python -m specformer.scripts.tables          # rewrites what is between the mark
 from __future__ import annotations
 
 import json
-import re
 import sys
+from statistics import mean
 
-from specformer.scripts import ablations
-from specformer.scripts.model_card import regime_text, task_table, training_text
+from specformer.scripts.ablations import at_one_pace
+from specformer.scripts.model_card import machine_text, regime_text, run_table, task_table, what_it_is
 from specformer.scripts.speed_tables import (
     RESULTS,
     ROOT,
-    contenders_legend,
+    contenders_section,
     costs_section,
+    demo_section,
+    headline_section,
     lengths_section,
     loop_section,
     machine_of,
+    markdown,
     memory_section,
-    other_speeds,
     profile_section,
+    regimes_section,
     result_of,
     same_prompt_section,
-    speed_legend,
-    speed_table,
+    section,
+    software_of,
+    speed_section,
 )
 
 REAL_DECODING = [
@@ -44,94 +48,160 @@ WITH_COPIES = ["mt_bench_256_greedy", "mt_bench_256_greedy_k7"]
 BY_TASK = ["mt_bench_by_task", "spec_bench_by_task"]
 
 
-def results_section() -> str:
-    """The table of real decoding, and the regime it was measured in."""
-    rows, notes = [], []
+# ---- docs/benchmarks.md
+
+
+def acceptance_section() -> str:
+    """Tokens per target pass and accepted drafts of real decoding, and the regime they were measured in."""
+    rows, shares, notes = [], [], []
     for name in REAL_DECODING:
         result = result_of(name)
         regime, (low, high) = result["regime"], result["tokens_per_pass_95"]
-        slots = ", ".join(f"{share:.0%}" for share in result["acceptance_per_slot"])
-        same = (
-            f"{result['identical']} of {result['prompts']}"
-            if "identical" in result
-            else "another text, same distribution"
-        )
         decoding = regime["decoding"]
         if decoding != "greedy":
             decoding += f', "{regime["acceptance"]}"'
-        rows.append(
-            f"| {regime['drafter']} | {decoding} | {regime['max_new_tokens']} | {same} | "
-            f"{result['tokens_per_pass']:.2f} ({low:.2f}-{high:.2f}) | {slots} |"
-        )
+        which = [regime["drafter"], decoding, str(regime["max_new_tokens"]), str(len(result["acceptance_per_slot"]))]
+        identical = f"{result['identical']} of {result['prompts']}"
+        rows.append([*which, identical, *(f"{rate:.2f}" for rate in (result["tokens_per_pass"], low, high))])
+        shares.append([*which[:-1], *(f"{share:.0%}" for share in result["acceptance_per_slot"])])
         notes.append(
             f"First turns of MT-Bench ({result['prompts']} prompts, none of them trained on), {regime['target']} in "
-            f"{regime['dtype']}, batches of {regime['batch_size']} different prompts, as many drafted a round as there "
-            f"are slots in the last column; {result['machine']['device']} ({result['machine']['cpu']}), torch "
-            f"{result['versions']['torch']}, transformers {result['versions']['transformers']}."
+            f"{regime['dtype']}, batches of {regime['batch_size']} different prompts, k tokens drafted a round; "
+            f"{machine_text(result)}."
         )
-    demo = result_of("demo_cpu")
-    ratio = demo["tokens_per_second"] / demo["plain_tokens_per_second"]
-    speed = (
-        f"`make demo` on {machine_of(demo)}: {demo['tokens_per_second']:.0f} tokens/s where plain `generate` makes "
-        f"{demo['plain_tokens_per_second']:.0f} ({ratio:.2f} times), at {demo['tokens_per_pass']:.2f} tokens per "
-        f"target pass; batch of {demo['regime']['batch_size']}, draft length "
-        f'"{demo["regime"]["num_assistant_tokens"]}", medians of {demo["regime"]["repeats"]} in turn.'
+    most = max(map(len, shares))
+    shares = [[*row, *[""] * (most - len(row))] for row in shares]
+    which = ["what drafts", "decoding", "new tokens"]
+    return section(
+        *markdown([*which, "k", "identical texts", "tokens per target pass", "95 % from", "to"], rows),
+        "",
+        "How many of the rounds accept the draft of a slot, and all before it:",
+        "",
+        *markdown([*which, *(f"slot {slot + 1}" for slot in range(most - len(which)))], shares),
+        "",
+        *dict.fromkeys(notes),
     )
-    speeds = [*speed_table("benchmark_cpu"), "", *speed_legend(), "", *other_speeds()]
-    header = (
-        "| what drafts | decoding | new tokens | texts identical to plain `generate` | tokens per target pass (95 %) | "
-        "accepted drafts, slot by slot |\n|---|---|---|---|---|---|"
-    )
-    return "\n".join([header, *rows, "", *dict.fromkeys(notes), "", *speeds, "", speed]) + "\n"
+
+
+# ---- docs/default_drafter.md
 
 
 def drafter_section() -> str:
-    """What the default drafter is, how it was trained, and what it comes to by task."""
+    """What the default drafter is, and how it was trained."""
     config = json.loads((ROOT / "config.json").read_text(encoding="utf-8"))
     log = result_of("default_drafter_training")
-    lines = [f"For {config['target_name_or_path']}: {training_text(log, config)}", ""]
-    for name in BY_TASK:
-        result = result_of(name)
-        lines += [*task_table(result), "", regime_text(result), ""]
-    return "\n".join([*lines, *copies_table()]) + "\n"
+    return section(
+        f"For {config['target_name_or_path']}: {what_it_is(log, config)}",
+        "",
+        *run_table(log),
+        "",
+        "Each training began with the weights of the one before. The last column is the best checkpoint, on answers "
+        f"held out of that training, greedy, at {config['num_draft_tokens']} drafted tokens. {machine_text(log)}.",
+    )
 
 
-def copies_table() -> list[str]:
-    """By task, what the drafter and copies of the text come to together, in real decoding."""
+def by_task_section() -> str:
+    """Tokens per target pass of the drafter alone, by task."""
+    tables = [(*task_table(result), "", regime_text(result), "") for result in map(result_of, BY_TASK)]
+    return section(*[line for lines in tables for line in lines][:-1])
+
+
+def copies_section() -> str:
+    """By task, what the drafter and copies of the text reach together, in real decoding."""
     results = [result_of(name) for name in WITH_COPIES]
+    tasks = results[0]["tasks"] | {"all": results[0]}
     rows = [
-        f"| {task} | {figures['prompts']} | "
-        + " | ".join(f"{(result['tasks'] | {'all': result})[task]['tokens_per_pass']:.2f}" for result in results)
-        + " |"
-        for task, figures in (results[0]["tasks"] | {"all": results[0]}).items()
+        [
+            task,
+            str(figures["prompts"]),
+            *(f"{(result['tasks'] | {'all': result})[task]['tokens_per_pass']:.2f}" for result in results),
+        ]
+        for task, figures in tasks.items()
     ]
     lengths = [f"k = {result['regime']['num_assistant_tokens']}, with copies" for result in results]
-    header = [f"| task | prompts | {' | '.join(lengths)} |", "|---" * (2 + len(lengths)) + "|"]
-    return [*header, *rows, "", regime_text(results[0])]
+    return section(*markdown(["task", "prompts", *lengths], rows), "", regime_text(results[0]))
 
 
-def speeds_section() -> str:
-    """More contenders, and another machine."""
-    tables = [line for name in ("benchmark_cpu_contenders", "benchmark_cpu_amd") for line in (*speed_table(name), "")]
-    return "\n".join([*tables, *contenders_legend()]) + "\n"
+# ---- docs/lossless.md
+
+
+def half_precision_section() -> str:
+    """How many texts are equal in half precision; nothing where that has not been measured."""
+    if not (RESULTS / "half_precision.json").exists():
+        return ""
+    result = result_of("half_precision")
+    regime, equal = result["regime"], result["equal"]
+    ways = list(next(iter(equal.values())))
+    rows = [[way, *(str(counts[way]) for counts in equal.values())] for way in ways]
+    return section(
+        *markdown(["compared with plain `generate` of a batch", *equal], rows),
+        "",
+        f"Identical texts of {regime['prompts']}: {regime['target']}, {regime['decoding']}, "
+        f"{regime['max_new_tokens']} new tokens, batches of {regime['batch_size']}; {machine_of(result)}, "
+        f"{software_of(result)}, {result['date']}. The first ways run no code of this package: what they differ in is "
+        "rounding.",
+    )
+
+
+# ---- docs/experiments.md
 
 
 def ablations_section() -> str:
-    """What variants of the drafter come to under one budget."""
-    return ablations.table(result_of("ablations")) + "\n"
+    """What variants of the drafter reach under one budget."""
+    result = result_of("ablations")
+    variants = result["variants"]
+    first = next(iter(variants.values()))
+    k = sum(name.startswith("accuracy_slot_") for name in first[0]["offline"]["all"])
+    kinds, seeds = list(first[0]["offline"]["tasks"]), [run["seed"] for run in first]
+    sizes = [each["batch_size"] for each in first[0]["rounds"]]
+    times = at_one_pace(variants)
+    right, gained, speed = [], [], []
+    for variant, runs in variants.items():
+        every = [run["offline"]["all"] for run in runs]
+        slots = [f"{mean(each[f'accuracy_slot_{slot}'] for each in every):.0%}" for slot in range(k)]
+        right.append([variant, f"{runs[0]['parameters'] / 1e6:.1f}", *slots])
+        rates = [run["offline"]["tasks"][kind][f"tokens_per_pass_k{k}"] for kind in kinds for run in runs]
+        rates += [runs[0]["decoded"]["tokens_per_pass"], runs[0]["decoded"]["computed"]]
+        gained.append([variant, *(f"{rate:.3f}" for rate in rates)])
+        ratios = [every[0][f"tokens_per_pass_k{k}"] * step / (draft + check) for draft, check, step in times[variant]]
+        drafting = [f"{1e3 * draft:.1f}" for draft, _, _ in times[variant]]
+        speed.append([variant, *drafting, *(f"{ratio:.2f}" for ratio in ratios)])
+    return section(
+        *markdown(["variant", "million weights", *(f"right at slot {slot + 1}" for slot in range(k))], right),
+        "",
+        f"Tokens per target pass at k = {k}:",
+        "",
+        *markdown(
+            ["variant", *(f"{kind}, seed {seed}" for kind in kinds for seed in seeds), "decoded", "computed for these"],
+            gained,
+        ),
+        "",
+        "Milliseconds of drafting, and the speed in times of plain decoding that follows from them:",
+        "",
+        *markdown(
+            ["variant", *(f"draft, ms, batch {size}" for size in sizes), *(f"speed, batch {size}" for size in sizes)],
+            speed,
+        ),
+    )
 
 
 SECTIONS = {
-    "README.md": {"results": results_section, "drafter": drafter_section},
-    "docs/speed.md": {
+    "README.md": {"speed": headline_section},
+    "docs/benchmarks.md": {
+        "acceptance": acceptance_section,
+        "speed": speed_section,
+        "regimes": regimes_section,
+        "demo": demo_section,
         "profile": profile_section,
         "loop": loop_section,
         "lengths": lengths_section,
         "same prompt": same_prompt_section,
         "costs": costs_section,
         "memory": memory_section,
-        "speeds": speeds_section,
+        "contenders": contenders_section,
     },
+    "docs/default_drafter.md": {"drafter": drafter_section, "by task": by_task_section, "copies": copies_section},
+    "docs/lossless.md": {"half precision": half_precision_section},
     "docs/experiments.md": {"ablations": ablations_section},
 }
 """By page, what stands between the markers <!-- name --> and <!-- /name -->."""
@@ -140,12 +210,12 @@ SECTIONS = {
 def render(page: str) -> str:
     """The page as it should be: its text, and the sections of today's result files between the markers."""
     text = (ROOT / page).read_text(encoding="utf-8")
-    for name, section in SECTIONS[page].items():
+    for name, content in SECTIONS[page].items():
         begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
         if text.count(begin) != 1 or text.count(end) != 1:
             raise ValueError(f"{page}: expected the markers {begin.strip()} and {end} once each.")
-        content = section()
-        text = re.sub(f"(?<={re.escape(begin)}).*?(?={re.escape(end)})", lambda _: content, text, flags=re.S)  # noqa: B023
+        before, _, rest = text.partition(begin)
+        text = before + begin + content() + end + rest.partition(end)[2]
     return text
 
 

@@ -1,4 +1,4 @@
-"""The README's code runs as written, and its figures are those of the result files.
+"""Code on the pages runs as written, their figures are those of the result files, and their links lead somewhere.
 
 What a reader fills in is filled in here: a model, files of prompts, and the name of a repository, for which a tiny
 model, a few prompts and a stand-in of the Hub serve.
@@ -12,56 +12,166 @@ import re
 import shlex
 import subprocess
 import sys
+import textwrap
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 from hub import Hub
 from specformer import SpecFormerModel
+from specformer.generation import drafter as contract
 from specformer.scripts import train
 from specformer.scripts.tables import SECTIONS, render
 from test_callers import tiny_tokenizer
 from tiny import llama
 
 ROOT = Path(__file__).resolve().parents[1]
-README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, flags=re.M | re.S)
+PAGES = {
+    path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
+    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
+}
+MADE_BY_TESTS = ("docs/arguments.md", "docs/compatibility.md", "docs/pypi.md")
+"""Pages with a test of their own."""
 PROMPTS = ["the other note", "and in the end", "is it?", "one, two", "a hen on the hill", "so it is"]
 REPOSITORY = "user/a-drafter"
 
 
-def block(kind: str, part: str) -> str:
-    """The one block of this kind in which `part` stands."""
-    (found,) = [text for language, text in BLOCKS if language == kind and part in text]
+def blocks(page: str, kind: str) -> list[str]:
+    """The code blocks of one kind, in order."""
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", PAGES[page], flags=re.M | re.S)
+    return [text for language, text in found if language == kind]
+
+
+def block(page: str, kind: str, part: str) -> str:
+    """The one block in which `part` stands."""
+    (found,) = [text for text in blocks(page, kind) if part in text]
     return found
 
 
+def commands(page: str, part: str) -> list[str]:
+    """The lines of the one bash block in which `part` stands."""
+    return block(page, "bash", part).splitlines()
+
+
+MAKE = commands("README.md", "make demo")
+TRAIN = commands("README.md", "specformer train")
+REPRODUCE = commands("docs/training.md", "specformer reproduce")
+
+
 def test_every_block_is_run():
-    """A block that comes to the README comes to this file as well."""
-    parts = ["make demo", ".scripts.train", ".scripts.reproduce", ".scripts.publish"]
-    assert [text for language, text in BLOCKS if language == "bash"] == [block("bash", part) for part in parts]
-    assert [language for language, _ in BLOCKS if language not in ("bash", "python")] == [""]
-    assert "custom_generate -> generation" in block("", "scripts/")  # a list of files
+    """A block that comes to a page comes to this file as well."""
+    lines = [line for page in PAGES for text in blocks(page, "bash") for line in text.splitlines()]
+    assert set(lines) == {*MAKE, *TRAIN, *REPRODUCE}
+    languages = {language for text in PAGES.values() for language in re.findall(r"^```(\w+)$", text, flags=re.M)}
+    assert languages == {"bash", "python", "bibtex"}
 
 
 @pytest.mark.parametrize("page", SECTIONS)
 def test_figures_come_from_the_result_files(page: str):
-    assert render(page) == (ROOT / page).read_text(), "run python -m specformer.scripts.tables"
+    assert render(page) == PAGES[page], "run python -m specformer.scripts.tables"
+
+
+def test_one_number_a_cell():
+    """In what is generated, so that a table is read at a glance; "12 of 15" and "42 to 402" are one."""
+    for page in SECTIONS:
+        for text in re.findall(r"^<!-- [^/].*?<!-- /", PAGES[page], flags=re.M | re.S):
+            cells = [cell.strip() for line in re.findall(r"^\|.*\|$", text, flags=re.M) for cell in line.split("|")]
+            for cell in cells:
+                assert not re.search(r"\d.*(/|;|\().*\d|%.*%", cell), f"{page}: {cell}"
+
+
+def test_the_readme_is_short():
+    text = re.sub(r"\A---\n.*?\n---\n", "", PAGES["README.md"], flags=re.S)
+    assert len(re.sub(r"^\|.*$", "", text, flags=re.M).split()) <= 1250
+
+
+# ---- links
+
+
+def anchors(page: Path) -> set[str]:
+    """What GitHub and the Hub make of the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), flags=re.M)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page: str):
+    for link in re.findall(r"\]\(([^)\s]+)\)", PAGES[page]):
+        if link.startswith("https://"):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (ROOT / page).parent / path if path else ROOT / page
+        assert target.exists(), f"{page}: {link}"
+        assert not anchor or anchor in anchors(target), f"{page}: {link}"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_files_that_are_named_exist(page: str):
+    for name in re.findall(r"`((?:generation|scripts|tests|docs|benchmarks)/[\w./*]+)`", PAGES[page]):
+        assert list(ROOT.glob(name)), f"{page}: {name}"
+    for name in re.findall(r"(?:python|accelerate launch) -m (specformer(?:\.\w+)*)", PAGES[page]):
+        assert find_spec(name), f"{page}: {name}"
+
+
+@cache
+def help_of(command: str) -> str:
+    """What `specformer <command> --help` prints."""
+    call = [sys.executable, "-m", "specformer", command, "--help"]
+    return subprocess.run(call, check=True, capture_output=True, text=True, timeout=300).stdout
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page not in MADE_BY_TESTS])
+def test_commands_and_their_options_exist(page: str):
+    shown = re.findall(r"^specformer [^\n]*$|`specformer [^`]*`", PAGES[page], flags=re.M)
+    for line in shown:
+        command, *options = re.findall(r"(?<=specformer )[\w-]+|--[\w-]+", line)
+        assert all(option in help_of(command) for option in options), f"{page}: {line}"
+
+
+# ---- Python
+
+
+def python_blocks(page: str) -> list[str]:
+    """Those that need no repository on the Hub."""
+    return [text for text in blocks(page, "python") if "<user>" not in text.replace('"."  # or <user>/<name>', "")]
 
 
 @pytest.mark.real
 def test_python_blocks(real_target, monkeypatch, capsys):
-    """In order, in one namespace; the Hub's name of the target stands for the folder that it was fetched to."""
+    """Page by page, in order; pages under docs/ go on from the README. The Hub's name of the target stands for the
+    folder that it was fetched to. Every text that was made is that of plain generate()."""
     monkeypatch.chdir(ROOT)
-    blocks = [text for language, text in BLOCKS if language == "python" and "<user>" not in text]
-    assert len(blocks) == 5
     namespace: dict = {}
-    for text in blocks:
-        text = text.replace("HuggingFaceTB/SmolLM2-135M-Instruct", str(real_target))
-        exec(compile(text, "README", "exec"), namespace)
+    run_blocks("README.md", namespace, real_target)
     assert "capital of Portugal" in capsys.readouterr().out
-    target, inputs, output = (namespace[name] for name in ("target", "inputs", "output"))
-    assert output.tolist() == target.generate(**inputs, max_new_tokens=32).tolist()
+    for page in PAGES:
+        if page.startswith("docs/") and page not in MADE_BY_TESTS:
+            run_blocks(page, dict(namespace), real_target)
+
+
+def run_blocks(page: str, namespace: dict, target: Path) -> None:
+    for text in python_blocks(page):
+        namespace.pop("output", None)
+        text = text.replace("HuggingFaceTB/SmolLM2-135M-Instruct", str(target))
+        exec(compile(text, page, "exec"), namespace)
+        if "output" in namespace:
+            plain = namespace["target"].generate(**namespace["inputs"], max_new_tokens=32)
+            assert namespace["output"].tolist() == plain.tolist(), text
+
+
+def test_every_page_with_python_is_run():
+    assert {page: len(python_blocks(page)) for page in PAGES if python_blocks(page) and page not in MADE_BY_TESTS} == {
+        "README.md": 4,
+        "docs/drafters.md": 4,
+        "docs/training.md": 2,
+    }
+
+
+def test_own_drafter_is_that_of_the_contract():
+    shown = contract.__doc__.partition("    class ")[2].partition("    specformer.generate(")[0]
+    assert textwrap.dedent("    class " + shown).strip() in block("README.md", "python", "class ")
 
 
 # ---- commands
@@ -75,8 +185,9 @@ def folder(tmp_path: Path) -> Path:
     for name in ("prompts", "other", "mt_bench"):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in PROMPTS))
     (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "python").write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
-    (tmp_path / "bin" / "python").chmod(0o755)
+    specformer = tmp_path / "bin" / "specformer"  # of this checkout, whatever is installed
+    specformer.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m specformer "$@"\n')
+    specformer.chmod(0o755)
     return tmp_path
 
 
@@ -88,15 +199,15 @@ def run(command: list[str], folder: Path, **environment: str) -> str:
     return done.stdout
 
 
-def run_bash(text: str, folder: Path, **environment: str) -> str:
-    text = text.replace("<your model>", "model").replace("<user>/<name>", REPOSITORY)
+def run_bash(lines: list[str], folder: Path, **environment: str) -> str:
+    text = "\n".join(lines).replace("<your model>", "model").replace("<user>/<name>", REPOSITORY)
     assert "<" not in text, "all that a reader fills in is filled in"
     return run(["bash", "-euo", "pipefail", "-c", text], folder, **environment)
 
 
 def test_make():
     """The targets are there; to make them takes minutes."""
-    for line in block("bash", "make demo").splitlines():
+    for line in MAKE:
         subprocess.run(["make", "--dry-run", *shlex.split(line, comments=True)[1:]], cwd=ROOT, check=True)
 
 
@@ -114,22 +225,23 @@ print(json.dumps([output.tolist(), target.generate(**inputs).tolist()]))
 
 
 def test_from_a_model_to_a_published_drafter(folder: Path):
-    """The blocks that train and publish, and the one that uses what was published, where nothing but torch and
+    """The commands that train and publish, and the code that uses what was published, where nothing but torch and
     transformers is installed."""
-    printed = run_bash(block("bash", ".scripts.train"), folder)
+    *make, publish = TRAIN
+    printed = run_bash(make, folder)
     figures = json.loads(printed[printed.index("{\n") :])
     assert figures["identical"] == figures["prompts"] == len(PROMPTS)
     drafter = SpecFormerModel.from_pretrained(folder / "my-drafter")
     with Hub() as hub:
         reach = dict(HF_ENDPOINT=hub.url, HF_TOKEN=hub.token, HF_HUB_DISABLE_XET="1", HF_HUB_OFFLINE="0")
-        printed = run_bash(block("bash", ".scripts.publish"), folder, **reach)
+        printed = run_bash([publish], folder, **reach)
         repository = hub.repositories[REPOSITORY]
         assert printed.strip() == f"{hub.url}/{REPOSITORY}/commit/{repository.branches['main']}"
         assert repository.private
         assert "training.json" in repository.files()
         assert f'from_pretrained("{REPOSITORY}"' in repository.files()["README.md"].decode()
-        program = USE.replace("{block}", block("python", "<user>/<name>").replace("<user>/<name>", REPOSITORY))
-        program = (ROOT / "tests" / "clean_environment.py").read_text() + program
+        code = block("docs/publishing.md", "python", "<user>/<name>").replace("<user>/<name>", REPOSITORY)
+        program = (ROOT / "tests" / "clean_environment.py").read_text() + USE.replace("{block}", code)
         own = dict(HF_HOME=str(folder / "hf"), HF_MODULES_CACHE=str(folder / "modules"))
         ours, plain = json.loads(run([sys.executable, "-c", program], folder, **reach, **own).splitlines()[-1])
     assert ours == plain
@@ -140,14 +252,15 @@ def test_from_a_model_to_a_published_drafter(folder: Path):
 @pytest.mark.slow
 def test_reproduce(folder: Path):
     """With a tiny model in place of the default one."""
-    line = block("bash", ".scripts.reproduce").strip()
-    run_bash(f"{line} --target model --recipe cpu", folder)
+    (line,) = REPRODUCE
+    run_bash([f"{line} --target model --recipe cpu"], folder)
     SpecFormerModel.from_pretrained(folder / "runs" / "default" / "drafter")
     assert "| all |" in (folder / "runs" / "default" / "drafter" / "README.md").read_text()
 
 
 def test_options_of_train(monkeypatch):
-    options = re.findall(r"`(--[^`]*)`", "".join(re.findall(r"^\| `--.*$", README, flags=re.M)))
+    """With the values that the page gives them."""
+    options = re.findall(r"^\| `(--[^`]*)`", PAGES["docs/training.md"], flags=re.M)
     assert len(options) >= 5
     for option in options:
         monkeypatch.setattr(sys, "argv", ["train", "--data", "a", "--output", "b", *shlex.split(option)])

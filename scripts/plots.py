@@ -1,7 +1,7 @@
 """Draw what the JSON files say.
 
-python -m specformer.scripts.plots runs/drafter/training.json          # training.png beside it
-python -m specformer.scripts.plots benchmarks/results/mt_bench_*.json  # acceptance.png beside the first one
+python -m specformer.scripts.plots runs/drafter/training.json          # training.png next to it
+python -m specformer.scripts.plots benchmarks/results/mt_bench_*.json  # acceptance.png next to the first one
 python -m specformer.scripts.plots benchmarks/results/benchmark_cpu.json  # benchmark_cpu.png
 """
 
@@ -56,7 +56,7 @@ def acceptance(results: list[dict], path: Path) -> None:
 
 
 def speeds(result: dict, path: Path) -> None:
-    """Speed of every contender beside plain generate(), by batch size: medians, and bars from the lowest to the highest
+    """Speed-up of every contender over plain generate(), by batch size: medians, and bars from the lowest to the highest
     turn."""
     from matplotlib import pyplot
 

@@ -56,8 +56,8 @@ def acceptance(results: list[dict], path: Path) -> None:
 
 
 def speeds(result: dict, path: Path) -> None:
-    """Speed-up of every contender over plain generate(), by batch size: medians, and bars from the lowest to the highest
-    turn."""
+    """Speed-up of every contender over plain generate(), by batch size: medians, and bars from the lowest turn to the
+    highest."""
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(9, 5), layout="constrained")

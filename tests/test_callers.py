@@ -14,6 +14,7 @@ import pytest
 import torch
 from exactness import Recorder
 from specformer import SpecFormerConfig, SpecFormerModel, generate
+from specformer.generation.versions import cache_of
 from tiny import BOS, EOS, PAD, PRESETS, VOCAB, llama, ragged_batch
 from tokenizers import AddedToken, Tokenizer, decoders, models
 from transformers import (
@@ -836,6 +837,23 @@ def test_train_mode(target, speculation: Speculation, trained: str):
     assert (target.training, speculation.drafter.training) == modes
     assert not reference.requires_grad
     assert all(parameter.grad is None for parameter in target.parameters())
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable.* is deprecated")
+@pytest.mark.parametrize("trained", [False, True])
+def test_gradient_checkpointing(target, speculation: Speculation, trained: bool):
+    """It may switch the cache off while a model is trained (before transformers 5.24): the message says what to do."""
+    arguments = dict(ragged_batch(), max_new_tokens=NEW_TOKENS, eos_token_id=None)
+    reference = target.generate(**arguments).tolist()
+    target.gradient_checkpointing_enable()
+    target.train(trained)
+    try:
+        assert target.generate(**arguments, **speculation.arguments).tolist() == reference
+    except (RuntimeError, ValueError) as error:
+        assert trained and "model.eval()" in str(error)
+        assert not cache_of(target(**ragged_batch(), use_cache=True))  # it is not said without a reason
+        target.eval()
+        assert target.generate(**arguments, **speculation.arguments).tolist() == reference
 
 
 def test_processor_that_runs_the_target_itself(target, speculation: Speculation):

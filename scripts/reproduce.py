@@ -19,74 +19,39 @@ from pathlib import Path
 
 import torch
 from specformer.scripts.model_card import write_model_card
+from specformer.scripts.parts.recipes import options_of, read_recipe
 from specformer.scripts.prompts import read_prompts
 
-RECIPES = {
-    "gpu": {
-        "distill": ["--batch-size", "768", "--max-new-tokens", "256"],
-        "prompts": [(0, None)],
-        "train": [
-            [
-                *("--epochs", "4", "--batch-size", "64", "--learning-rate", "1e-3", "--max-length", "768"),
-                *("--num-draft-tokens", "8", "--default-num-assistant-tokens", "4", "--mixed-precision", "bf16"),
-                *("--draft-vocab-size", "16384", "--acceptance-weights", "0.5", "--base-loss", "1"),
-                *("--config", "previous_token_rank=256", "confidence_head=true"),
-                *("--held-out", "512", "--evaluations", "12", "--logging-steps", "50"),
-            ]
-        ],
-        "evaluate": ["--batch-size", "40", "--dtype", "bfloat16", "--max-new-tokens", "256"],
-    },
-    "cpu": {
-        "distill": ["--batch-size", "96", "--max-new-tokens", "160", "--max-prompt-tokens", "128"],
-        "prompts": [(0, 4000), (4000, 8500), (8500, 14000), (14000, 19500)],
-        "train": [
-            [
-                *("--epochs", "5", "--batch-size", "8", "--learning-rate", "1.5e-3", "--max-length", "512"),
-                *("--num-draft-tokens", "4", "--default-num-assistant-tokens", "2"),
-                *("--draft-vocab-size", "8192", "--slot-decay", "0.8", "--store-hidden-states"),
-                *("--held-out", "64", "--evaluations", "5"),
-            ],
-            [
-                *("--epochs", "2", "--batch-size", "8", "--learning-rate", "1e-3", "--max-length", "512"),
-                *("--config", "previous_token_rank=256", "confidence_head=true", "--acceptance-weights", "0.5"),
-                *("--store-hidden-states", "--held-out", "64", "--evaluations", "4"),
-            ],
-            [
-                *("--epochs", "2", "--batch-size", "8", "--learning-rate", "1e-3", "--max-length", "512"),
-                *("--acceptance-weights", "0.5", "--store-hidden-states", "--held-out", "64", "--evaluations", "4"),
-            ],
-            [
-                *("--epochs", "1", "--batch-size", "8", "--learning-rate", "1e-3", "--max-length", "512"),
-                *("--acceptance-weights", "0.5", "--held-out", "64", "--evaluations", "2"),
-            ],
-        ],
-        "evaluate": ["--batch-size", "8", "--max-new-tokens", "64"],
-    },
-}
-"""Options of the steps. Each training has the answers to prompts of its own, and begins with the drafter of the one
-before; it is left out where there are no such prompts."""
+RECIPES = Path(__file__).resolve().parents[1] / "recipes"
+"""YAML files: options of `distill` and of `evaluate`, and of each training, which has the answers to prompts of its own
+(from the first of `prompts` to the last), begins with the drafter of the one before, and is left out where there are no
+such prompts."""
 # glibc gives the memory of large tensors back to the system, which clears it before it hands it out again: half of the
 # time of distilling on a CPU.
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "10000000000", "MALLOC_TOP_PAD_": "200000000"}
+EVERY = 0, None
 OUT_OF_TIME = 75
 """Exit status after --minutes: run the same command again."""
 
 
 def commands(arguments: argparse.Namespace) -> list[list[str]]:
     """The steps, each a module of specformer.scripts and its arguments."""
-    recipe = RECIPES[arguments.recipe]
+    recipe = arguments.recipe
     target = ["--target", arguments.target] if arguments.target else []
     target += ["--trust-remote-code"] if arguments.trust_remote_code else []
     template = ["--chat-template-kwargs", arguments.chat_template_kwargs] if arguments.chat_template_kwargs else []
     name = ["--target-id", arguments.target_id] if arguments.target_id else []
-    count = len(read_prompts(arguments.prompts, recipe["prompts"][-1][1]))
-    stages = [each for each in zip(recipe["prompts"], recipe["train"], strict=True) if each[0][0] < count]
+    count = len(read_prompts(arguments.prompts, recipe["train"][-1].get("prompts", EVERY)[1]))
+    stages = [each for each in recipe["train"] if each.get("prompts", EVERY)[0] < count]
+    measuring = options_of(recipe["evaluate"])
     drafter, begin, steps = str(arguments.output / "drafter"), [], []
-    for number, ((first, end), train) in enumerate(stages, 1):
+    for number, training in enumerate(stages, 1):
+        first, end = training.get("prompts", EVERY)
+        train = options_of({name: value for name, value in training.items() if name != "prompts"})
         answers = str(arguments.output / f"answers-{number}")
         part = [*(["--skip", str(first)] if first else []), *(["--limit", str(end)] if end else [])]
         prompts = ["--prompts", arguments.prompts, *part, *template]
-        steps.append(["distill", *prompts, "--output", answers, *target, *recipe["distill"]])
+        steps.append(["distill", *prompts, "--output", answers, *target, *options_of(recipe["distill"])])
         folder = drafter if number == len(stages) else str(arguments.output / f"drafter-{number}")
         steps.append(["train", "--data", answers, "--output", folder, *target, *name, *begin, *train])
         begin = ["--start-from", folder]
@@ -94,8 +59,24 @@ def commands(arguments: argparse.Namespace) -> list[list[str]]:
         for k in ("4", "7"):
             result = arguments.output / f"{Path(prompts).stem}_k{k}.json"
             options = ["--drafter", drafter, "--num-assistant-tokens", k, "--output", str(result)]
-            steps.append(["evaluate_drafter", "--prompts", prompts, *options, *target, *template, *recipe["evaluate"]])
+            steps.append(["evaluate_drafter", "--prompts", prompts, *options, *target, *template, *measuring])
     return steps
+
+
+def recipe_of(name: str) -> dict:
+    """The recipe that comes with the package under this name, or stands in this file."""
+    path = Path(name) if name.endswith((".yaml", ".yml")) else RECIPES / f"{name}.yaml"
+    try:
+        recipe = read_recipe(path)
+        sections = {name: type(section) for name, section in recipe.items()}
+        trainings = recipe.get("train") or [None]
+        if sections != {"distill": dict, "train": list, "evaluate": dict} or {*map(type, trainings)} != {dict}:
+            raise ValueError(
+                f"{path}: expected options under distill and evaluate, and a list of trainings under train."
+            )
+    except (OSError, ValueError) as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return recipe
 
 
 def is_done(step: list[str]) -> bool:
@@ -138,7 +119,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--target-id", help="name of the target to record, where --target is a folder")
     parser.add_argument("--trust-remote-code", action="store_true", help="run the target's own code")
     parser.add_argument("--chat-template-kwargs", metavar="JSON", help="arguments of the target's chat template")
-    parser.add_argument("--recipe", choices=sorted(RECIPES), default="gpu" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--recipe",
+        type=recipe_of,
+        default="gpu" if torch.cuda.is_available() else "default",
+        metavar="RECIPE",
+        help="a YAML file, or one of those that come with the package: default, and gpu, which is the default on a GPU",
+    )
     parser.add_argument("--minutes", type=float, help="stop after so many minutes, with status 75")
     return parser.parse_args()
 

@@ -1,7 +1,8 @@
 """Train a drafter for a causal LM on the target's own answers.
 
     specformer train --data answers --output runs/drafter
-    accelerate launch -m specformer.scripts.train --data answers --output runs/drafter --mixed-precision bf16
+    specformer train recipe.yaml --learning-rate 3e-4
+    accelerate launch -m specformer.scripts.train --data answers --output runs/drafter --bf16
 
 --data is what `specformer distill` wrote: what the target answered, not what somebody else wrote. The target
 stays frozen and its hidden states are computed on the fly. The loss is the paper's, cross-entropy of every slot at
@@ -12,7 +13,6 @@ checkpoint by tokens per target pass on held-out answers ends up in --output, re
 
 from __future__ import annotations
 
-import argparse
 import inspect
 import json
 import shutil
@@ -32,6 +32,7 @@ from specformer.scripts.confidence import calibrate, confidence_loss
 from specformer.scripts.losses import acceptance_weights, base_share, decaying_weights, drafter_loss
 from specformer.scripts.model_card import write_model_card
 from specformer.scripts.offline import confidences, drafter_config, drafts_of_text, evaluate_offline, summarise
+from specformer.scripts.parts.training_arguments import DrafterTrainingArguments, parse_arguments
 from specformer.scripts.provenance import provenance
 from specformer.scripts.runs import SETTINGS, begin_or_go_on, writing
 from specformer.scripts.stored_states import StoredStates, shared_file
@@ -42,7 +43,6 @@ from transformers import (
     Trainer,
     TrainerCallback,
     TrainerState,
-    TrainingArguments,
     set_seed,
 )
 
@@ -150,14 +150,14 @@ def peak_memory() -> int | None:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def make_config(arguments: argparse.Namespace) -> SpecFormerConfig:
+def make_config(arguments: DrafterTrainingArguments) -> SpecFormerConfig:
     """The config of a new drafter; its errors come before anything is written."""
     overrides = {
         key: getattr(arguments, key)
         for key in ("num_draft_tokens", "default_num_assistant_tokens", "draft_vocab_size")
         if getattr(arguments, key) is not None
     }
-    target_config = AutoConfig.from_pretrained(arguments.target, trust_remote_code=arguments.trust_remote_code)
+    target_config = AutoConfig.from_pretrained(arguments.target, trust_remote_code=arguments.trust_remote_code or None)
     if (arguments.draft_vocab_size or 0) >= target_config.get_text_config(decoder=True).vocab_size:
         del overrides["draft_vocab_size"]  # all of them are drafted: a recipe suits small vocabularies too
     for setting in arguments.config:
@@ -181,7 +181,7 @@ def make_config(arguments: argparse.Namespace) -> SpecFormerConfig:
     return make(target_config, **overrides)
 
 
-def make_loss(arguments: argparse.Namespace, config: SpecFormerConfig) -> Callable:
+def make_loss(arguments: DrafterTrainingArguments, config: SpecFormerConfig) -> Callable:
     """`drafter_loss` as the arguments want it; their errors come before anything is written."""
     smoothing, decay = arguments.acceptance_weights, arguments.slot_decay
     if smoothing is not None and (not 0 <= smoothing <= 1 or decay != 1):
@@ -253,59 +253,28 @@ def training_of(drafter: str | None) -> dict | None:
     return {key: value for key, value in json.loads(path.read_text(encoding="utf-8")).items() if key != "history"}
 
 
-def main(arguments: argparse.Namespace) -> None:
+def main(arguments: DrafterTrainingArguments) -> None:
     from specformer.scripts.fetch_target import HUB_ID, fetch_target
 
     if arguments.target is None:
         arguments.target, arguments.target_id = str(fetch_target()), arguments.target_id or HUB_ID
-    if arguments.evaluations < 1:
-        raise ValueError(f"--evaluations is {arguments.evaluations}; at least 1 is needed, to choose a checkpoint.")
-    config, output = make_config(arguments), arguments.output
+    config, output = make_config(arguments), Path(arguments.output_dir)
     loss = make_loss(arguments, config)
     answers = Answers(arguments.data, arguments.max_length)
     held_out = max(1, min(arguments.held_out, len(answers) // 5))
     if len(answers) < 2:
         raise ValueError(f"{arguments.data} holds {len(answers)} answer; at least 2 are needed, one to evaluate on.")
-    training = TrainingArguments(
-        output_dir=str(output),
-        use_cpu=not torch.accelerator.is_available(),  # unsaid, several processes would not know of each other there
-        per_device_train_batch_size=arguments.batch_size,
-        per_device_eval_batch_size=arguments.batch_size,
-        gradient_accumulation_steps=arguments.accumulation,
-        num_train_epochs=arguments.epochs,
-        learning_rate=arguments.learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=0.04,
-        weight_decay=0.01,
-        adam_beta2=0.95,
-        max_grad_norm=1.0,
-        bf16=arguments.mixed_precision == "bf16",
-        fp16=arguments.mixed_precision == "fp16",
-        seed=arguments.seed,
-        logging_steps=arguments.logging_steps,
-        save_strategy="steps",
-        save_steps=min(1 / arguments.evaluations, 1 - 1e-9),  # a share of all steps; 1 would mean every step
-        metric_for_best_model="eval_tokens_per_pass",
-        greater_is_better=True,
-        report_to=arguments.report_to,
-        dataloader_pin_memory=torch.cuda.is_available(),
-        remove_unused_columns=False,
-        ddp_find_unused_parameters=False,  # the confidence head is used, but behind the forward pass
-        label_names=["labels"],
-    )
     set_seed(arguments.seed)
-    dtype = "bfloat16" if training.bf16 and training.device.type != "cpu" else "float32"
+    dtype = "bfloat16" if arguments.bf16 and arguments.device.type != "cpu" else "float32"
     target = AutoModelForCausalLM.from_pretrained(
-        arguments.target, dtype=getattr(torch, dtype), trust_remote_code=arguments.trust_remote_code
+        arguments.target, dtype=getattr(torch, dtype), trust_remote_code=arguments.trust_remote_code or None
     )
-    target = target.eval().requires_grad_(False).to(training.device)
+    target = target.eval().requires_grad_(False).to(arguments.device)
     drafter = make_drafter(config, target, answers, arguments.start_from)
     borrowed = drafter.borrow(target)
-    with training.main_process_first(local=False):
-        places = ("output", "report_to", "logging_steps")
-        settings = {name: value for name, value in vars(arguments).items() if name not in places}
-        settings.update(answers=len(answers), answer_tokens=answers.num_answer_tokens, processes=training.world_size)
-        settings["store_hidden_states"] = arguments.store_hidden_states is not None
+    with arguments.main_process_first(local=False):
+        settings = arguments.settings()
+        settings.update(answers=len(answers), answer_tokens=answers.num_answer_tokens, processes=arguments.world_size)
         begin_or_go_on(output, json.loads(json.dumps(settings, default=str)))
         resume_from = last_whole_checkpoint(output)
     order = torch.randperm(len(answers), generator=torch.Generator().manual_seed(arguments.seed)).tolist()
@@ -316,7 +285,7 @@ def main(arguments: argparse.Namespace) -> None:
     slots = drafter.config.num_draft_tokens
     trainer = DrafterTrainer(
         model=drafter,
-        args=training,
+        args=arguments,
         data_collator=Answers.collate,
         train_dataset=torch.utils.data.Subset(answers if stored is None else stored, order[held_out:]),
         eval_dataset=torch.utils.data.Subset(answers, order[:held_out]),
@@ -331,7 +300,7 @@ def main(arguments: argparse.Namespace) -> None:
     if not resume_from or trainer.state.global_step < trainer.state.max_steps:
         with fast_linears(target, drafter, borrowed.rows):
             if stored is not None:
-                stored.fill(order[held_out:], training.process_index, training.world_size)
+                stored.fill(order[held_out:], arguments.process_index, arguments.world_size)
                 PartialState().wait_for_everyone()
             trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
 
@@ -355,8 +324,8 @@ def main(arguments: argparse.Namespace) -> None:
         }
         best = SpecFormerModel.from_pretrained(output / f"checkpoint-{state.best_global_step}", dtype=torch.float32)
         if config.confidence_head:
-            with fast_linears(target, best.to(training.device), borrowed.rows):
-                calibrate_drafter(best, borrowed, trainer.eval_dataset, arguments.batch_size)
+            with fast_linears(target, best.to(arguments.device), borrowed.rows):
+                calibrate_drafter(best, borrowed, trainer.eval_dataset, arguments.per_device_eval_batch_size)
         with writing(output):
             best.to(getattr(torch, arguments.save_dtype)).save_pretrained(output)
             (output / "training.json").write_text(json.dumps(log, indent=2) + "\n", encoding="utf-8")
@@ -367,65 +336,8 @@ def main(arguments: argparse.Namespace) -> None:
         print(f"The drafter is in {output}: {state.best_metric:.3f} tokens per target pass on held-out answers.")
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder of distill, or a jsonl file")
-    parser.add_argument("--output", type=Path, required=True, help="folder for the drafter; begun or gone on with")
-    parser.add_argument("--target", help="folder or Hub id of the target; default: the one of fetch_target")
-    parser.add_argument("--target-id", help="name of the target to record, where --target is a folder")
-    parser.add_argument("--trust-remote-code", action="store_true", default=None, help="run the target's own code")
-    parser.add_argument("--start-from", help="folder or Hub id of a drafter whose weights to begin with")
-    parser.add_argument("--paper", action="store_true", help="the paper's inputs: no anchor token")
-    parser.add_argument("--num-draft-tokens", type=int)
-    parser.add_argument("--default-num-assistant-tokens", type=int)
-    parser.add_argument(
-        "--draft-vocab-size", type=int, help="draft only so many tokens at most, the most frequent of --data"
-    )
-    parser.add_argument(
-        "--config", nargs="+", default=[], metavar="FIELD=VALUE", help="other fields of SpecFormerConfig, as JSON"
-    )
-    parser.add_argument("--slot-decay", type=float, default=1.0, help="slot j weighs slot_decay**j in the loss")
-    parser.add_argument(
-        "--acceptance-weights",
-        type=float,
-        metavar="SMOOTHING",
-        help="weigh slots by what they contribute to accepted drafts instead (D-PACE; 0.5 is its authors' smoothing)",
-    )
-    parser.add_argument(
-        "--distance-loss",
-        type=float,
-        metavar="SHARE",
-        help="share of each slot's loss that is the distance from the target's distribution, half the sum of |p - q| "
-        "(0.9 is DSpark's), not the cross-entropy",
-    )
-    parser.add_argument(
-        "--base-loss",
-        type=float,
-        metavar="SHARE",
-        help="with previous_token_rank: share of the loss that is of drafts before they are corrected, falling to 0 "
-        "over the first half of the steps (Domino's curriculum, from 1)",
-    )
-    parser.add_argument("--epochs", type=float, default=3)
-    parser.add_argument("--batch-size", type=int, default=8, help="texts per step and process")
-    parser.add_argument("--accumulation", type=int, default=1, help="micro-batches per step")
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--max-length", type=int, default=1024, help="tokens of a text; what is longer is cut")
-    parser.add_argument("--held-out", type=int, default=64, help="texts kept for evaluation, a fifth of all at most")
-    parser.add_argument("--evaluations", type=int, default=10, help="evaluations and checkpoints, evenly over the run")
-    parser.add_argument("--logging-steps", type=int, default=10)
-    parser.add_argument("--report-to", default="none", help="tracker of the Trainer: tensorboard, wandb, ...")
-    parser.add_argument("--mixed-precision", default="no", choices=["no", "fp16", "bf16"])
-    parser.add_argument("--save-dtype", default="bfloat16", choices=["float32", "bfloat16"])
-    parser.add_argument(
-        "--store-hidden-states",
-        nargs="?",
-        const="",
-        metavar="FOLDER",
-        help="read every answer with the target once and keep that in a file, for small runs on a CPU: in --output "
-        "until the run ends, or in FOLDER for other runs too",
-    )
-    parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args()
+def parse() -> DrafterTrainingArguments:
+    return parse_arguments(__doc__)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from specformer.scripts import (
     train,
     variants,
 )
+from specformer.scripts.parts.recipes import read_recipe
 from specformer.scripts.stored_states import map_file
 from tape import use_tapes
 from test_callers import tiny_tokenizer
@@ -468,11 +469,13 @@ def test_ablations(folder: Path, monkeypatch):
 def test_one_command_from_prompts_to_a_drafter(folder: Path, monkeypatch):
     """Cut into pieces on the way."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setitem(reproduce.RECIPES["cpu"], "prompts", [(0, 5), (5, 8500), (8500, 14000), (14000, 19500)])
+    recipe, few = read_recipe(reproduce.RECIPES / "default.yaml"), folder / "few.yaml"
+    recipe["train"][0]["prompts"], recipe["train"][1]["prompts"] = [0, 5], [5, 8500]
+    few.write_text(json.dumps(recipe), encoding="utf-8")  # which is YAML too
     output = folder / "run"
     arguments = [
         *("--prompts", folder / "prompts.jsonl", "--evaluate", folder / "prompts.jsonl", "--output", output),
-        *("--target", folder / "target", "--target-id", "some/target", "--recipe", "cpu"),
+        *("--target", folder / "target", "--target-id", "some/target", "--recipe", few),
     ]
     for _ in range(40):
         status = run(reproduce, monkeypatch, *arguments, "--minutes", 0.25)
@@ -489,8 +492,8 @@ def test_one_command_from_prompts_to_a_drafter(folder: Path, monkeypatch):
         assert json.loads((output / f"prompts_k{k}.json").read_text())["identical"] == len(TEXTS)
     monkeypatch.setattr(subprocess, "Popen", None)
     assert run(reproduce, monkeypatch, *arguments) == 0  # nothing is left to do
-    few = reproduce.RECIPES["cpu"] | {"prompts": [(0, 50), (50, 100), (100, 150), (150, 200)]}
-    monkeypatch.setitem(reproduce.RECIPES, "cpu", few)
+    recipe["train"][0]["prompts"], recipe["train"][1]["prompts"] = [0, 50], [50, 100]
+    few.write_text(json.dumps(recipe), encoding="utf-8")
     steps = reproduce.commands(reproduce.parse())
     assert [step[0] for step in steps] == ["distill", "train", "evaluate_drafter", "evaluate_drafter"]
     assert steps[1][steps[1].index("--output") + 1] == str(output / "drafter")
@@ -571,7 +574,7 @@ def test_training_of_before_there_was_an_option_is_gone_on_with(folder: Path, mo
 
 def test_one_command_hands_on_what_the_target_needs(folder: Path, monkeypatch):
     options = ["--trust-remote-code", "--chat-template-kwargs", '{"enable_thinking": false}']
-    arguments = ["--prompts", folder / "prompts.jsonl", "--evaluate", folder / "prompts.jsonl", "--recipe", "cpu"]
+    arguments = ["--prompts", folder / "prompts.jsonl", "--evaluate", folder / "prompts.jsonl", "--recipe", "default"]
     monkeypatch.setattr(sys, "argv", ["reproduce", *map(str, [*arguments, *options, "--output", folder / "run"])])
     steps = reproduce.commands(reproduce.parse())
     assert [step[0] for step in steps] == ["distill", "train", "evaluate_drafter", "evaluate_drafter"]

@@ -1,0 +1,207 @@
+"""The arguments of `specformer train`: those of transformers' Trainer, and what belongs to drafters."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from specformer.scripts.parts.recipes import options_of, read_recipe
+from transformers import HfArgumentParser, TrainingArguments
+from transformers.hf_argparser import string_to_bool
+
+RENAMED = {
+    "num_train_epochs": "epochs",
+    "per_device_train_batch_size": "batch_size",
+    "gradient_accumulation_steps": "accumulation",
+}
+"""Arguments that options and settings know by shorter names."""
+OF_THIS_CALL = ("output_dir", "report_to", "run_name", "disable_tqdm", "use_cpu", "local_rank", "push_to_hub", "debug")
+OF_THIS_CALL_PREFIXES = ("log", "hub_", "trackio_", "dataloader_", "ddp_", "include_")
+"""What may change when a run is gone on with. Tokens are among these."""
+
+
+def option(help: str, **more) -> Any:
+    """A field with what its option says; `more` is of `dataclasses.field`, or of `add_argument`."""
+    given = {name: more.pop(name) for name in ("default", "default_factory") if name in more}
+    return field(metadata={"help": help, **more}, **given)
+
+
+def decided(value: Any) -> Any:
+    """A field that `DrafterTrainer` depends on, and that is no option."""
+    return field(init=False, default=value)
+
+
+OTHERS = """All others of transformers' TrainingArguments are options as well: --deepspeed, --fsdp, --torch-compile,
+--gradient-checkpointing, --optim and so on. An underscore is as good as a hyphen."""
+METAVARS = {int: "N", float: "X", str: "TEXT", Path: "PATH", string_to_bool: "true|false"}
+
+
+@dataclass(kw_only=True)
+class DrafterTrainingArguments(TrainingArguments):
+    """`TrainingArguments` of a drafter, with its defaults.
+
+    Raises:
+        ValueError: there is no evaluation, by which the best checkpoint is chosen.
+    """
+
+    data: Path = field(metadata={"help": "folder of `specformer distill`, or a jsonl file"})
+    output_dir: str = option("folder for the drafter; begun or gone on with", aliases=["--output"])
+    target: str | None = option("folder or Hub id of the target; default: the one of `specformer fetch`", default=None)
+    target_id: str | None = option("name of the target to record, where --target is a folder", default=None)
+    trust_remote_code: bool = option("run the target's own code", default=False)
+    start_from: str | None = option("folder or Hub id of a drafter whose weights to begin with", default=None)
+
+    paper: bool = option("the paper's inputs: no anchor token", default=False)
+    num_draft_tokens: int | None = option("slots of the drafter", default=None)
+    default_num_assistant_tokens: int | None = option("how many tokens to draft unless asked", default=None)
+    draft_vocab_size: int | None = option(
+        "draft only so many tokens at most, the most frequent of --data", default=None
+    )
+    config: list[str] = field(
+        default_factory=list, metadata={"help": "other fields of SpecFormerConfig, as JSON", "metavar": "FIELD=VALUE"}
+    )
+
+    slot_decay: float = option("slot j weighs slot_decay**j in the loss", default=1.0)
+    acceptance_weights: float | None = option(
+        "weigh slots by what they contribute to accepted drafts instead (D-PACE; 0.5 is its authors' smoothing)",
+        default=None,
+        metavar="SMOOTHING",
+    )
+    distance_loss: float | None = option(
+        "share of each slot's loss that is the distance from the target's distribution, half the sum of |p - q| "
+        "(0.9 is DSpark's), not the cross-entropy",
+        default=None,
+        metavar="SHARE",
+    )
+    base_loss: float | None = option(
+        "with previous_token_rank: share of the loss that is of drafts before they are corrected, falling to 0 over "
+        "the first half of the steps (Domino's curriculum, from 1)",
+        default=None,
+        metavar="SHARE",
+    )
+
+    max_length: int = option("tokens of a text; what is longer is cut", default=1024)
+    held_out: int = option("texts kept for evaluation, a fifth of all at most", default=64)
+    evaluations: int = option("evaluations and checkpoints, evenly over the run", default=10)
+    save_dtype: Literal["float32", "bfloat16"] = option("of the drafter's weights in the end", default="bfloat16")
+    store_hidden_states: str | None = option(
+        "read every answer with the target once and keep that in a file, for small runs on a CPU: in --output until "
+        "the run ends, or in FOLDER for other runs too",
+        default=None,
+        nargs="?",
+        const="",
+        metavar="FOLDER",
+    )
+
+    num_train_epochs: float = option("passes over the texts", default=3.0, aliases=["--epochs"])
+    per_device_train_batch_size: int = option("texts per step and process", default=8, aliases=["--batch-size"])
+    per_device_eval_batch_size: int | None = option("as many as in training by default", default=None)
+    gradient_accumulation_steps: int = option("micro-batches per step", default=1, aliases=["--accumulation"])
+    learning_rate: float = option("the highest, after the warm-up", default=1e-3)
+    lr_scheduler_type: str = option("how it falls", default="cosine")
+    warmup_steps: float = option("steps in which it rises, or below 1 their share", default=0.04)
+    weight_decay: float = option("of AdamW", default=0.01)
+    adam_beta2: float = option("of AdamW", default=0.95)
+    max_grad_norm: float = option("longer gradients are cut to this", default=1.0)
+    bf16: bool = option("mixed precision, with the target in bfloat16 on a GPU", default=False)
+    seed: int = option("of the weights, of their order, and of what is held out", default=0)
+    logging_steps: float = option("steps between two logged losses", default=10)
+    report_to: str | None = option("tracker of the Trainer: tensorboard, wandb, ...", default="none")
+
+    save_strategy: str = decided("steps")
+    save_steps: float = decided(0.0)  # by `evaluations`
+    save_only_model: bool = decided(False)
+    save_total_limit: int | None = decided(None)
+    eval_strategy: str = decided("no")  # with every checkpoint, see EvaluateCheckpoints
+    metric_for_best_model: str = decided("eval_tokens_per_pass")
+    greater_is_better: bool = decided(True)
+    load_best_model_at_end: bool = decided(False)
+    resume_from_checkpoint: str | None = decided(None)
+    remove_unused_columns: bool = decided(False)
+    label_names: list[str] | None = field(init=False, default=None)
+    ddp_find_unused_parameters: bool = decided(False)  # the confidence head is used, but after the forward pass
+
+    def __post_init__(self):
+        if self.evaluations < 1:
+            raise ValueError(f"--evaluations is {self.evaluations}; at least 1 is needed, to choose a checkpoint.")
+        self.others = self._others()
+        self.save_steps = min(1 / self.evaluations, 1 - 1e-9)  # a share of all steps; 1 would mean every step
+        self.label_names = ["labels"]
+        # unsaid, several processes would not know of each other on a CPU
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
+        if self.per_device_eval_batch_size is None:
+            self.per_device_eval_batch_size = self.per_device_train_batch_size
+        super().__post_init__()
+
+    def _others(self) -> dict[str, Any]:
+        """What was given of the arguments that are the Trainer's alone, as far as it decides about the run."""
+        named = (*self.own_names(), "bf16", "fp16", *OF_THIS_CALL)
+        others = [each for each in dataclasses.fields(self) if each.init and each.name not in named]
+        given = {each.name: (getattr(self, each.name), each.default) for each in others}
+        return {
+            name: value
+            for name, (value, default) in given.items()
+            if (value or None) != (default or None) and not name.startswith(OF_THIS_CALL_PREFIXES)
+        }
+
+    @classmethod
+    def own_names(cls) -> list[str]:
+        """Arguments that settings name one by one."""
+        inherited = {each.name for each in dataclasses.fields(TrainingArguments)} - {"learning_rate", "seed"}
+        own = [each.name for each in dataclasses.fields(cls) if each.name not in inherited]
+        return [*own, *RENAMED]
+
+    def settings(self) -> dict[str, Any]:
+        """What decides about the run, for `begin_or_go_on`. Other arguments of the Trainer stand together, as None
+        where there are none."""
+        settings = {RENAMED.get(name, name): getattr(self, name) for name in self.own_names()}
+        settings["mixed_precision"] = "bf16" if self.bf16 else "fp16" if self.fp16 else "no"
+        settings["trust_remote_code"] = self.trust_remote_code or None
+        settings["store_hidden_states"] = self.store_hidden_states is not None
+        return {**settings, "other_arguments": self.others or None}
+
+
+def make_parser(description: str) -> HfArgumentParser:
+    """Shows the arguments of `DrafterTrainingArguments` alone, and takes all others of `TrainingArguments` as well."""
+    parser = HfArgumentParser(
+        DrafterTrainingArguments,
+        usage="%(prog)s [RECIPE.yaml] --data DATA --output OUTPUT [options]",
+        description=description,
+        epilog=OTHERS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    shown = ["help", *DrafterTrainingArguments.__annotations__]
+    for action in parser._actions:
+        if action.dest not in shown:
+            action.help = argparse.SUPPRESS
+        elif action.dest != "help":
+            action.option_strings = [name for name in action.option_strings if "_" not in name]
+            action.metavar = action.metavar or METAVARS.get(action.type)
+            if action.default not in (None, False, []) and not action.required:
+                action.help += f" (default: {action.default})"
+    parser._optionals._group_actions.sort(key=lambda action: action.dest in shown and shown.index(action.dest))
+    return parser
+
+
+def parse_arguments(description: str) -> DrafterTrainingArguments:
+    """Those of the command line, after those of the recipe that it begins with."""
+    parser, given = make_parser(description), sys.argv[1:]
+    if given and given[0].endswith((".yaml", ".yml")):
+        try:
+            recipe = read_recipe(Path(given.pop(0)))
+        except (OSError, ValueError) as error:
+            parser.error(str(error))
+        given = [*options_of(recipe), *given]
+    arguments, unknown = parser.parse_args_into_dataclasses(
+        given, return_remaining_strings=True, look_for_args_file=False
+    )
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    return arguments

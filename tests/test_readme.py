@@ -109,9 +109,9 @@ def test_links_lead_somewhere(page: str):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_files_that_are_named_exist(page: str):
-    for name in re.findall(r"`((?:generation|scripts|tests|docs|benchmarks)/[\w./*]+)`", PAGES[page]):
+    for name in re.findall(r"`((?:generation|scripts|tests|docs|benchmarks|recipes)/[\w./*]+)`", PAGES[page]):
         assert list(ROOT.glob(name)), f"{page}: {name}"
-    for name in re.findall(r"(?:python|accelerate launch) -m (specformer(?:\.\w+)*)", PAGES[page]):
+    for name in re.findall(r"(?:python|accelerate launch) -m ((?:specformer|benchmarks)(?:\.\w+)*)", PAGES[page]):
         assert find_spec(name), f"{page}: {name}"
 
 
@@ -253,7 +253,7 @@ def test_from_a_model_to_a_published_drafter(folder: Path):
 def test_reproduce(folder: Path):
     """With a tiny model in place of the default one."""
     (line,) = REPRODUCE
-    run_bash([f"{line} --target model --recipe cpu"], folder)
+    run_bash([f"{line} --target model --recipe default"], folder)
     SpecFormerModel.from_pretrained(folder / "runs" / "default" / "drafter")
     assert "| all |" in (folder / "runs" / "default" / "drafter" / "README.md").read_text()
 

@@ -22,7 +22,7 @@ import torch
 from hub import Hub
 from specformer import SpecFormerModel
 from specformer.generation import drafter as contract
-from specformer.scripts import train
+from specformer.scripts import speed_tables, tables, train
 from specformer.scripts.tables import SECTIONS, render
 from test_callers import tiny_tokenizer
 from tiny import llama
@@ -80,6 +80,24 @@ def test_one_number_a_cell():
             cells = [cell.strip() for line in re.findall(r"^\|.*\|$", text, flags=re.M) for cell in line.split("|")]
             for cell in cells:
                 assert not re.search(r"\d.*(/|;|\().*\d|%.*%", cell), f"{page}: {cell}"
+
+
+def test_half_precision(tmp_path: Path, monkeypatch):
+    """A table where it was measured, nothing where it was not."""
+    for module in (tables, speed_tables):
+        monkeypatch.setattr(module, "RESULTS", tmp_path)
+    assert tables.half_precision_section() == ""
+    regime = dict(target="a model", decoding="greedy", prompts=80, batch_size=8, max_new_tokens=96)
+    made = dict(date="2026-11-29", versions=dict(torch="2.13", transformers="5.24"))
+    made["machine"] = dict(device="CPU", cpu="x", torch_threads=2)
+    equal = {
+        "bfloat16": {"every row alone": 41, "SpecFormer": 43},
+        "float32": {"every row alone": 80, "SpecFormer": 80},
+    }
+    (tmp_path / "half_precision.json").write_text(json.dumps(dict(made, regime=regime, equal=equal)))
+    section = tables.half_precision_section()
+    assert "| bfloat16 | float32 |" in section and "| SpecFormer | 43 | 80 |" in section
+    assert "Identical texts of 80: a model, greedy, 96 new tokens, batches of 8; 2 threads of CPU (x)" in section
 
 
 def test_the_readme_is_short():

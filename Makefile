@@ -50,7 +50,7 @@ kill: $(VENV)/ready
 # All GPU tables, with the Python and the CUDA build of torch that are installed: make bench-gpu PROMPTS=prompts.jsonl.
 # May be stopped: benchmarks go on where they were.
 BENCH := $(PYTHON) -m specformer bench --prompts $(PROMPTS) --dtype bfloat16
-COST := $(PYTHON) -m specformer.scripts.cost_model --batch-sizes 1 8 32 128
+COST := $(PYTHON) -m benchmarks.cost_model --batch-sizes 1 8 32 128
 RESULTS := benchmarks/results
 bench-gpu:
 	$(BENCH) --batch-sizes 1 8 32 128 2 4 16 64 --max-new-tokens 256 --output $(RESULTS)/benchmark_gpu.json \
@@ -60,7 +60,7 @@ bench-gpu:
 	$(BENCH) --batch-sizes 1 32 --num-assistant-tokens auto 0 1 2 3 4 5 6 7 8 --contenders "default, " \
 		--max-new-tokens 256 --output $(RESULTS)/benchmark_gpu_lengths.json
 	$(BENCH) --batch-sizes 32 --same-prompt --max-new-tokens 256 --output $(RESULTS)/benchmark_gpu_same_prompt.json
-	$(PYTHON) -m specformer.scripts.loop_overhead --prompts $(PROMPTS) --dtype bfloat16 --batch-sizes 1 32 128 \
+	$(PYTHON) -m benchmarks.loop_overhead --prompts $(PROMPTS) --dtype bfloat16 --batch-sizes 1 32 128 \
 		--output $(RESULTS)/loop_overhead_gpu.json
 	$(COST) --shape Qwen3-8B --output $(RESULTS)/cost_qwen3_8b.json
 	$(COST) --shape Llama-3.1-8B --output $(RESULTS)/cost_llama3_8b.json

@@ -25,12 +25,12 @@ from pathlib import Path
 
 import torch
 from specformer.generation.statistics import GenerationStatistics
-from specformer.scripts.contenders import PLAIN, Way, ways
 from specformer.scripts.fetch_target import HUB_ID, fetch_target
-from specformer.scripts.peak_memory import PeakMemory
-from specformer.scripts.prompt_rows import Prompt
-from specformer.scripts.prompts import encode, encode_each, read_prompts, template_arguments
-from specformer.scripts.provenance import provenance
+from specformer.scripts.parts.contenders import PLAIN, Way, ways
+from specformer.scripts.parts.peak_memory import PeakMemory
+from specformer.scripts.parts.prompt_rows import Prompt
+from specformer.scripts.parts.prompts import encode, encode_each, read_prompts, template_arguments
+from specformer.scripts.parts.provenance import provenance
 
 ROOT = Path(__file__).resolve().parents[1]
 DECODING = {"greedy": dict(do_sample=False), "sampling": dict(do_sample=True, temperature=0.7, top_k=50, top_p=0.9)}

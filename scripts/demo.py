@@ -17,8 +17,8 @@ from pathlib import Path
 
 import torch
 from specformer.scripts.fetch_target import fetch_target
-from specformer.scripts.prompts import encode
-from specformer.scripts.provenance import provenance
+from specformer.scripts.parts.prompts import encode
+from specformer.scripts.parts.provenance import provenance
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 

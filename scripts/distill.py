@@ -32,9 +32,9 @@ from specformer.generation.prompt import PromptLayout
 from specformer.generation.prompt_groups import tokens_of_a_pass
 from specformer.generation.target import prefill, prompt_arguments, verify
 from specformer.generation.verification import sample_with_noise
-from specformer.scripts.prompts import encode_each, read_prompts, template_arguments
-from specformer.scripts.provenance import provenance
-from specformer.scripts.runs import begin_or_go_on
+from specformer.scripts.parts.prompts import encode_each, read_prompts, template_arguments
+from specformer.scripts.parts.provenance import provenance
+from specformer.scripts.parts.runs import begin_or_go_on
 
 
 @dataclass

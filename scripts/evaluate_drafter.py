@@ -24,14 +24,14 @@ import sys
 from pathlib import Path
 
 import torch
-from specformer.scripts.answers import Answers
-from specformer.scripts.decoded import evaluate_decoding
 from specformer.scripts.fetch_target import HUB_ID, fetch_target
 from specformer.scripts.measures import paper_measures
-from specformer.scripts.offline import evaluate_answers
-from specformer.scripts.prompt_rows import task_of
-from specformer.scripts.prompts import encode_each, read, read_prompts, template_arguments
-from specformer.scripts.provenance import provenance
+from specformer.scripts.parts.answers import Answers
+from specformer.scripts.parts.decoded import evaluate_decoding
+from specformer.scripts.parts.offline import evaluate_answers
+from specformer.scripts.parts.prompt_rows import task_of
+from specformer.scripts.parts.prompts import encode_each, read, read_prompts, template_arguments
+from specformer.scripts.parts.provenance import provenance
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -19,8 +19,8 @@ from pathlib import Path
 
 import torch
 from specformer.scripts.model_card import write_model_card
+from specformer.scripts.parts.prompts import read_prompts
 from specformer.scripts.parts.recipes import options_of, read_recipe
-from specformer.scripts.prompts import read_prompts
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 """YAML files: options of `distill` and of `evaluate`, and of each training, which has the answers to prompts of its own

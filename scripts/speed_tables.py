@@ -9,8 +9,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from specformer.scripts import cost_model, loop_overhead
-from specformer.scripts.contenders import PLAIN, PLAIN_ONEDNN
+from specformer.scripts.parts.contenders import PLAIN, PLAIN_ONEDNN
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -280,6 +279,8 @@ def profile_section() -> str:
 
 def loop_section() -> str:
     """Rounds compared with the passes in them."""
+    from benchmarks import loop_overhead  # of a checkout, as the results are
+
     result = result_of("loop_overhead_cpu")
     regime = result["regime"]
     return section(
@@ -293,6 +294,8 @@ def loop_section() -> str:
 
 def costs_section() -> str:
     """What drafting would cost a larger target."""
+    from benchmarks import cost_model  # of a checkout, as the results are
+
     result = result_of("cost_smollm2_1.7b_cpu")
     regime = result["regime"]
     return section(

@@ -9,7 +9,6 @@ import json
 import sys
 from statistics import mean
 
-from specformer.scripts.ablations import at_one_pace
 from specformer.scripts.model_card import machine_text, regime_text, run_table, task_table, what_it_is
 from specformer.scripts.speed_tables import (
     RESULTS,
@@ -148,6 +147,8 @@ def half_precision_section() -> str:
 
 def ablations_section() -> str:
     """What variants of the drafter reach under one budget."""
+    from benchmarks.ablations import at_one_pace  # of a checkout, as the results are
+
     result = result_of("ablations")
     variants = result["variants"]
     first = next(iter(variants.values()))

@@ -27,15 +27,15 @@ from accelerate import PartialState
 from specformer.configuration_specformer import SpecFormerConfig
 from specformer.generation.fast_linear import fast_linears
 from specformer.modeling_specformer import SpecFormerModel
-from specformer.scripts.answers import Answers
-from specformer.scripts.confidence import calibrate, confidence_loss
-from specformer.scripts.losses import acceptance_weights, base_share, decaying_weights, drafter_loss
 from specformer.scripts.model_card import write_model_card
-from specformer.scripts.offline import confidences, drafter_config, drafts_of_text, evaluate_offline, summarise
+from specformer.scripts.parts.answers import Answers
+from specformer.scripts.parts.confidence import calibrate, confidence_loss
+from specformer.scripts.parts.losses import acceptance_weights, base_share, decaying_weights, drafter_loss
+from specformer.scripts.parts.offline import confidences, drafter_config, drafts_of_text, evaluate_offline, summarise
+from specformer.scripts.parts.provenance import provenance
+from specformer.scripts.parts.runs import SETTINGS, begin_or_go_on, writing
+from specformer.scripts.parts.stored_states import StoredStates, shared_file
 from specformer.scripts.parts.training_arguments import DrafterTrainingArguments, parse_arguments
-from specformer.scripts.provenance import provenance
-from specformer.scripts.runs import SETTINGS, begin_or_go_on, writing
-from specformer.scripts.stored_states import StoredStates, shared_file
 from specformer.target_specformer import BorrowedTarget
 from transformers import (
     AutoConfig,

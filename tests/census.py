@@ -30,9 +30,9 @@ from shrunken import STDS, class_names, make_target, model_types
 from specformer import SpecFormerConfig, SpecFormerModel, generate
 from specformer.generation import prompt_groups
 from specformer.generation.capabilities import UnsupportedTargetError
-from specformer.scripts.losses import drafter_loss
-from specformer.scripts.offline import drafts_of_text
-from specformer.scripts.provenance import provenance
+from specformer.scripts.parts.losses import drafter_loss
+from specformer.scripts.parts.offline import drafts_of_text
+from specformer.scripts.parts.provenance import provenance
 from tiny import EOS, PAD, VOCAB
 from transformers import PreTrainedModel
 

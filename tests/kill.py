@@ -30,7 +30,7 @@ from pathlib import Path
 
 import psutil
 import torch
-from specformer.scripts.provenance import provenance
+from specformer.scripts.parts.provenance import provenance
 from specformer.scripts.train import CHECKPOINTS, WHOLE
 from test_callers import tiny_tokenizer
 from test_training import SELDOM, arguments_of, prepare, run_differences

@@ -16,8 +16,8 @@ from specformer.generation.drafter import Proposal
 from specformer.generation.hidden_states import HiddenStates
 from specformer.generation.specformer_drafter import SpecFormerDrafter
 from specformer.generation.token_choice import TokenChoice
-from specformer.scripts.answers import Answers
-from specformer.scripts.losses import (
+from specformer.scripts.parts.answers import Answers
+from specformer.scripts.parts.losses import (
     IGNORED,
     ChunkedLoss,
     acceptance_weights,
@@ -27,7 +27,7 @@ from specformer.scripts.losses import (
     drafter_loss,
     slot_labels,
 )
-from specformer.scripts.offline import Drafts, drafts_of_text, target_states
+from specformer.scripts.parts.offline import Drafts, drafts_of_text, target_states
 from tiny import PRESETS, VOCAB, all_logits, llama, over_vocabulary, ragged_batch
 from torch.nn import functional
 from transformers.models.llama.modeling_llama import LlamaRMSNorm

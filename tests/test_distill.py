@@ -15,7 +15,7 @@ from architectures import make_target
 from exactness import choose_eos
 from specformer.scripts import distill
 from specformer.scripts.distill import Answer, Answering, read_answers
-from specformer.scripts.runs import begin_or_go_on
+from specformer.scripts.parts.runs import begin_or_go_on
 from tiny import EOS, VOCAB, llama
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

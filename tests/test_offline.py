@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from specformer import SpecFormerModel, generate
 from specformer.generation.hidden_states import HiddenStates
-from specformer.scripts import offline
-from specformer.scripts.answers import Answers
-from specformer.scripts.losses import IGNORED, drafter_loss, slot_labels
-from specformer.scripts.offline import drafts_of_text, evaluate_offline, summarise, walk
+from specformer.scripts.parts import offline
+from specformer.scripts.parts.answers import Answers
+from specformer.scripts.parts.losses import IGNORED, drafter_loss, slot_labels
+from specformer.scripts.parts.offline import drafts_of_text, evaluate_offline, summarise, walk
 from specformer.scripts.train import calibrate_drafter
 from tiny import PRESETS, VOCAB, all_logits, llama, ragged_batch
 

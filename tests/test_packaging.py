@@ -59,7 +59,7 @@ def imported(*folders: Path) -> set[str]:
                 names |= {alias.name.partition(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.level == 0:
                 names.add(node.module.partition(".")[0])
-    own = {"specformer", *(file.stem for file in (ROOT / "tests").glob("*.py"))}
+    own = {"specformer", "benchmarks", *(file.stem for file in (ROOT / "tests").glob("*.py"))}
     distributions = packages_distributions()  # yaml is of pyyaml
     return {normal(distributions.get(name, [name])[0]) for name in names - own - set(sys.stdlib_module_names)}
 
@@ -70,7 +70,7 @@ def test_what_is_imported_is_declared():
     core = imported(ROOT, ROOT / "generation")
     assert core == CORE.keys()
     assert imported(*SCRIPT_FOLDERS) - CORE.keys() == SCRIPTS.keys() - INDIRECT.keys()
-    tests = imported(ROOT / "tests") - CORE.keys() - SCRIPTS.keys()
+    tests = imported(ROOT / "tests", ROOT / "benchmarks") - CORE.keys() - SCRIPTS.keys()
     texts = "".join(file.read_text(encoding="utf-8") for file in (ROOT / "tests").glob("*.py"))
     skipped_without = {normal(name) for name in re.findall(r'importorskip\("(\w+)', texts)}
     assert tests <= TEST.keys() <= tests | skipped_without | INDIRECT.keys()

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from specformer.scripts import distill
-from specformer.scripts.prompt_rows import task_of
-from specformer.scripts.prompts import encode, encode_each, read, read_prompts, template_arguments
+from specformer.scripts.parts.prompt_rows import task_of
+from specformer.scripts.parts.prompts import encode, encode_each, read, read_prompts, template_arguments
 from test_callers import CHAT_TEMPLATE, tiny_tokenizer
 
 HELLO = {"role": "user", "content": "hello"}

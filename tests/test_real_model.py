@@ -8,7 +8,7 @@ import pytest
 import torch
 from specformer import generate
 from specformer.scripts.demo import PROMPTS
-from specformer.scripts.prompts import encode
+from specformer.scripts.parts.prompts import encode
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -14,27 +14,16 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from specformer import SpecFormerConfig, SpecFormerModel
-from specformer.scripts import (
-    ablations,
-    benchmark,
-    contenders,
-    cost_model,
-    distill,
-    evaluate_drafter,
-    loop_overhead,
-    model_card,
-    peak_memory,
-    plots,
-    reproduce,
-    train,
-    variants,
-)
+from specformer.scripts import benchmark, distill, evaluate_drafter, model_card, plots, reproduce, train
+from specformer.scripts.parts import contenders, peak_memory
 from specformer.scripts.parts.recipes import read_recipe
-from specformer.scripts.stored_states import map_file
+from specformer.scripts.parts.stored_states import map_file
 from tape import use_tapes
 from test_callers import tiny_tokenizer
 from tiny import PRESETS, llama, ragged_batch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
+
+from benchmarks import ablations, cost_model, loop_overhead, variants
 
 TEXTS = ["the other note", "and in the end", "is it?", "one, two", "a hen on the hill", "so it is", "in there", "there"]
 CONVERSATION = [{"role": "assistant", "content": "the cat"}, {"role": "user", "content": "and now?"}]
@@ -628,12 +617,15 @@ def opens_text_without_encoding(call: ast.Call) -> bool:
     return not (name == "open" and any("b" in mode for mode in modes))
 
 
+FOLDERS = ("", "generation", "scripts", "scripts/parts", "benchmarks")
+
+
 def test_text_is_utf_8_everywhere():
     """Without an encoding it is what the system prefers, on Windows another one."""
     assert opens_text_without_encoding(ast.parse("open(path, 'a')").body[0].value)
     assert not opens_text_without_encoding(ast.parse("path.open('rb')").body[0].value)
     root = Path(train.__file__).resolve().parents[1]
-    files = [path for folder in ("", "generation", "scripts") for path in (root / folder).glob("*.py")]
+    files = [path for folder in FOLDERS for path in (root / folder).glob("*.py")]
     assert len(files) > 50
     found = [
         f"{path.relative_to(root)}:{node.lineno}"

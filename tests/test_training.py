@@ -17,12 +17,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from specformer import SpecFormerConfig, SpecFormerModel, generate
-from specformer.scripts import stored_states, train
-from specformer.scripts.answers import Answers
-from specformer.scripts.losses import IGNORED, drafter_loss
-from specformer.scripts.offline import drafts_of_text, evaluate_offline, summarise, target_states
-from specformer.scripts.runs import begin_or_go_on
-from specformer.scripts.stored_states import StoredStates, shared_file
+from specformer.scripts import train
+from specformer.scripts.parts import stored_states
+from specformer.scripts.parts.answers import Answers
+from specformer.scripts.parts.losses import IGNORED, drafter_loss
+from specformer.scripts.parts.offline import drafts_of_text, evaluate_offline, summarise, target_states
+from specformer.scripts.parts.runs import begin_or_go_on
+from specformer.scripts.parts.stored_states import StoredStates, shared_file
 from specformer.scripts.train import CHECKPOINTS, WHOLE, DrafterTrainer
 from tiny import VOCAB, llama, ragged_batch
 
@@ -721,7 +722,7 @@ import re, sys, torch
 from pathlib import Path
 from torch.nn import functional
 from types import SimpleNamespace
-from specformer.scripts.losses import Verifiers, drafter_loss
+from specformer.scripts.parts.losses import Verifiers, drafter_loss
 
 count, vocab, size = 16384, 8192, 64
 head, states = torch.randn(size, vocab), torch.randn(count, size, requires_grad=True)

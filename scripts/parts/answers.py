@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from specformer.scripts.losses import IGNORED
+from specformer.scripts.parts.losses import IGNORED
 
 
 class Answers(torch.utils.data.Dataset):

@@ -1,7 +1,7 @@
 """Train variants of the drafter under one budget, and compare what each comes to.
 
-    python -m specformer.scripts.ablations --data answers --output runs/ablations -- --epochs 4 --batch-size 64
-    python -m specformer.scripts.ablations --data answers --output runs/ablations --answers mt_bench_answers \\
+    python -m benchmarks.ablations --data answers --output runs/ablations -- --epochs 4 --batch-size 64
+    python -m benchmarks.ablations --data answers --output runs/ablations --answers mt_bench_answers \\
         --prompts mt_bench.jsonl -- --epochs 4 --batch-size 64
 
 The first variants try the paper's findings again, the others what this package adds to the paper's drafter.
@@ -27,20 +27,21 @@ from typing import NamedTuple
 import torch
 from specformer.generation.fast_linear import fast_linears
 from specformer.modeling_specformer import SpecFormerModel
-from specformer.scripts.answers import Answers
-from specformer.scripts.cost_model import time_round
-from specformer.scripts.decoded import evaluate_decoding
 from specformer.scripts.fetch_target import fetch_target
-from specformer.scripts.losses import IGNORED
-from specformer.scripts.offline import evaluate_answers
-from specformer.scripts.prompt_rows import Prompt
-from specformer.scripts.prompts import read_prompts
-from specformer.scripts.provenance import provenance
+from specformer.scripts.parts.answers import Answers
+from specformer.scripts.parts.decoded import evaluate_decoding
+from specformer.scripts.parts.losses import IGNORED
+from specformer.scripts.parts.offline import evaluate_answers
+from specformer.scripts.parts.prompt_rows import Prompt
+from specformer.scripts.parts.prompts import read_prompts
+from specformer.scripts.parts.provenance import provenance
+from specformer.scripts.parts.stored_states import StoredStates, shared_file
 from specformer.scripts.reproduce import KEEP_MEMORY
-from specformer.scripts.stored_states import StoredStates, shared_file
-from specformer.scripts.variants import variants
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from benchmarks.cost_model import time_round
+from benchmarks.variants import variants
 
 ENOUGH_TOKENS = 2_000_000
 STATES = "hidden_states"
@@ -78,7 +79,7 @@ def main(arguments: argparse.Namespace) -> None:
             results[variant][0]["decoded"] = decoded(drafter, target, tokenizer, some, arguments.batch_size)
     seen = min(run["tokens_seen"] for each in results.values() for run in each)
     result = {
-        **provenance("specformer.scripts.ablations"),
+        **provenance("benchmarks.ablations"),
         "trial": seen < ENOUGH_TOKENS,
         "evaluated_on": [folder.name for folder in arguments.answers] or ["held-out answers"],
         "variants": results,

@@ -13,7 +13,7 @@ from reprlib import repr as shown
 from typing import TypeVar
 
 from jinja2 import TemplateError
-from specformer.scripts.prompt_rows import Prompt, prompt_of
+from specformer.scripts.parts.prompt_rows import Prompt, prompt_of
 from transformers import PreTrainedTokenizerBase
 
 Value = TypeVar("Value")

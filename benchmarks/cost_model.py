@@ -1,7 +1,7 @@
 """What drafting would cost a target of a given shape, with random weights: no text is written, only passes are timed.
 
-    python -m specformer.scripts.cost_model --shape Qwen3-8B --output benchmarks/results/cost_qwen3_8b.json
-    python -m specformer.scripts.cost_model --shape <folder or Hub id of a config>
+    python -m benchmarks.cost_model --shape Qwen3-8B --output benchmarks/results/cost_qwen3_8b.json
+    python -m benchmarks.cost_model --shape <folder or Hub id of a config>
 
 For every batch size and draft length: the target's pass over 1 and over k + 1 tokens a row behind --context tokens, the
 drafter's share of a round, and from these the tokens per target pass at which drafting breaks even, and the speed-up if
@@ -26,7 +26,7 @@ from specformer.generation.specformer_drafter import SpecFormerDrafter
 from specformer.generation.target import verify
 from specformer.generation.token_choice import BestDrafts
 from specformer.modeling_specformer import SpecFormerModel
-from specformer.scripts.provenance import provenance
+from specformer.scripts.parts.provenance import provenance
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
 SHAPES = {
@@ -131,7 +131,7 @@ def main(arguments: argparse.Namespace) -> None:
         )
         drafter = SpecFormerModel(config).to(dtype).eval()
     result = {
-        **provenance("specformer.scripts.cost_model"),
+        **provenance("benchmarks.cost_model"),
         "regime": {
             "shape": arguments.shape,
             "weights": "random",

@@ -9,8 +9,8 @@ from collections import Counter, defaultdict
 import numpy as np
 import torch
 from specformer.generation.generate import generate
-from specformer.scripts.prompt_rows import Prompt
-from specformer.scripts.prompts import encode
+from specformer.scripts.parts.prompt_rows import Prompt
+from specformer.scripts.parts.prompts import encode
 
 
 def bootstrap_interval(tokens: list[int], passes: list[int], draws: int = 10_000) -> tuple[float, float]:

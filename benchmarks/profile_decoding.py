@@ -1,6 +1,6 @@
 """Where the time of a batch goes: the target, the drafter, and everything else.
 
-    python -m specformer.scripts.profile_decoding --prompts prompts.jsonl --output benchmarks/results/profile.json
+    python -m benchmarks.profile_decoding --prompts prompts.jsonl --output benchmarks/results/profile.json
 
 Wall-clock around the target's forward and around the drafter's network and head, on a device that runs them at once
 (CPU); what remains of the decode loop is its own: caches, masks, acceptance, stopping, bookkeeping. Of these, what
@@ -23,8 +23,8 @@ import specformer
 import torch
 from specformer.generation.ragged_cache import RaggedCache
 from specformer.scripts.fetch_target import fetch_target
-from specformer.scripts.prompts import encode, read_prompts
-from specformer.scripts.provenance import provenance
+from specformer.scripts.parts.prompts import encode, read_prompts
+from specformer.scripts.parts.provenance import provenance
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -103,7 +103,7 @@ def main(arguments: argparse.Namespace) -> None:
     runs = [profile_once(target, drafter, inputs, arguments) for _ in range(arguments.repeats)]
     outside = [1 - (run["target"] + run["drafter"]) / run["total"] for run in runs]
     result = {
-        **provenance("specformer.scripts.profile_decoding"),
+        **provenance("benchmarks.profile_decoding"),
         "regime": {
             "target": drafter.config.target_name_or_path,
             "dtype": "float32",

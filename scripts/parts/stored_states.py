@@ -13,9 +13,9 @@ from itertools import accumulate
 from pathlib import Path
 
 import torch
-from specformer.scripts.answers import Answers
-from specformer.scripts.offline import target_states
-from specformer.scripts.runs import writing
+from specformer.scripts.parts.answers import Answers
+from specformer.scripts.parts.offline import target_states
+from specformer.scripts.parts.runs import writing
 from specformer.target_specformer import BorrowedTarget
 from tqdm import tqdm
 

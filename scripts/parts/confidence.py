@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-from specformer.scripts.losses import IGNORED
+from specformer.scripts.parts.losses import IGNORED
 from torch import nn
 from torch.nn import functional
 

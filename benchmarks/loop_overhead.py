@@ -1,6 +1,6 @@
 """What the decode loop costs beside its two models: a round, less the target's and the drafter's passes timed alone.
 
-    python -m specformer.scripts.loop_overhead --prompts prompts.jsonl --output benchmarks/results/loop_overhead.json
+    python -m benchmarks.loop_overhead --prompts prompts.jsonl --output benchmarks/results/loop_overhead.json
 
 Every row writes --max-new-tokens tokens behind --prompt-tokens of its own, and rounds before any row leaves the batch
 are timed, from the beginning of one to that of the next. The passes are those of `cost_model`: as many rows, as many
@@ -25,11 +25,12 @@ import specformer
 import torch
 from specformer.generation.draft_length import DraftLength
 from specformer.scripts.benchmark import DECODING, make_batches
-from specformer.scripts.cost_model import time_round
 from specformer.scripts.fetch_target import HUB_ID, fetch_target
-from specformer.scripts.prompts import read_prompts
-from specformer.scripts.provenance import provenance
+from specformer.scripts.parts.prompts import read_prompts
+from specformer.scripts.parts.provenance import provenance
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+from benchmarks.cost_model import time_round
 
 ROOT = Path(__file__).resolve().parents[1]
 FIRST = 2
@@ -91,7 +92,7 @@ def main(arguments: argparse.Namespace) -> None:
     drafter = AutoModel.from_pretrained(arguments.drafter, trust_remote_code=True, dtype=dtype).to(target.device)
     paths = [False, True] if target.device.type == "cuda" else [False]
     result = {
-        **provenance("specformer.scripts.loop_overhead"),
+        **provenance("benchmarks.loop_overhead"),
         "regime": {
             "target": arguments.target or HUB_ID,
             "dtype": arguments.dtype,

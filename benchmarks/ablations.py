@@ -6,7 +6,7 @@
 
 The first variants try the paper's findings again, the others what this package adds to the paper's drafter.
 
-What follows -- goes to specformer.scripts.train, the same for all. --other-data holds text that the target did not
+What follows -- goes to `specformer train`, the same for all. --other-data holds text that the target did not
 write, in the form of --data. --answers holds the target's answers to evaluation prompts, one folder for each kind:
 without them a variant's figures are those of its held-out answers. With --prompts, which were answered, the drafters of
 the first seed also decode some of these, beside plain generate(). Run the same command again after an interruption.
@@ -240,14 +240,16 @@ def at_one_pace(every: dict[str, list[dict]]) -> dict[str, list[tuple[float, flo
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder of distill, or a jsonl file")
+    parser.add_argument("--data", type=Path, required=True, help="folder of `specformer distill`, or a jsonl file")
     parser.add_argument("--output", type=Path, required=True, help="folder for the runs; gone on with")
     parser.add_argument("--result", type=Path, default=Path("benchmarks/results/ablations.json"))
     parser.add_argument("--other-data", type=Path, help="text that the target did not write")
-    parser.add_argument("--answers", type=Path, nargs="+", default=[], help="folders of distill for evaluation prompts")
+    parser.add_argument(
+        "--answers", type=Path, nargs="+", default=[], help="folders of `specformer distill` for evaluation prompts"
+    )
     parser.add_argument("--prompts", nargs="+", default=[], help="of each of these folders, to be decoded as well")
     parser.add_argument("--decode", type=int, default=8, help="how many of each are decoded")
-    parser.add_argument("--target", help="folder or Hub id of the target; default: the one of fetch_target")
+    parser.add_argument("--target", help="folder or Hub id of the target; default: the one of `specformer fetch`")
     parser.add_argument(
         "--store-hidden-states",
         action="store_true",
@@ -258,7 +260,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=8, help="texts at once in the evaluation on --answers")
     parser.add_argument("--time-at", type=int, nargs="*", default=[1, 8, 32], help="batch sizes to time drafting at")
     parser.add_argument("--context", type=int, default=512, help="tokens that each row has when drafting is timed")
-    parser.add_argument("train", nargs="*", help="options of specformer.scripts.train, behind --")
+    parser.add_argument("train", nargs="*", help="options of `specformer train`, after --")
     return parser.parse_args()
 
 

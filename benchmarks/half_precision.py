@@ -119,7 +119,9 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", required=True, help="jsonl file or datasets id")
     parser.add_argument("--output", type=Path, required=True, help="JSON file for the figures")
-    parser.add_argument("--target", help="folder or Hub id; default: the one of fetch_target, with the default drafter")
+    parser.add_argument(
+        "--target", help="folder or Hub id; default: the one of `specformer fetch`, with the default drafter"
+    )
     parser.add_argument("--drafter", help="folder or Hub id; default: copies, where --target is given")
     parser.add_argument("--name", help="what to call the target, where it is a folder")
     parser.add_argument("--dtype", nargs="+", default=["bfloat16", "float32"])

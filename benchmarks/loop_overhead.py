@@ -133,7 +133,7 @@ def table(rounds: list[dict]) -> list[str]:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", required=True, help="jsonl file or datasets id")
-    parser.add_argument("--target", help="folder or Hub id; default: the one of fetch_target")
+    parser.add_argument("--target", help="folder or Hub id; default: the one of `specformer fetch`")
     parser.add_argument("--drafter", default=str(ROOT), help="SpecFormer folder or Hub id; default: this checkout")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--decoding", nargs="+", default=["greedy", "sampling"], choices=list(DECODING))

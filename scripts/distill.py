@@ -274,7 +274,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", required=True, help="jsonl file or datasets id")
     parser.add_argument("--output", type=Path, required=True, help="folder for the answers; begun or gone on with")
-    parser.add_argument("--target", help="folder or Hub id; default: the one of fetch_target")
+    parser.add_argument("--target", help="folder or Hub id; default: the one of `specformer fetch`")
     parser.add_argument("--revision", help="branch, tag or commit of the target")
     parser.add_argument("--trust-remote-code", action="store_true", default=None, help="run the target's own code")
     parser.add_argument(

@@ -165,7 +165,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", required=True, help="jsonl file or datasets id")
     parser.add_argument("--limit", type=int, help="only the first so many prompts")
-    parser.add_argument("--target", help="folder or Hub id; default: the one of fetch_target")
+    parser.add_argument("--target", help="folder or Hub id; default: the one of `specformer fetch`")
     parser.add_argument(
         "--trust-remote-code", action="store_true", default=None, help="run the target's own code, and --assistant's"
     )
@@ -183,7 +183,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--no-copies", action="store_true", help="of the text itself: what the SpecFormer drafter does alone"
     )
-    parser.add_argument("--answers", type=Path, help="folder of distill for the same prompts: no decoding, see above")
+    parser.add_argument(
+        "--answers", type=Path, help="folder of `specformer distill` for the same prompts: no decoding, see above"
+    )
     parser.add_argument("--acceptance", default="match", choices=["match", "coupled", "rejection"])
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--max-new-tokens", type=int, default=64)

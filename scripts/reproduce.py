@@ -115,7 +115,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--prompts", required=True, help="jsonl file or datasets id")
     parser.add_argument("--output", type=Path, required=True, help="folder for everything; begun or gone on with")
     parser.add_argument("--evaluate", nargs="*", default=[], help="prompt files to evaluate on; never train on them")
-    parser.add_argument("--target", help="folder or Hub id; default: the one of fetch_target")
+    parser.add_argument("--target", help="folder or Hub id; default: the one of `specformer fetch`")
     parser.add_argument("--target-id", help="name of the target to record, where --target is a folder")
     parser.add_argument("--trust-remote-code", action="store_true", help="run the target's own code")
     parser.add_argument("--chat-template-kwargs", metavar="JSON", help="arguments of the target's chat template")

@@ -23,7 +23,7 @@ from test_callers import tiny_tokenizer
 from tiny import PRESETS, llama, ragged_batch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from benchmarks import ablations, cost_model, loop_overhead, variants
+from benchmarks import ablations, cost_model, half_precision, loop_overhead, variants
 
 TEXTS = ["the other note", "and in the end", "is it?", "one, two", "a hen on the hill", "so it is", "in there", "there"]
 CONVERSATION = [{"role": "assistant", "content": "the cat"}, {"role": "user", "content": "and now?"}]
@@ -255,6 +255,22 @@ def test_cost_model(folder: Path, monkeypatch):
         with torch.device("meta"):
             target = AutoModelForCausalLM.from_config(shape())
         assert target.num_parameters() == pytest.approx(1e9 * float(name.split("-")[-1].rstrip("B")), rel=0.03)
+
+
+def test_half_precision(folder: Path, monkeypatch):
+    """In double precision every way writes the same; a way that does not is counted."""
+    output = folder / "half.json"
+    arguments = ["--prompts", folder / "prompts.jsonl", "--target", folder / "target", "--drafter", folder / "drafter"]
+    arguments += ["--batch-size", 3, "--max-new-tokens", 8, "--dtype", "float64", "--output", output]
+    run(half_precision, monkeypatch, *arguments)
+    result = json.loads(output.read_text())
+    (equal,) = result["equal"].values()
+    assert len(equal) == 4 and set(equal.values()) == {len(TEXTS)}
+    assert result["regime"]["prompts"] == len(TEXTS)
+    monkeypatch.setattr(half_precision, "generate", lambda target, drafter, **given: target.generate(**given)[:, :-1])
+    run(half_precision, monkeypatch, *arguments)
+    (equal,) = json.loads(output.read_text())["equal"].values()
+    assert [equal[name] == len(TEXTS) for name in equal] == [True, True, False, False]
 
 
 def test_figures_from_answers_are_those_of_decoding(folder: Path, monkeypatch):

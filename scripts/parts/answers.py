@@ -32,7 +32,7 @@ class Answers(torch.utils.data.Dataset):
         self.prompt_ids: list[int | str | None] = []
         paths = sorted(source.glob("answers-*.jsonl")) if source.is_dir() else [source]
         if not paths:
-            raise FileNotFoundError(f"{source} holds no answers-*.jsonl; make them with specformer.scripts.distill.")
+            raise FileNotFoundError(f"{source} holds no answers-*.jsonl; make them with `specformer distill`.")
         for path in paths:
             with open(path, encoding="utf-8") as file:
                 for number, line in enumerate(file, 1):
@@ -67,7 +67,7 @@ class Answers(torch.utils.data.Dataset):
         if unknown:
             raise ValueError(
                 f"{self.source} answers prompts {unknown[:3]}, and the prompts that were given are 0 to "
-                f"{len(values) - 1}. Were the answers made by specformer.scripts.distill from these prompts?"
+                f"{len(values) - 1}. Were the answers made by `specformer distill` from these prompts?"
             )
         return [values[index] for index in self.prompt_ids]
 

@@ -34,7 +34,8 @@ def markdown(titles: list[str], rows: list[list[str]]) -> list[str]:
 
 
 def tokens_per_second(figures: dict | None) -> str:
-    return f"{figures['tokens_per_second']:.0f}" if figures else ""
+    rate = figures["tokens_per_second"] if figures else None
+    return "" if rate is None else f"{rate:.0f}" if rate >= 10 else f"{rate:.1f}"
 
 
 def speed_up(figures: dict | None) -> str:

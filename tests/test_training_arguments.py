@@ -3,6 +3,7 @@ recipes, and which of them decide about a run."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shlex
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 from specformer.scripts import distill, evaluate_drafter, reproduce, train
 from specformer.scripts.parts.recipes import options_of, read_recipe
-from specformer.scripts.parts.training_arguments import DrafterTrainingArguments
+from specformer.scripts.parts.training_arguments import UNREAD, DrafterTrainingArguments
 from test_training import EACH_STEP, SMALL, log_of, prepare, run
 from transformers import TrainingArguments
 
@@ -58,7 +59,7 @@ def test_every_name_of_an_option(options: str, monkeypatch):
 def test_options_of_the_trainer_alone(monkeypatch):
     """They are taken, and noted as far as they decide about the run."""
     given = ("--adam-epsilon", "1e-7", "--gradient-checkpointing", "--lr-scheduler-type", "linear")
-    free = ("--run-name", "mine", "--logging-steps", "3", "--dataloader-num-workers", "2", "--hub-token", "secret")
+    free = ("--run-name", "mine", "--logging-steps", "3", "--dataloader-num-workers", "2")
     arguments = parsed(monkeypatch, *PLACES, *given, *free)
     assert (arguments.adam_epsilon, arguments.run_name, arguments.dataloader_num_workers) == (1e-7, "mine", 2)
     others = {"adam_epsilon": 1e-7, "gradient_checkpointing": True, "lr_scheduler_type": "linear"}
@@ -88,6 +89,24 @@ def test_what_is_no_option(options: list[str], message: str, monkeypatch, capsys
 def test_no_evaluation(monkeypatch):
     with pytest.raises(ValueError, match="--evaluations is 0; at least 1 is needed"):
         parsed(monkeypatch, *PLACES, "--evaluations", "0")
+
+
+@pytest.mark.parametrize("given", ["--label-smoothing-factor 0.1", "--push_to_hub", "--bf16-full-eval", "--do-eval"])
+def test_what_would_change_nothing_is_refused(given: str, monkeypatch):
+    """Before anything is read; and all others are asked for by their names, whatever transformers is there."""
+    name = given.split()[0].lstrip("-").replace("-", "_")
+    with pytest.raises(ValueError, match=f"{name}: expected none of these, which change nothing"):
+        parsed(monkeypatch, *PLACES, *given.split())
+    known = {each.name for each in dataclasses.fields(TrainingArguments)}
+    assert set(UNREAD) <= known
+
+
+def test_gradient_checkpointing(tmp_path: Path, monkeypatch):
+    """Refused before anything is written, as long as the network has none."""
+    prepare(tmp_path)
+    with pytest.raises(ValueError, match="--gradient-checkpointing was given"):
+        run(monkeypatch, tmp_path, *EACH_STEP, "--gradient-checkpointing")
+    assert not (tmp_path / "drafter").exists()
 
 
 # ---- recipes

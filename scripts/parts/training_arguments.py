@@ -20,9 +20,9 @@ RENAMED = {
     "gradient_accumulation_steps": "accumulation",
 }
 """Arguments that options and settings know by shorter names."""
-OF_THIS_CALL = ("output_dir", "report_to", "run_name", "disable_tqdm", "use_cpu", "local_rank", "push_to_hub", "debug")
-OF_THIS_CALL_PREFIXES = ("log", "hub_", "trackio_", "dataloader_", "ddp_", "include_")
-"""What may change when a run is gone on with. Tokens are among these."""
+OF_THIS_CALL = ("output_dir", "report_to", "run_name", "disable_tqdm", "use_cpu", "local_rank", "debug")
+OF_THIS_CALL_PREFIXES = ("log", "trackio_", "dataloader_", "ddp_", "include_")
+"""What may change when a run is gone on with."""
 
 
 def option(help: str, **more) -> Any:
@@ -36,8 +36,16 @@ def decided(value: Any) -> Any:
     return field(init=False, default=value)
 
 
-OTHERS = """All others of transformers' TrainingArguments are options as well: --deepspeed, --fsdp, --torch-compile,
---gradient-checkpointing, --optim and so on. An underscore is as good as a hyphen."""
+UNREAD = (
+    *("label_smoothing_factor", "neftune_noise_alpha", "use_liger_kernel", "liger_kernel_config", "use_cache"),
+    *("eval_steps", "eval_delay", "eval_on_start", "eval_accumulation_steps", "prediction_loss_only"),
+    *("batch_eval_metrics", "bf16_full_eval", "fp16_full_eval", "train_sampling_strategy", "length_column_name"),
+    *("do_train", "do_eval", "do_predict", "push_to_hub", "hub_model_id", "hub_token", "hub_private_repo"),
+    *("hub_strategy", "hub_always_push", "hub_revision"),
+)
+"""Arguments of the Trainer that would change nothing here, or break the choice of a checkpoint."""
+OTHERS = """All others of transformers' TrainingArguments are options as well, as far as they have a meaning here:
+--deepspeed, --fsdp, --torch-compile, --optim and so on. An underscore is as good as a hyphen."""
 METAVARS = {int: "N", float: "X", str: "TEXT", Path: "PATH", string_to_bool: "true|false"}
 
 
@@ -46,7 +54,8 @@ class DrafterTrainingArguments(TrainingArguments):
     """`TrainingArguments` of a drafter, with its defaults.
 
     Raises:
-        ValueError: there is no evaluation, by which the best checkpoint is chosen.
+        ValueError: there is no evaluation, by which the best checkpoint is chosen; or an argument of the Trainer was
+            given that would change nothing.
     """
 
     data: Path = field(metadata={"help": "folder of `specformer distill`, or a jsonl file"})
@@ -129,7 +138,15 @@ class DrafterTrainingArguments(TrainingArguments):
     def __post_init__(self):
         if self.evaluations < 1:
             raise ValueError(f"--evaluations is {self.evaluations}; at least 1 is needed, to choose a checkpoint.")
-        self.others = self._others()
+        given = self._given()
+        if unread := [name for name in UNREAD if name in given]:
+            raise ValueError(
+                f"{', '.join(unread)}: expected none of these, which change nothing in the training of a drafter. Its "
+                "loss, its evaluation and its data are those that `specformer train --help` tells of."
+            )
+        named = (*self.own_names(), "bf16", "fp16", *OF_THIS_CALL)
+        free = [name for name in given if name in named or name.startswith(OF_THIS_CALL_PREFIXES)]
+        self.others = {name: value for name, value in given.items() if name not in free}
         self.save_steps = min(1 / self.evaluations, 1 - 1e-9)  # a share of all steps; 1 would mean every step
         self.label_names = ["labels"]
         # unsaid, several processes would not know of each other on a CPU
@@ -139,16 +156,10 @@ class DrafterTrainingArguments(TrainingArguments):
             self.per_device_eval_batch_size = self.per_device_train_batch_size
         super().__post_init__()
 
-    def _others(self) -> dict[str, Any]:
-        """What was given of the arguments that are the Trainer's alone, as far as it decides about the run."""
-        named = (*self.own_names(), "bf16", "fp16", *OF_THIS_CALL)
-        others = [each for each in dataclasses.fields(self) if each.init and each.name not in named]
-        given = {each.name: (getattr(self, each.name), each.default) for each in others}
-        return {
-            name: value
-            for name, (value, default) in given.items()
-            if (value or None) != (default or None) and not name.startswith(OF_THIS_CALL_PREFIXES)
-        }
+    def _given(self) -> dict[str, Any]:
+        """Arguments that are not as they are by default."""
+        values = {each.name: (getattr(self, each.name), each.default) for each in dataclasses.fields(self) if each.init}
+        return {name: value for name, (value, default) in values.items() if (value or None) != (default or None)}
 
     @classmethod
     def own_names(cls) -> list[str]:

@@ -482,8 +482,8 @@ def test_one_command_from_prompts_to_a_drafter(folder: Path, monkeypatch):
         *("--prompts", folder / "prompts.jsonl", "--evaluate", folder / "prompts.jsonl", "--output", output),
         *("--target", folder / "target", "--target-id", "some/target", "--recipe", few),
     ]
-    for _ in range(40):
-        status = run(reproduce, monkeypatch, *arguments, "--minutes", 0.25)
+    for attempt in range(40):  # a busy machine may need longer for one step
+        status = run(reproduce, monkeypatch, *arguments, "--minutes", 0.25 + attempt / 20)
         if status != reproduce.OUT_OF_TIME:
             break
     assert status == 0

@@ -16,7 +16,7 @@ from transformers.generation import GenerationMode
 
 from .prompt import PromptLayout
 from .settings import CallSettings, whole_number
-from .versions import CACHE_NAMES, cache_name, keeps_recurrent_state, untested
+from .versions import CACHE_NAMES, cache_name, cache_of, keeps_recurrent_state, prepared_inputs, untested
 
 KNOWN_MODEL_KWARGS = {
     "attention_mask",
@@ -224,6 +224,13 @@ def check_call(model, layout: PromptLayout, generation_config: GenerationConfig,
     if layout.has_holes and any(type(layer) is DynamicSlidingWindowLayer for layer in layers):
         refuse(model, "its sliding windows count padding inside a prompt (attention_mask has zeros between ones).")
     longest_text = layout.longest + max_length - layout.columns.shape[1]
+    switch = getattr(config, "original_max_position_embeddings", None)
+    if isinstance(switch, int) and min(layout.host_lengths) <= switch < longest_text and forgets_at(model, switch):
+        refuse(
+            model,
+            f"where a text passes {switch} tokens its plain generate() drops the cache, goes on from the last token "
+            f"alone, and this call may reach {longest_text}.",
+        )
     for rope in rope_settings(config):
         kind = rope.get("rope_type", rope.get("type"))
         limit = (
@@ -239,6 +246,30 @@ def check_call(model, layout: PromptLayout, generation_config: GenerationConfig,
                 f"its {kind} rotary embedding changes at {limit} positions, and this call starts at "
                 f"{min(layout.host_lengths)} and may reach {longest_text}.{advice}",
             )
+
+
+class CacheOf(DynamicCache):
+    """Seems to hold `length` tokens."""
+
+    length = 0
+
+    def get_seq_length(self, *args, **kwargs) -> int:
+        return self.length
+
+    def __len__(self) -> int:
+        return 1
+
+
+def forgets_at(model, length: int) -> bool:
+    """Whether plain generate() drops the cache of `length` tokens when it goes on, and reads the last token alone."""
+    cache = CacheOf()
+    cache.length = length
+    tokens = torch.zeros(1, length + 1, dtype=torch.long, device=input_device(model))
+    try:
+        inputs = prepared_inputs(model, tokens, cache, next_sequence_length=1, use_cache=True)
+    except (AttributeError, TypeError, ValueError):  # it wants more than that
+        return False
+    return cache_of(inputs) is None and inputs["input_ids"].shape[1] == 1
 
 
 def drop_types_of_text(model, model_kwargs: dict) -> None:

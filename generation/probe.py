@@ -131,11 +131,13 @@ def probe_target(model) -> None:
         for row, count in enumerate(kept):
             context = torch.cat([prompt[row][mask[row].bool()], first[row, :count]])[None]
             text = torch.cat([context, second[row : row + 1]], dim=1)
-            whole = model(input_ids=text, use_cache=False).logits[0, -block:].cpu().double()
+            # as plain generate() numbers them: some families would begin elsewhere by themselves
+            places = torch.arange(text.shape[1], device=device)[None]
+            whole = model(input_ids=text, position_ids=places, use_cache=False).logits[0, -block:].cpu().double()
             own_cache = DynamicCache(config=model.config)
             cached = dict(cache_argument(model, own_cache), use_cache=True)
-            model(input_ids=context, **cached)
-            cached = model(input_ids=second[row : row + 1], **cached).logits[0]
+            model(input_ids=context, position_ids=places[:, :-block], **cached)
+            cached = model(input_ids=second[row : row + 1], position_ids=places[:, -block:], **cached).logits[0]
             own_error = (cached.cpu().double() - whole).abs().median()
             allowed = 8 * own_error + precision * whole.std()
             error = (ours[row] - whole).abs().median()

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from specformer import SpecFormerModel, generate
+from specformer.generation.drafter import Prompts
 from specformer.generation.prompt import PromptLayout
 from specformer.generation.prompt_groups import LEAST_ON_ACCELERATOR, group_rows, tokens_of_a_pass
 from specformer.generation.specformer_drafter import SpecFormerDrafter
@@ -123,10 +124,12 @@ def test_a_drafter_drafts_the_same_in_groups(preset: str):
     for pass_tokens in (2, None):
         layout = layout_of(batch, pass_tokens)
         with SpecFormerDrafter(network, target) as drafter:
-            prefill(target, batch["input_ids"], layout, 30, 4, prompt_arguments(target, layout))
-            target(batch["input_ids"])  # a caller's processor may run it as well
-            drafter.begin(batch["input_ids"], layout, first, 30)
-            drafts = drafter.propose(4, lambda logits, ahead=0, token_ids=None: logits.argmax(-1))
+            arguments = prompt_arguments(target, layout)
+            *_, states = prefill(
+                target, batch["input_ids"], layout, 30, 4, arguments, state_layers=drafter.hidden_state_layers
+            )
+            drafter.begin(Prompts(batch["input_ids"], layout, first, 30, states))
+            drafts = drafter.propose(4, lambda logits, ahead=0, token_ids=None: logits.argmax(-1)).tokens
             found.append((drafter.context, drafts))
     torch.testing.assert_close(found[0][0], found[1][0])
     assert torch.equal(found[0][1], found[1][1])

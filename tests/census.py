@@ -447,7 +447,7 @@ those, greedily and sampling with a seed.
 target with noise in its weights. SpecFormer: whether `SpecFormerConfig.from_target_config` knows the model, a drafter
 for it can be trained, and decoding with that drafter is exact.
 
-How the real model's half precision rounds is another matter: see "What the same text means" in the README.
+How the real model's half precision rounds is another matter: see [lossless.md](lossless.md#rounding).
 """
 
 

@@ -133,3 +133,27 @@ def test_text_that_goes_past_the_table_fails_as_in_plain_generate():
         plain(target, batch, **arguments)
     with pytest.raises(IndexError):
         generate(target, **batch, prompt_lookup_num_tokens=4, **arguments)
+
+
+# ---- plain generate() that forgets
+
+
+class ForgetsWhereItSwitches(LlamaForCausalLM):
+    """Begins a new cache at some length, as families with two rotary embeddings do, and reads the last token alone."""
+
+    def prepare_inputs_for_generation(self, input_ids, next_sequence_length=None, **kwargs):
+        cache = next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
+        switch = self.config.original_max_position_embeddings
+        if cache is not None and input_ids.shape[1] > switch and cache.get_seq_length() <= switch:
+            kwargs = {name: value for name, value in kwargs.items() if name not in CACHE_NAMES}
+        return super().prepare_inputs_for_generation(input_ids, next_sequence_length=next_sequence_length, **kwargs)
+
+
+def test_plain_generate_that_forgets_its_text_is_not_gone_past():
+    torch.manual_seed(0)
+    target = ForgetsWhereItSwitches(llama_config(original_max_position_embeddings=16)).double().eval()
+    batch = ragged_batch(padding=(0, 3))
+    reference = plain(target, batch, max_new_tokens=7, eos_token_id=None)
+    check(target, batch, reference, oracle(reference, batch, "sometimes", None), 3, max_new_tokens=7, eos_token_id=None)
+    with pytest.raises(UnsupportedTargetError, match=r"passes 16 tokens its plain generate.. drops the cache"):
+        generate(target, **batch, max_new_tokens=12, prompt_lookup_num_tokens=2)

@@ -224,13 +224,6 @@ def check_call(model, layout: PromptLayout, generation_config: GenerationConfig,
     if layout.has_holes and any(type(layer) is DynamicSlidingWindowLayer for layer in layers):
         refuse(model, "its sliding windows count padding inside a prompt (attention_mask has zeros between ones).")
     longest_text = layout.longest + max_length - layout.columns.shape[1]
-    switch = getattr(config, "original_max_position_embeddings", None)
-    if isinstance(switch, int) and min(layout.host_lengths) <= switch < longest_text and forgets_at(model, switch):
-        refuse(
-            model,
-            f"where a text passes {switch} tokens its plain generate() drops the cache, goes on from the last token "
-            f"alone, and this call may reach {longest_text}.",
-        )
     for rope in rope_settings(config):
         kind = rope.get("rope_type", rope.get("type"))
         limit = (
@@ -246,6 +239,13 @@ def check_call(model, layout: PromptLayout, generation_config: GenerationConfig,
                 f"its {kind} rotary embedding changes at {limit} positions, and this call starts at "
                 f"{min(layout.host_lengths)} and may reach {longest_text}.{advice}",
             )
+    switch = getattr(config, "original_max_position_embeddings", None)
+    if isinstance(switch, int) and min(layout.host_lengths) <= switch < longest_text and forgets_at(model, switch):
+        refuse(
+            model,
+            f"where a text passes {switch} tokens its plain generate() drops the cache, goes on from the last token "
+            f"alone, and this call may reach {longest_text}.",
+        )
 
 
 class CacheOf(DynamicCache):

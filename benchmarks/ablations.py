@@ -25,7 +25,12 @@ from statistics import mean, median
 from typing import NamedTuple
 
 import torch
-from specformer.generation.fast_linear import fast_linears
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from benchmarks.cost_model import time_round
+from benchmarks.variants import variants
+from specformer.generation.backend_linear import fast_linears
 from specformer.modeling_specformer import SpecFormerModel
 from specformer.scripts.fetch_target import fetch_target
 from specformer.scripts.parts.answers import Answers
@@ -37,11 +42,6 @@ from specformer.scripts.parts.prompts import read_prompts
 from specformer.scripts.parts.provenance import provenance
 from specformer.scripts.parts.stored_states import StoredStates, shared_file
 from specformer.scripts.reproduce import KEEP_MEMORY
-from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
-from benchmarks.cost_model import time_round
-from benchmarks.variants import variants
 
 ENOUGH_TOKENS = 2_000_000
 STATES = "hidden_states"

@@ -18,16 +18,17 @@ import time
 from pathlib import Path
 
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Qwen3Config
+
 from specformer.configuration_specformer import SpecFormerConfig
-from specformer.generation.cuda_graphs import recorded_passes
-from specformer.generation.fast_linear import fast_linears
-from specformer.generation.ragged_cache import RaggedCache
-from specformer.generation.specformer_drafter import SpecFormerDrafter
+from specformer.generation.accept_tokens import BestDrafts
+from specformer.generation.backend_graphs import recorded_passes
+from specformer.generation.backend_linear import fast_linears
+from specformer.generation.cache_ragged import RaggedCache
+from specformer.generation.drafter_specformer import SpecFormerDrafter
 from specformer.generation.target import verify
-from specformer.generation.token_choice import BestDrafts
 from specformer.modeling_specformer import SpecFormerModel
 from specformer.scripts.parts.provenance import provenance
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
 SHAPES = {
     "SmolLM2-1.7B": lambda: LlamaConfig(

@@ -15,13 +15,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
+
 from specformer.generation.generate import generate
 from specformer.scripts.fetch_target import HUB_ID, fetch_target
 from specformer.scripts.parts.prompts import encode, read_prompts
 from specformer.scripts.parts.provenance import provenance
-from tqdm import tqdm
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import logging
 
 ROOT = Path(__file__).resolve().parents[1]
 MORE_COLUMNS = 3

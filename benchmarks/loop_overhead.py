@@ -21,16 +21,16 @@ from itertools import pairwise
 from pathlib import Path
 from unittest.mock import patch
 
-import specformer
 import torch
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+import specformer
+from benchmarks.cost_model import time_round
 from specformer.generation.draft_length import DraftLength
 from specformer.scripts.benchmark import DECODING, make_batches
 from specformer.scripts.fetch_target import HUB_ID, fetch_target
 from specformer.scripts.parts.prompts import read_prompts
 from specformer.scripts.parts.provenance import provenance
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
-
-from benchmarks.cost_model import time_round
 
 ROOT = Path(__file__).resolve().parents[1]
 FIRST = 2

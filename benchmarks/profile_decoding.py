@@ -19,13 +19,14 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from unittest.mock import patch
 
-import specformer
 import torch
-from specformer.generation.ragged_cache import RaggedCache
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+import specformer
+from specformer.generation.cache_ragged import RaggedCache
 from specformer.scripts.fetch_target import fetch_target
 from specformer.scripts.parts.prompts import encode, read_prompts
 from specformer.scripts.parts.provenance import provenance
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 

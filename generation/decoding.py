@@ -1,7 +1,7 @@
 """Speculative decoding of a ragged batch: draft, verify, accept, commit.
 
 Every row accepts its own number of tokens each round, and the text that results is the one that the target alone
-writes: a token enters it only if the target takes it at that position (see `token_choice` and `acceptance`).
+writes: a token enters it only if the target takes it at that position (see `accept_tokens` and `accept_rules`).
 """
 
 from __future__ import annotations
@@ -10,15 +10,15 @@ from time import perf_counter
 
 import torch
 
+from .accept_tokens import TokenChoice
+from .backend_linear import fast_linears
+from .call_statistics import GenerationStatistics
 from .draft_length import DraftLength, round_draft_length
 from .drafter import Drafter, Prompts, Verified, count_drafted
-from .fast_linear import fast_linears
-from .position_table import positions_in_table
 from .prompt import PromptLayout
-from .statistics import GenerationStatistics
 from .target import prefill, verify
+from .target_positions import positions_in_table
 from .text import Text
-from .token_choice import TokenChoice
 
 
 @torch.no_grad()

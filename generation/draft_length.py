@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .settings import whole_number
+from .call_settings import whole_number
 
 AUTO = "auto"
 

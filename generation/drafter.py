@@ -20,7 +20,7 @@ be as wrong as it likes: what the target does not take is not written. A drafter
 
     specformer.generate(target, RepeatLast(), **inputs)
 
-The drafters that are here: `specformer_drafter`, `assistant_drafter`, `prompt_lookup_drafter`, `copying_drafter`.
+The drafters that are here: `drafter_specformer`, `drafter_assistant`, `drafter_prompt_lookup`, `drafter_copying`.
 
 Shapes: B rows of the batch, R rows that passes still carry, P columns of the prompts, q positions of a pass, S layers
 whose states are read, d channels, V entries of the vocabulary.
@@ -34,8 +34,8 @@ from dataclasses import dataclass
 
 import torch
 
+from .accept_sampling import NO_TOKEN
 from .prompt import PromptLayout
-from .verification import NO_TOKEN
 
 STEPS = ("begin", "propose", "update", "select_rows")
 

@@ -8,25 +8,25 @@ import torch
 from transformers import GenerationMixin, StoppingCriteriaList, StopStringCriteria
 from transformers.generation import GenerateDecoderOnlyOutput
 
-from .acceptance import acceptance_rule, check_acceptance
-from .attention import usable_attention
-from .capabilities import check_arguments, check_call, check_target, unwrapped
-from .choose_drafter import choose_draft_length, choose_drafter, drafter_under
-from .cuda_graphs import recorded_passes
+from .accept_rules import acceptance_rule, check_acceptance
+from .accept_tokens import TokenChoice
+from .backend_graphs import recorded_passes
+from .backend_recordable import check_recordable
+from .backend_versions import pad_token_id, warn_if_untested
+from .call_drafter import choose_draft_length, choose_drafter, drafter_under
+from .call_refusals import check_arguments, check_call, check_target, unwrapped
+from .call_settings import CallSettings
+from .call_statistics import GenerationStatistics
 from .decoding import decode
-from .in_step import InStep
-from .probe import probe_target
-from .processors import PrefixFunctionForWantedRows, Processors
 from .prompt import PromptLayout
 from .prompt_groups import tokens_of_a_pass
-from .recordable import check_recordable
-from .settings import CallSettings
-from .statistics import GenerationStatistics
-from .step_outputs import StepOutputs
-from .stopping import StoppingRules
+from .target_attention import usable_attention
+from .target_probe import probe_target
 from .text import Text
-from .token_choice import TokenChoice
-from .versions import pad_token_id, warn_if_untested
+from .text_in_step import InStep
+from .text_outputs import StepOutputs
+from .text_processors import PrefixFunctionForWantedRows, Processors
+from .text_stopping import StoppingRules
 
 HUB_ARGUMENTS = {
     "cache_dir",
@@ -75,20 +75,20 @@ def generate(
         model: the target, any decoder-only causal LM that keeps keys and values of all tokens.
         assistant_model: what drafts: the SpecFormer drafter of that target, which is moved to the target's
             device and computes in its dtype, or a smaller causal LM with the same tokenizer. Where a row's text
-            repeats itself, the SpecFormer drafter leaves it to copies of that text (`copying_drafter`), but with
+            repeats itself, the SpecFormer drafter leaves it to copies of that text (`drafter_copying`), but with
             "rejection"; `prompt_lookup_num_tokens` says how many tokens, and 0 none. With `prompt_lookup_num_tokens`
             alone, all drafts are copied.
         num_assistant_tokens: tokens to draft each round. "auto" drafts what pays, measured while it runs: see
-            `auto_draft_length`. `None` takes the generation config's number, else is "auto", but with "rejection" the
+            `draft_length_auto`. `None` takes the generation config's number, else is "auto", but with "rejection" the
             drafter's default. More than the drafter has slots, or than are copied, is cut to that; 0
             decodes plainly.
         acceptance: when sampling, "match" gives the same tokens as plain generate() with the same torch seed;
             "coupled" gives each row a text that depends on its own seed alone; "rejection" accepts most drafts, and
-            gives a text with the same distribution. See `acceptance`.
+            gives a text with the same distribution. see `accept_rules`.
         seed: for "coupled", an integer (row b of the expanded batch has seed + b) or one integer per row; `None` draws
             one from torch's generator.
         cuda_graphs: on one CUDA GPU, record the passes of target and drafter and replay them, which saves the time in
-            which a GPU waits for the host: see `cuda_graphs`. Replays do not call other code's hooks, and no other
+            which a GPU waits for the host: see `backend_graphs`. Replays do not call other code's hooks, and no other
             thread may use the GPU's random numbers meanwhile.
         tokenizer: needed for `stop_strings`.
         assistant_tokenizer: must be the target's, since tokens are not translated; pipelines pass one.

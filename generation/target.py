@@ -8,12 +8,12 @@ from collections.abc import Sequence
 import torch
 from transformers import DynamicCache
 
-from .cuda_graphs import run_pass
-from .grouped_heads import folded_heads
-from .hidden_states import HiddenStates
+from .backend_graphs import run_pass
+from .backend_heads import folded_heads
+from .backend_versions import CACHE_NAMES, cache_argument, cache_of, prepared_inputs, untested
+from .cache_ragged import RaggedCache, attention_masks, sliding_layers
 from .prompt import PromptLayout
-from .ragged_cache import RaggedCache, attention_masks, sliding_layers
-from .versions import CACHE_NAMES, cache_argument, cache_of, prepared_inputs, untested
+from .target_states import HiddenStates
 
 FIRST_CAPACITY = 256
 """New tokens that the cache has room for at first. Not max_length: few texts get there."""
@@ -46,7 +46,7 @@ def prefill(
         block_size: most tokens that are written before it is known which of them are kept; `None` if any number may be.
         model_kwargs: what generate() prepared: attention_mask, position_ids, logits_to_keep.
         chunk_size: tokens of one pass (`prefill_chunk_size`); default all.
-        state_layers: whose states are wanted, see `hidden_states`.
+        state_layers: whose states are wanted, see `target_states`.
 
     Returns:
         Logits of the last prompt position (B, 1, V), the cache, and the states of each group, (N, width, S, d).

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from .in_step import InStep
-from .step_outputs import StepOutputs
-from .stopping import StoppingRules
-from .verification import NO_TOKEN
+from .accept_sampling import NO_TOKEN
+from .text_in_step import InStep
+from .text_outputs import StepOutputs
+from .text_stopping import StoppingRules
 
 FIRST_WIDTH = 256
 """New tokens that the buffer has room for at first; it doubles."""

@@ -24,7 +24,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from specformer.generation.statistics import GenerationStatistics
+
+from specformer.generation.call_statistics import GenerationStatistics
 from specformer.scripts.fetch_target import HUB_ID, fetch_target
 from specformer.scripts.parts.contenders import PLAIN, Way, ways
 from specformer.scripts.parts.peak_memory import PeakMemory

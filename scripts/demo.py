@@ -16,11 +16,12 @@ import time
 from pathlib import Path
 
 import torch
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
+
 from specformer.scripts.fetch_target import fetch_target
 from specformer.scripts.parts.prompts import encode
 from specformer.scripts.parts.provenance import provenance
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import logging
 
 ROOT = Path(__file__).resolve().parents[1]
 NEW_TOKENS = 96

@@ -23,15 +23,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from specformer.generation.attention import usable_attention
-from specformer.generation.capabilities import check_target, input_device
-from specformer.generation.fast_linear import fast_linears
-from specformer.generation.noise import HashedNoise
-from specformer.generation.probe import probe_target
+
+from specformer.generation.accept_noise import HashedNoise
+from specformer.generation.accept_sampling import sample_with_noise
+from specformer.generation.backend_linear import fast_linears
+from specformer.generation.call_refusals import check_target, input_device
 from specformer.generation.prompt import PromptLayout
 from specformer.generation.prompt_groups import tokens_of_a_pass
 from specformer.generation.target import prefill, prompt_arguments, verify
-from specformer.generation.verification import sample_with_noise
+from specformer.generation.target_attention import usable_attention
+from specformer.generation.target_probe import probe_target
 from specformer.scripts.parts.prompts import encode_each, read_prompts, template_arguments
 from specformer.scripts.parts.provenance import provenance
 from specformer.scripts.parts.runs import begin_or_go_on
@@ -196,9 +197,10 @@ def digest(value) -> str:
 
 def main(arguments: argparse.Namespace) -> None:
     from accelerate import PartialState
-    from specformer.scripts.fetch_target import HUB_ID, fetch_target
     from tqdm import tqdm
     from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from specformer.scripts.fetch_target import HUB_ID, fetch_target
 
     prompts = read_prompts(arguments.prompts, arguments.limit)
     if not 0 <= arguments.skip < len(prompts):

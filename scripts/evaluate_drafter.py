@@ -24,6 +24,7 @@ import sys
 from pathlib import Path
 
 import torch
+
 from specformer.scripts.fetch_target import HUB_ID, fetch_target
 from specformer.scripts.measures import paper_measures
 from specformer.scripts.parts.answers import Answers

@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 
 import torch
+
 from specformer.scripts.model_card import write_model_card
 from specformer.scripts.parts.prompts import read_prompts
 from specformer.scripts.parts.recipes import options_of, read_recipe

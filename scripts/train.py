@@ -24,8 +24,17 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Trainer,
+    TrainerCallback,
+    TrainerState,
+    set_seed,
+)
+
 from specformer.configuration_specformer import SpecFormerConfig
-from specformer.generation.fast_linear import fast_linears
+from specformer.generation.backend_linear import fast_linears
 from specformer.modeling_specformer import SpecFormerModel
 from specformer.scripts.model_card import write_model_card
 from specformer.scripts.parts.answers import Answers
@@ -37,14 +46,6 @@ from specformer.scripts.parts.runs import SETTINGS, begin_or_go_on, writing
 from specformer.scripts.parts.stored_states import StoredStates, shared_file
 from specformer.scripts.parts.training_arguments import DrafterTrainingArguments, parse_arguments
 from specformer.target_specformer import BorrowedTarget
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    Trainer,
-    TrainerCallback,
-    TrainerState,
-    set_seed,
-)
 
 WHOLE = "whole"
 """Marks a checkpoint that was written to its end."""

@@ -21,9 +21,6 @@ import torch
 import transformers
 from exactness import Recorder
 from oracles import Oracle
-from specformer import SpecFormerConfig, SpecFormerModel, generate
-from specformer.generation.capabilities import refuse
-from specformer.generation.versions import CACHE_NAMES
 from tiny import VOCAB, llama, ragged_batch
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import WordLevel
@@ -36,6 +33,10 @@ from transformers import (
     SynthIDTextWatermarkingConfig,
     WatermarkingConfig,
 )
+
+from specformer import SpecFormerConfig, SpecFormerModel, generate
+from specformer.generation.backend_versions import CACHE_NAMES
+from specformer.generation.call_refusals import refuse
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "arguments.md"

@@ -27,14 +27,15 @@ import torch
 import transformers
 from exactness import Recorder, Reference, plain
 from shrunken import STDS, class_names, make_target, model_types
+from tiny import EOS, PAD, VOCAB
+from transformers import PreTrainedModel
+
 from specformer import SpecFormerConfig, SpecFormerModel, generate
 from specformer.generation import prompt_groups
-from specformer.generation.capabilities import UnsupportedTargetError
+from specformer.generation.call_refusals import UnsupportedTargetError
 from specformer.scripts.parts.losses import drafter_loss
 from specformer.scripts.parts.offline import drafts_of_text
 from specformer.scripts.parts.provenance import provenance
-from tiny import EOS, PAD, VOCAB
-from transformers import PreTrainedModel
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE, RESULT = ROOT / "docs" / "compatibility.md", ROOT / "benchmarks" / "results" / "compatibility.json"

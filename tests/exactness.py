@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from oracles import Oracle
+
 from specformer import generate
 
 

@@ -30,11 +30,12 @@ from pathlib import Path
 
 import psutil
 import torch
-from specformer.scripts.parts.provenance import provenance
-from specformer.scripts.train import CHECKPOINTS, WHOLE
 from test_callers import tiny_tokenizer
 from test_training import SELDOM, arguments_of, prepare, run_differences
 from tiny import llama
+
+from specformer.scripts.parts.provenance import provenance
+from specformer.scripts.train import CHECKPOINTS, WHOLE
 
 POLL = 0.002
 """Seconds between two looks at a running process."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-from specformer.generation.drafter import Drafter, Prompts, Proposal, Verified
 from tiny import VOCAB
+
+from specformer.generation.drafter import Drafter, Prompts, Proposal, Verified
 
 
 class Oracle(Drafter):

@@ -14,9 +14,11 @@ from types import SimpleNamespace
 from weakref import WeakSet
 
 import torch
-from specformer.generation import cuda_graphs, recordable
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from specformer.generation import backend_graphs as cuda_graphs
+from specformer.generation import backend_recordable as recordable
 
 WAITS = {
     torch.Tag.data_dependent_output,

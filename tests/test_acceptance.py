@@ -17,15 +17,16 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 from exactness import check, choose_eos, plain
-from specformer import SpecFormerConfig, SpecFormerModel, generate
-from specformer.generation import acceptance
-from specformer.generation import noise as noise_module
-from specformer.generation.acceptance import ACCEPTANCE_RULES, Match, Rejection, row_seeds
-from specformer.generation.noise import HashedNoise
-from specformer.generation.token_choice import TokenChoice
-from specformer.generation.verification import NO_TOKEN, reject_and_resample, sample_with_noise
 from tiny import PAD, llama, ragged_batch
 from transformers import LogitsProcessor
+
+from specformer import SpecFormerConfig, SpecFormerModel, generate
+from specformer.generation import accept_noise as noise_module
+from specformer.generation import accept_rules as acceptance
+from specformer.generation.accept_noise import HashedNoise
+from specformer.generation.accept_rules import ACCEPTANCE_RULES, Match, Rejection, row_seeds
+from specformer.generation.accept_sampling import NO_TOKEN, reject_and_resample, sample_with_noise
+from specformer.generation.accept_tokens import TokenChoice
 
 CPU = torch.device("cpu")
 

@@ -10,12 +10,16 @@ from functools import partial
 import pytest
 import torch
 from exactness import choose_eos
+from tiny import PRESETS, VOCAB, all_logits, llama, over_vocabulary, ragged_batch
+from torch.nn import functional
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
 from specformer import SpecFormerModel, generate
 from specformer.context_specformer import SeenContext
+from specformer.generation.accept_tokens import TokenChoice
 from specformer.generation.drafter import Proposal
-from specformer.generation.hidden_states import HiddenStates
-from specformer.generation.specformer_drafter import SpecFormerDrafter
-from specformer.generation.token_choice import TokenChoice
+from specformer.generation.drafter_specformer import SpecFormerDrafter
+from specformer.generation.target_states import HiddenStates
 from specformer.scripts.parts.answers import Answers
 from specformer.scripts.parts.losses import (
     IGNORED,
@@ -28,9 +32,6 @@ from specformer.scripts.parts.losses import (
     slot_labels,
 )
 from specformer.scripts.parts.offline import Drafts, drafts_of_text, target_states
-from tiny import PRESETS, VOCAB, all_logits, llama, over_vocabulary, ragged_batch
-from torch.nn import functional
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 NEW_TOKENS = 16
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import arguments
 import pytest
 from arguments import INTRODUCTION, PAGE, installed_arguments, rows, trials
-from specformer.generation.versions import CACHE_NAMES
+
+from specformer.generation.backend_versions import CACHE_NAMES
 
 BESIDE_PARAMETERS = {"input_ids", "attention_mask", "position_ids", *CACHE_NAMES, "inputs_embeds"} | {
     "logits_to_keep",

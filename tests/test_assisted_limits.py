@@ -11,9 +11,10 @@ from collections.abc import Callable
 import pytest
 import torch
 from exactness import Recorder
-from specformer import generate
 from tiny import llama, ragged_batch
 from transformers import PreTrainedModel, StoppingCriteria
+
+from specformer import generate
 
 NEW_TOKENS = 24
 SAMPLING = dict(do_sample=True, temperature=1.3, top_k=20)

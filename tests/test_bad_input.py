@@ -10,12 +10,13 @@ import pytest
 import torch
 import transformers
 from exactness import Recorder, check, oracle, plain
-from specformer import SpecFormerConfig, SpecFormerModel, generate
-from specformer.generation import probe
-from specformer.generation.capabilities import UnsupportedTargetError
-from specformer.generation.probe import probe_target
 from tiny import BOS, EOS, PAD, VOCAB, llama, llama_config, ragged_batch
 from transformers import DynamicCache, GenerationConfig, LlamaForCausalLM, PreTrainedModel
+
+from specformer import SpecFormerConfig, SpecFormerModel, generate
+from specformer.generation import target_probe as probe
+from specformer.generation.call_refusals import UnsupportedTargetError
+from specformer.generation.target_probe import probe_target
 
 NEW_TOKENS = 8
 

@@ -13,8 +13,6 @@ from threading import Barrier, Event, Thread, current_thread
 import pytest
 import torch
 from exactness import Recorder
-from specformer import SpecFormerConfig, SpecFormerModel, generate
-from specformer.generation.versions import cache_of
 from tiny import BOS, EOS, PAD, PRESETS, VOCAB, llama, ragged_batch
 from tokenizers import AddedToken, Tokenizer, decoders, models
 from transformers import (
@@ -29,6 +27,9 @@ from transformers import (
     pipeline,
 )
 from transformers.utils import logging as library_logging
+
+from specformer import SpecFormerConfig, SpecFormerModel, generate
+from specformer.generation.backend_versions import cache_of
 
 NEW_TOKENS = 12
 PATIENCE = 20

@@ -28,8 +28,9 @@ from census import (
     wrong_in,
 )
 from shrunken import COUNTS, SIZES, class_names, tiny_config
+
 from specformer import SpecFormerConfig
-from specformer.generation.ragged_cache import RaggedCache
+from specformer.generation.cache_ragged import RaggedCache
 
 IN_EVERY_RUN = {
     "BloomForCausalLM": "ALiBi",

@@ -13,11 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from specformer import SpecFormerModel
-from specformer.scripts.cli import COMMANDS, app
 from test_callers import tiny_tokenizer
 from tiny import llama
 from typer.testing import CliRunner, Result
+
+from specformer import SpecFormerModel
+from specformer.scripts.cli import COMMANDS, app
 
 ROOT = Path(__file__).resolve().parents[1]
 GIVEN = {

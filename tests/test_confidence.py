@@ -10,15 +10,16 @@ from time import perf_counter
 import pytest
 import torch
 from exactness import plain
+from test_draft_length import World, alike, live
+from tiny import llama, ragged_batch
+
 from specformer import SpecFormerConfig, SpecFormerModel, generate
-from specformer.generation.auto_draft_length import AutoDraftLength, Experience
-from specformer.generation.confident_draft_length import ConfidentDraftLength
+from specformer.generation.draft_length_auto import AutoDraftLength, Experience
+from specformer.generation.draft_length_confident import ConfidentDraftLength
 from specformer.scripts.parts.answers import Answers
 from specformer.scripts.parts.confidence import BINS, calibrate, calibration, confidence_loss, count_by_confidence
 from specformer.scripts.parts.losses import IGNORED
 from specformer.scripts.parts.offline import confidences, drafts_of_text
-from test_draft_length import World, alike, live
-from tiny import llama, ragged_batch
 
 __all__ = ["alike"]  # a fixture
 

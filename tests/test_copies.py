@@ -5,6 +5,7 @@ Each copy has module-level variables of its own. What belongs to the process the
 
 from __future__ import annotations
 
+import ast
 import importlib
 import shutil
 import sys
@@ -15,10 +16,11 @@ from types import ModuleType
 
 import pytest
 import torch
-from specformer.generation.generate import generate
 from test_bad_input import drafter_for
 from tiny import llama, ragged_batch
 from transformers import AttentionInterface, AutoModel
+
+from specformer.generation.generate import generate
 
 ROOT = Path(__file__).parent.parent
 NEW_TOKENS = 12
@@ -33,6 +35,20 @@ def folders(tmp_path_factory):
         drafter_for(llama()).save_pretrained(folder)
         made.append(str(folder))
     return made
+
+
+@pytest.fixture(autouse=True)
+def one_syntax_tree_at_a_time(monkeypatch):
+    """transformers parses the code of custom_generate=<folder> in every call, and ast.parse in two threads ends in
+    "SystemError: AST constructor recursion depth mismatch" before CPython 3.11.8 and 3.12.2 (its issue 106905)."""
+    parse, lock = ast.parse, threading.Lock()
+
+    def in_turn(*args, **kwargs):
+        with lock:
+            return parse(*args, **kwargs)
+
+    if sys.version_info[:3] < (3, 11, 8) or (3, 12) <= sys.version_info[:3] < (3, 12, 2):
+        monkeypatch.setattr(ast, "parse", in_turn)
 
 
 def state_of_process() -> tuple:
@@ -120,7 +136,8 @@ def test_copies_in_threads_leave_everything_as_it_was(folders, implementation, r
 
 def test_one_copy_samples_with_a_stream_of_its_own_while_another_replays_the_generator(folders):
     """Two calls that replay torch's generator at the same time draw the same numbers, whatever copies they are of."""
-    from specformer.generation import noise, process_wide
+    from specformer.generation import accept_noise as noise
+    from specformer.generation import backend_process as process_wide
 
     target, batch, _ = prepared("sdpa")
     target.generate(
@@ -129,7 +146,7 @@ def test_one_copy_samples_with_a_stream_of_its_own_while_another_replays_the_gen
     copies = [
         module._replayed
         for name, module in list(sys.modules.items())
-        if name.endswith(".noise") and hasattr(module, "_replayed")
+        if name.endswith(".accept_noise") and hasattr(module, "_replayed")
     ]
     assert len(copies) >= 2 and all(copy is noise._replayed for copy in copies)
     assert process_wide.shared("replayed", set) is noise._replayed
@@ -169,7 +186,7 @@ def test_model_that_is_switched_by_one_copy_stays_switched_for_the_other(tmp_pat
         package = ModuleType(name)
         package.__path__ = [str(shutil.copytree(ROOT / "generation", tmp_path / name))]
         sys.modules[name] = package
-        copies.append(importlib.import_module(f"{name}.attention"))
+        copies.append(importlib.import_module(f"{name}.target_attention"))
     target = llama()
     target.set_attn_implementation("flex_attention")
     first, second = (copy.usable_attention(target) for copy in copies)

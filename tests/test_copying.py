@@ -5,17 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 from exactness import check, plain
-from specformer import SpecFormerModel, generate
-from specformer.generation.auto_draft_length import experience_of
-from specformer.generation.choose_drafter import choose_drafter, drafter_under
-from specformer.generation.copying_drafter import MOST_COPIED, CopyingDrafter, CopyRates
-from specformer.generation.drafter import NoDrafter, Prompts, Proposal, Verified
-from specformer.generation.prompt import PromptLayout
-from specformer.generation.specformer_drafter import SpecFormerDrafter
-from specformer.generation.verification import NO_TOKEN
 from test_drafters import repeats_what_came_five_before
 from test_exactness import NEW_TOKENS, SETTINGS, meaningful_target
 from tiny import PRESETS, llama, ragged_batch
+
+from specformer import SpecFormerModel, generate
+from specformer.generation.accept_sampling import NO_TOKEN
+from specformer.generation.call_drafter import choose_drafter, drafter_under
+from specformer.generation.draft_length_auto import experience_of
+from specformer.generation.drafter import NoDrafter, Prompts, Proposal, Verified
+from specformer.generation.drafter_copying import MOST_COPIED, CopyingDrafter, CopyRates
+from specformer.generation.drafter_specformer import SpecFormerDrafter
+from specformer.generation.prompt import PromptLayout
 
 
 def network_of(target, preset: str = "confidence") -> SpecFormerModel:

@@ -10,17 +10,19 @@ import pytest
 import torch
 from architectures import FAMILIES, make_target
 from exactness import Recorder, check, oracle, plain
-from specformer import SpecFormerModel, generate
-from specformer.generation import cuda_graphs, ragged_cache
-from specformer.generation.cuda_graphs import RecordedPass
-from specformer.generation.ragged_cache import RaggedCache
-from specformer.generation.recordable import Watch
-from specformer.generation.specformer_drafter import SpecFormerDrafter
-from specformer.generation.target import verify
-from specformer.generation.token_choice import BestDrafts
 from tape import Tape, use_tapes
 from test_exactness import NEW_TOKENS, SAMPLING, SETTINGS, meaningful_target
 from tiny import PRESETS, VOCAB, llama, ragged_batch
+
+from specformer import SpecFormerModel, generate
+from specformer.generation import backend_graphs as cuda_graphs
+from specformer.generation import cache_ragged as ragged_cache
+from specformer.generation.accept_tokens import BestDrafts
+from specformer.generation.backend_graphs import RecordedPass
+from specformer.generation.backend_recordable import Watch
+from specformer.generation.cache_ragged import RaggedCache
+from specformer.generation.drafter_specformer import SpecFormerDrafter
+from specformer.generation.target import verify
 
 
 @pytest.fixture
@@ -127,7 +129,7 @@ def test_an_assistant(assistant: str, tapes):
 
 def test_long_texts_and_buffers_that_grow(tapes, monkeypatch):
     monkeypatch.setattr("specformer.generation.target.FIRST_CAPACITY", 8)
-    monkeypatch.setattr("specformer.generation.specformer_drafter.FIRST_CAPACITY", 8)
+    monkeypatch.setattr("specformer.generation.drafter_specformer.FIRST_CAPACITY", 8)
     monkeypatch.setattr(ragged_cache, "KV_LENGTH_STEP_RECORDED", 16)
     target, batch = llama(), ragged_batch()
     network = network_of(target, "context")

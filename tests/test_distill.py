@@ -13,11 +13,12 @@ import pytest
 import torch
 from architectures import make_target
 from exactness import choose_eos
+from tiny import EOS, VOCAB, llama
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
 from specformer.scripts import distill
 from specformer.scripts.distill import Answer, Answering, read_answers
 from specformer.scripts.parts.runs import begin_or_go_on
-from tiny import EOS, VOCAB, llama
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 NEW_TOKENS = 20
 

@@ -11,15 +11,16 @@ from dataclasses import dataclass
 import pytest
 import torch
 from exactness import choose_eos, plain
-from specformer import SpecFormerConfig, SpecFormerModel, generate
-from specformer.generation import auto_draft_length
-from specformer.generation import generate as entry
-from specformer.generation.auto_draft_length import AutoDraftLength, Experience
-from specformer.generation.confident_draft_length import ConfidentDraftLength
-from specformer.generation.draft_length import DraftLength
-from specformer.generation.drafter import NoDrafter, Proposal
 from test_alignment import assert_teacher_forced_agrees, make_network, record_drafts, target
 from tiny import llama, ragged_batch
+
+from specformer import SpecFormerConfig, SpecFormerModel, generate
+from specformer.generation import draft_length_auto as auto_draft_length
+from specformer.generation import generate as entry
+from specformer.generation.draft_length import DraftLength
+from specformer.generation.draft_length_auto import AutoDraftLength, Experience
+from specformer.generation.draft_length_confident import ConfidentDraftLength
+from specformer.generation.drafter import NoDrafter, Proposal
 
 __all__ = ["target"]  # a fixture
 
@@ -388,7 +389,7 @@ def test_drafts_behind_plain_rounds_equal_teacher_forced(seed: int, unread: int,
     batch, network = ragged_batch(), make_network("anchor", target)
     free = target.generate(**batch, eos_token_id=None, max_new_tokens=40)
     width = batch["input_ids"].shape[1]
-    monkeypatch.setattr("specformer.generation.specformer_drafter.MOST_UNREAD", unread)
+    monkeypatch.setattr("specformer.generation.drafter_specformer.MOST_UNREAD", unread)
     drafts = record_drafts(monkeypatch, free[:, width:])
     scripted(4, seed)
     arguments = dict(max_new_tokens=40, eos_token_id=choose_eos(free, width))

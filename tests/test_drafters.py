@@ -8,14 +8,15 @@ from architectures import make_target
 from exactness import check, plain
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from specformer import generate
-from specformer.generation.assistant_drafter import AssistantDrafter
-from specformer.generation.drafter import Prompts
-from specformer.generation.prompt import PromptLayout
-from specformer.generation.prompt_lookup_drafter import PromptLookupDrafter, find_repetition
-from specformer.generation.verification import NO_TOKEN
 from test_exactness import NEW_TOKENS, SAMPLING, SETTINGS, meaningful_target
 from tiny import EOS, PAD, llama, ragged_batch
+
+from specformer import generate
+from specformer.generation.accept_sampling import NO_TOKEN
+from specformer.generation.drafter import Prompts
+from specformer.generation.drafter_assistant import AssistantDrafter
+from specformer.generation.drafter_prompt_lookup import PromptLookupDrafter, find_repetition
+from specformer.generation.prompt import PromptLayout
 
 # ---- a causal LM as assistant
 

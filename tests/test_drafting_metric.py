@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 from exactness import choose_eos, oracle, plain
+from tiny import llama, ragged_batch
+
 from specformer import generate
-from specformer.generation.statistics import GenerationStatistics
+from specformer.generation.call_statistics import GenerationStatistics
 from specformer.scripts import measures as measures_module
 from specformer.scripts.measures import paper_measures
-from tiny import llama, ragged_batch
 
 METRIC = Path(__file__).parents[1] / "scripts" / "drafting_metric.py"
 # four passes that accepted 4, 2, 0 and 1 of 4 drafts

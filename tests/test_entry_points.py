@@ -12,9 +12,10 @@ import pytest
 import torch
 from exactness import Recorder
 from safetensors.torch import load_file, save_file
-from specformer import SpecFormerConfig, SpecFormerModel, generate
 from tiny import llama, ragged_batch
 from transformers import AutoConfig, AutoModel, PreTrainedModel, dynamic_module_utils
+
+from specformer import SpecFormerConfig, SpecFormerModel, generate
 
 ROOT = Path(__file__).resolve().parents[1]
 GENERATION = ROOT / "generation"

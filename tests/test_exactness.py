@@ -11,10 +11,11 @@ import torch
 from architectures import FAMILIES, make_target
 from exactness import assert_meaningful, check, choose_eos, oracle, plain
 from oracles import Oracle
-from specformer import SpecFormerConfig, SpecFormerModel, generate
-from specformer.generation import text as text_module
 from tiny import VOCAB, ragged_batch
 from transformers import MaxLengthCriteria, MaxTimeCriteria
+
+from specformer import SpecFormerConfig, SpecFormerModel, generate
+from specformer.generation import text as text_module
 
 NEW_TOKENS = 24
 SAMPLING = dict(do_sample=True, temperature=1.3, top_k=20, top_p=0.95)

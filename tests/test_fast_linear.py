@@ -11,9 +11,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from exactness import check, plain
+from test_alignment import make_network
+from tiny import llama, ragged_batch
+from torch import nn
+from torch.nn import functional
+
 from specformer import generate
-from specformer.generation import fast_linear
-from specformer.generation.fast_linear import (
+from specformer.generation import backend_linear as fast_linear
+from specformer.generation.backend_linear import (
     FEW,
     fast_linears,
     linear,
@@ -22,10 +27,6 @@ from specformer.generation.fast_linear import (
     plain_linears,
     with_rows,
 )
-from test_alignment import make_network
-from tiny import llama, ragged_batch
-from torch import nn
-from torch.nn import functional
 
 needs_onednn = pytest.mark.skipif(
     not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="torch was built without oneDNN"

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from specformer.scripts import fetch_target as script
-from specformer.scripts.fetch_target import MANIFEST, fetch_target, is_complete
 from tiny import llama
 from transformers import AutoModelForCausalLM
+
+from specformer.scripts import fetch_target as script
+from specformer.scripts.fetch_target import MANIFEST, fetch_target, is_complete
 
 
 class FakeTokenizer:

@@ -11,12 +11,13 @@ import pytest
 import torch
 from exactness import Recorder, choose_eos
 from oracles import Oracle
-from specformer import generate
-from specformer.generation import cuda_graphs
-from specformer.generation.recordable import Watch, waits_of_gpu
 from test_cuda_graphs import network_of
 from test_exactness import NEW_TOKENS, SAMPLING, meaningful_target
 from tiny import PRESETS
+
+from specformer import generate
+from specformer.generation import backend_graphs as cuda_graphs
+from specformer.generation.backend_recordable import Watch, waits_of_gpu
 
 pytestmark = [
     pytest.mark.gpu,

@@ -7,12 +7,13 @@ import threading
 import pytest
 import torch
 from exactness import check, plain
-from specformer import generate
-from specformer.generation import grouped_heads
-from specformer.generation.grouped_heads import folded_heads
 from test_alignment import make_network
 from tiny import llama, ragged_batch
 from transformers import AttentionInterface
+
+from specformer import generate
+from specformer.generation import backend_heads as grouped_heads
+from specformer.generation.backend_heads import folded_heads
 
 
 class Module(torch.nn.Module):

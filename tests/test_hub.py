@@ -21,11 +21,12 @@ import transformers
 from hub import File, Hub
 from huggingface_hub import constants
 from safetensors.torch import load
+from tiny import llama, ragged_batch
+from transformers import AutoModel
+
 from specformer import SpecFormerConfig, SpecFormerModel
 from specformer.publishing_specformer import push_folder
 from specformer.scripts import publish
-from tiny import llama, ragged_batch
-from transformers import AutoModel
 
 ROOT = Path(__file__).resolve().parents[1]
 ID = "user/tiny-drafter"

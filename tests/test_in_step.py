@@ -14,12 +14,13 @@ import pytest
 import torch
 import transformers
 from exactness import check, oracle, plain
-from specformer import generate
-from specformer.generation.own_state import Opaque, state_of
-from specformer.generation.versions import rows_of_a_prompt
 from test_exactness import NEW_TOKENS, SAMPLING, meaningful_target
 from tiny import EOS, VOCAB, llama, ragged_batch
 from transformers import LogitsProcessor, StoppingCriteria
+
+from specformer import generate
+from specformer.generation.backend_versions import rows_of_a_prompt
+from specformer.generation.text_own_state import Opaque, state_of
 
 ENDLESS = dict(eos_token_id=None, max_new_tokens=NEW_TOKENS)
 

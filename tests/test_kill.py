@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from kill import JOBS, Distillation, Training, check
+
 from specformer.scripts.distill import Answer
 
 

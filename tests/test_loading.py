@@ -9,11 +9,12 @@ import pytest
 import torch
 from exactness import check, plain
 from safetensors.torch import load_file, save_file
-from specformer import SpecFormerConfig, SpecFormerModel, generate
 from test_acceptance import DRAFTED, p_value, probabilities, small_target
 from test_acceptance import draw as draw_texts
 from tiny import PRESETS, llama, ragged_batch
 from transformers import AutoModel, PreTrainedModel
+
+from specformer import SpecFormerConfig, SpecFormerModel, generate
 
 SETTINGS = dict(max_new_tokens=12, eos_token_id=None)
 LOADERS = [SpecFormerModel, AutoModel]

@@ -8,14 +8,15 @@ import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 from architectures import make_target
-from specformer import SpecFormerConfig, SpecFormerModel, context_specformer
-from specformer.generation.hidden_states import HiddenStates
-from specformer.generation.versions import cache_argument, cache_of
-from specformer.layers_specformer import SpecFormerRMSNorm, rotate
-from specformer.target_specformer import final_norm_scale
 from tiny import PRESETS, VOCAB, all_logits, llama, llama_config, ragged_batch
 from torch.nn import functional
 from transformers import DynamicCache
+
+from specformer import SpecFormerConfig, SpecFormerModel, context_specformer
+from specformer.generation.backend_versions import cache_argument, cache_of
+from specformer.generation.target_states import HiddenStates
+from specformer.layers_specformer import SpecFormerRMSNorm, rotate
+from specformer.target_specformer import final_norm_scale
 
 B, T, D, SIZE = 2, 7, 5, 32
 

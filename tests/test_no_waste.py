@@ -14,16 +14,18 @@ import pytest
 import torch
 from architectures import make_target
 from exactness import check, choose_eos, oracle, plain
-from specformer import SpecFormerConfig, SpecFormerModel, generate, target_specformer
-from specformer.generation import decoding, ragged_cache
-from specformer.generation import specformer_drafter as drafter_module
-from specformer.generation import target as target_module
-from specformer.generation import text as text_module
-from specformer.generation.ragged_cache import RaggedCache
-from specformer.generation.text import Text
 from tiny import llama, ragged_batch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import StoppingCriteria
+
+from specformer import SpecFormerConfig, SpecFormerModel, generate, target_specformer
+from specformer.generation import cache_ragged as ragged_cache
+from specformer.generation import decoding
+from specformer.generation import drafter_specformer as drafter_module
+from specformer.generation import target as target_module
+from specformer.generation import text as text_module
+from specformer.generation.cache_ragged import RaggedCache
+from specformer.generation.text import Text
 
 WAITING_OPS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero"}
 WAITING_METHODS = ("tolist", "item", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__")

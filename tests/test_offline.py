@@ -10,14 +10,15 @@ import torch
 from exactness import choose_eos
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny import PRESETS, VOCAB, all_logits, llama, ragged_batch
+
 from specformer import SpecFormerModel, generate
-from specformer.generation.hidden_states import HiddenStates
+from specformer.generation.target_states import HiddenStates
 from specformer.scripts.parts import offline
 from specformer.scripts.parts.answers import Answers
 from specformer.scripts.parts.losses import IGNORED, drafter_loss, slot_labels
 from specformer.scripts.parts.offline import drafts_of_text, evaluate_offline, summarise, walk
 from specformer.scripts.train import calibrate_drafter
-from tiny import PRESETS, VOCAB, all_logits, llama, ragged_batch
 
 SLOTS, NEW_TOKENS = 4, 24
 LENGTHS = [1, 2, SLOTS]

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from exactness import oracle, plain
-from specformer import SpecFormerConfig, SpecFormerModel, generate
-from specformer.generation.text import Text
 from test_exactness import NEW_TOKENS, SAMPLING, StopAt, meaningful_target
 from tiny import llama
+
+from specformer import SpecFormerConfig, SpecFormerModel, generate
+from specformer.generation.text import Text
 
 SETTINGS = {
     "greedy": {},

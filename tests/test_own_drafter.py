@@ -6,13 +6,14 @@ import re
 import textwrap
 
 import pytest
-import specformer
 import torch
 from exactness import check, plain
-from specformer import Drafter, Proposal, generate
-from specformer.generation import drafter as contract
 from test_exactness import NEW_TOKENS, SAMPLING, meaningful_target
 from tiny import VOCAB, llama, ragged_batch
+
+import specformer
+from specformer import Drafter, Proposal, generate
+from specformer.generation import drafter as contract
 
 ENDLESS = dict(eos_token_id=None, max_new_tokens=NEW_TOKENS)
 

@@ -20,12 +20,13 @@ from canary import differences, normal, pinned
 from clean_environment import required_by
 from packaging.requirements import Requirement
 from packaging.version import Version
-from specformer import SpecFormerConfig, SpecFormerModel, registration
-from specformer.generation.versions import NEWEST_TESTED
-from specformer.scripts import tables
 from test_callers import tiny_tokenizer
 from tiny import llama, ragged_batch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from specformer import SpecFormerConfig, SpecFormerModel, registration
+from specformer.generation.backend_versions import NEWEST_TESTED
+from specformer.scripts import tables
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ConfigParser()

@@ -7,12 +7,14 @@ from collections.abc import Callable
 import pytest
 import torch
 from exactness import check, oracle, plain
-from specformer.generation import generate as entry
-from specformer.generation import probe, ragged_cache
-from specformer.generation import target as target_passes
-from specformer.generation.capabilities import UnsupportedTargetError
-from specformer.generation.ragged_cache import RaggedCache, sliding_layers
 from test_exactness import NEW_TOKENS, meaningful_target
+
+from specformer.generation import cache_ragged as ragged_cache
+from specformer.generation import generate as entry
+from specformer.generation import target as target_passes
+from specformer.generation import target_probe as probe
+from specformer.generation.cache_ragged import RaggedCache, sliding_layers
+from specformer.generation.call_refusals import UnsupportedTargetError
 
 mask, prepare, advance, masks = (
     RaggedCache.mask,
@@ -127,7 +129,7 @@ def test_probe_refuses_a_target_that_would_be_decoded_wrongly(name: str, plant: 
 
 def test_noise_of_another_row_is_found(monkeypatch):
     """The check of seeded sampling can fail as well."""
-    from specformer.generation.noise import StepNoise
+    from specformer.generation.accept_noise import StepNoise
 
     target, batch, eos = meaningful_target("llama")
     arguments = dict(eos_token_id=eos, max_new_tokens=NEW_TOKENS, do_sample=True)

@@ -8,14 +8,15 @@ import pytest
 import torch
 from architectures import make_target
 from exactness import check, oracle, plain
-from specformer import generate
-from specformer.generation.capabilities import UnsupportedTargetError
-from specformer.generation.position_table import positions_in_table
-from specformer.generation.probe import numbers_of, probe_target
-from specformer.generation.versions import CACHE_NAMES
 from tiny import VOCAB, llama, llama_config, ragged_batch
 from transformers import GPTNeoConfig, GPTNeoForCausalLM, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaAttention
+
+from specformer import generate
+from specformer.generation.backend_versions import CACHE_NAMES
+from specformer.generation.call_refusals import UnsupportedTargetError
+from specformer.generation.target_positions import positions_in_table
+from specformer.generation.target_probe import numbers_of, probe_target
 
 
 def gpt_neo():

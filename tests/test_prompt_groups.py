@@ -8,13 +8,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import PRESETS, llama, ragged_batch
+
 from specformer import SpecFormerModel, generate
 from specformer.generation.drafter import Prompts
+from specformer.generation.drafter_specformer import SpecFormerDrafter
 from specformer.generation.prompt import PromptLayout
 from specformer.generation.prompt_groups import LEAST_ON_ACCELERATOR, group_rows, tokens_of_a_pass
-from specformer.generation.specformer_drafter import SpecFormerDrafter
 from specformer.generation.target import prefill, prompt_arguments
-from tiny import PRESETS, llama, ragged_batch
 
 
 def cost(widths: list[int], groups: list[list[int]], pass_tokens: int) -> int:

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_callers import CHAT_TEMPLATE, tiny_tokenizer
+
 from specformer.scripts import distill
 from specformer.scripts.parts.prompt_rows import task_of
 from specformer.scripts.parts.prompts import encode, encode_each, read, read_prompts, template_arguments
-from test_callers import CHAT_TEMPLATE, tiny_tokenizer
 
 HELLO = {"role": "user", "content": "hello"}
 TERSE = {"role": "system", "content": "be terse"}

@@ -34,11 +34,12 @@ from exactness import Recorder
 from hypothesis import HealthCheck, Phase, event, given, seed, settings
 from hypothesis import strategies as st
 from oracles import Oracle
-from specformer import SpecFormerConfig, SpecFormerModel, generate
-from specformer.generation.noise import StepNoise
-from specformer.generation.text import Text
 from tiny import BOS, PAD, VOCAB, llama
 from transformers import EosTokenCriteria, GenerationConfig, MaxLengthCriteria, StopStringCriteria, WatermarkingConfig
+
+from specformer import SpecFormerConfig, SpecFormerModel, generate
+from specformer.generation.accept_noise import StepNoise
+from specformer.generation.text import Text
 
 TARGETS = ["llama", "gpt2", "gemma3"]
 ORACLES = ["sometimes", "adversarial", "always", "never"]

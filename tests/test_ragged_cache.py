@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+
+from specformer.generation.cache_ragged import KV_LENGTH_STEP, RaggedCache
 from specformer.generation.prompt import PromptLayout
-from specformer.generation.ragged_cache import KV_LENGTH_STEP, RaggedCache
 
 HEADS, HEAD_DIM = 2, 3
 

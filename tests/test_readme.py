@@ -20,12 +20,13 @@ from pathlib import Path
 import pytest
 import torch
 from hub import Hub
+from test_callers import tiny_tokenizer
+from tiny import llama
+
 from specformer import SpecFormerModel
 from specformer.generation import drafter as contract
 from specformer.scripts import speed_tables, tables, train
 from specformer.scripts.tables import SECTIONS, render
-from test_callers import tiny_tokenizer
-from tiny import llama
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = {

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+
 from specformer import generate
 from specformer.scripts.demo import PROMPTS
 from specformer.scripts.parts.prompts import encode
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 

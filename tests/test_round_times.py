@@ -7,7 +7,8 @@ from threading import Thread
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from specformer.generation.round_times import RoundTimes, interpolate, lasting_share, straight_line
+
+from specformer.generation.draft_length_times import RoundTimes, interpolate, lasting_share, straight_line
 
 
 def times_of(seconds: dict[tuple[int, int], float], count: int = 2) -> RoundTimes:

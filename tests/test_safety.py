@@ -20,9 +20,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import PRESETS, llama, llama_config
+
 from specformer import SpecFormerConfig, SpecFormerModel
 from specformer.configuration_specformer import LARGEST, MOST_PARAMETERS
-from tiny import PRESETS, llama, llama_config
 
 ROOT = Path(__file__).resolve().parents[1]
 WEIGHTS = "model.safetensors"

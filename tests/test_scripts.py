@@ -13,17 +13,17 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from specformer import SpecFormerConfig, SpecFormerModel
-from specformer.scripts import benchmark, distill, evaluate_drafter, model_card, plots, reproduce, train
-from specformer.scripts.parts import contenders, peak_memory
-from specformer.scripts.parts.recipes import read_recipe
-from specformer.scripts.parts.stored_states import map_file
 from tape import use_tapes
 from test_callers import tiny_tokenizer
 from tiny import PRESETS, llama, ragged_batch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from benchmarks import ablations, cost_model, half_precision, loop_overhead, variants
+from specformer import SpecFormerConfig, SpecFormerModel
+from specformer.scripts import benchmark, distill, evaluate_drafter, model_card, plots, reproduce, train
+from specformer.scripts.parts import contenders, peak_memory
+from specformer.scripts.parts.recipes import read_recipe
+from specformer.scripts.parts.stored_states import map_file
 
 TEXTS = ["the other note", "and in the end", "is it?", "one, two", "a hen on the hill", "so it is", "in there", "there"]
 CONVERSATION = [{"role": "assistant", "content": "the cat"}, {"role": "user", "content": "and now?"}]

@@ -13,13 +13,14 @@ import pytest
 import torch
 from exactness import Recorder, Reference, check, plain
 from oracles import Oracle
-from specformer import generate
-from specformer.generation.stopping import StoppingRules
-from specformer.generation.text import Text
 from test_callers import tiny_tokenizer
 from tiny import EOS, VOCAB, llama, ragged_batch
 from transformers import EosTokenCriteria, StoppingCriteriaList
 from transformers.generation import stopping_criteria as library_criteria
+
+from specformer import generate
+from specformer.generation.text import Text
+from specformer.generation.text_stopping import StoppingRules
 
 K = 4
 BLOCK = K + 1

@@ -8,9 +8,10 @@ import pytest
 import torch
 import transformers
 from exactness import check, plain
-from specformer import SpecFormerConfig, SpecFormerModel
 from tiny import BOS, PAD, VOCAB, ragged_batch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
+
+from specformer import SpecFormerConfig, SpecFormerModel
 
 CONFIGS = sorted({config.__name__ for config in MODEL_FOR_CAUSAL_LM_MAPPING})
 NO_HEADS = {"BltConfig", "FalconMambaConfig", "Mamba2Config", "MambaConfig", "RwkvConfig", "xLSTMConfig"}

@@ -9,11 +9,12 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from exactness import check, plain
+from tiny import PRESETS, VOCAB, llama, ragged_batch
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
+
 from specformer import SpecFormerConfig, SpecFormerModel, generate
 from specformer.configuration_specformer import FORMAT
 from specformer.target_specformer import check_embeddings, some_embeddings
-from tiny import PRESETS, VOCAB, llama, ragged_batch
-from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 OWN = "someone/own-target"
 SETTINGS = dict(max_new_tokens=8, eos_token_id=None, do_sample=False)

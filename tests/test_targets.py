@@ -18,12 +18,6 @@ import torch
 import transformers
 from architectures import make_target
 from exactness import assert_meaningful, check, choose_eos, oracle, plain
-from specformer import SpecFormerModel, generate
-from specformer.generation import generate as entry
-from specformer.generation.capabilities import UnsupportedTargetError
-from specformer.generation.hidden_states import HiddenStates
-from specformer.generation.specformer_drafter import SpecFormerDrafter
-from specformer.generation.versions import cache_argument, cache_of
 from test_bad_input import NEW_TOKENS as REFUSED_TOKENS
 from test_bad_input import contains, drafter_for, hooks_of, refusal
 from tiny import llama, ragged_batch
@@ -35,6 +29,13 @@ from transformers import (
     PreTrainedModel,
     TorchAoConfig,
 )
+
+from specformer import SpecFormerModel, generate
+from specformer.generation import generate as entry
+from specformer.generation.backend_versions import cache_argument, cache_of
+from specformer.generation.call_refusals import UnsupportedTargetError
+from specformer.generation.drafter_specformer import SpecFormerDrafter
+from specformer.generation.target_states import HiddenStates
 
 NEW_TOKENS = 16
 SAMPLING = dict(do_sample=True, temperature=1.3, top_k=20)

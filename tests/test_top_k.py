@@ -4,12 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from specformer.generation import top_k
-from specformer.generation.acceptance import Match
-from specformer.generation.noise import HashedNoise, StepNoise
-from specformer.generation.processors import Processors
-from specformer.generation.top_k import FewScores, TopK, rounding, sample_surely
-from specformer.generation.verification import NO_TOKEN, sample_with_noise
 from transformers import (
     LogitsProcessorList,
     MinPLogitsWarper,
@@ -17,6 +11,13 @@ from transformers import (
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
+
+from specformer.generation import accept_top_k as top_k
+from specformer.generation.accept_noise import HashedNoise, StepNoise
+from specformer.generation.accept_rules import Match
+from specformer.generation.accept_sampling import NO_TOKEN, sample_with_noise
+from specformer.generation.accept_top_k import FewScores, TopK, rounding, sample_surely
+from specformer.generation.text_processors import Processors
 
 ROWS, WIDTH = 4, 5
 CHAINS = {

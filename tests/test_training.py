@@ -16,6 +16,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny import VOCAB, llama, ragged_batch
+
 from specformer import SpecFormerConfig, SpecFormerModel, generate
 from specformer.scripts import train
 from specformer.scripts.parts import stored_states
@@ -25,7 +27,6 @@ from specformer.scripts.parts.offline import drafts_of_text, evaluate_offline, s
 from specformer.scripts.parts.runs import begin_or_go_on
 from specformer.scripts.parts.stored_states import StoredStates, shared_file
 from specformer.scripts.train import CHECKPOINTS, WHOLE, DrafterTrainer
-from tiny import VOCAB, llama, ragged_batch
 
 SMALL = ("--num-draft-tokens", "3", "--default-num-assistant-tokens", "2", "--held-out", "4", "--save-dtype", "float32")
 RUN = (*SMALL, "--epochs", "4", "--batch-size", "4", "--learning-rate", "1e-2", "--evaluations", "4", "--logging-steps")

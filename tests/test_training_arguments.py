@@ -10,11 +10,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from test_training import EACH_STEP, SMALL, log_of, prepare, run
+from transformers import TrainingArguments
+
 from specformer.scripts import distill, evaluate_drafter, reproduce, train
 from specformer.scripts.parts.recipes import options_of, read_recipe
 from specformer.scripts.parts.training_arguments import UNREAD, DrafterTrainingArguments
-from test_training import EACH_STEP, SMALL, log_of, prepare, run
-from transformers import TrainingArguments
 
 PLACES = ("--data", "answers", "--output", "drafter")
 

@@ -6,9 +6,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from specformer.generation import noise as noise_module
-from specformer.generation.noise import HashedNoise, StepNoise
-from specformer.generation.verification import count_accepted, places_of_best, sample_with_noise
+
+from specformer.generation import accept_noise as noise_module
+from specformer.generation.accept_noise import HashedNoise, StepNoise
+from specformer.generation.accept_sampling import count_accepted, places_of_best, sample_with_noise
 
 CPU = torch.device("cpu")
 BATCH, VOCAB = 3, 50

@@ -10,13 +10,16 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import specformer
 import torch
 import transformers
-from specformer import generate
-from specformer.generation import capabilities, probe, versions
 from tiny import llama, ragged_batch
 from transformers import DynamicCache
+
+import specformer
+from specformer import generate
+from specformer.generation import backend_versions as versions
+from specformer.generation import call_refusals as capabilities
+from specformer.generation import target_probe as probe
 
 ROOT = Path(__file__).parent.parent
 
@@ -113,7 +116,7 @@ def test_the_pinned_version_is_the_newest_tested_one():
 def test_names_that_changed_stand_in_one_file():
     """The old name of the cache, and private names of transformers that its versions module covers."""
     for path in [*ROOT.glob("*.py"), *(ROOT / "generation").glob("*.py")]:
-        if path.name == "versions.py":
+        if path.name == "backend_versions.py":
             continue
         text = path.read_text(encoding="utf-8")
         assert not re.search(r"\.past_key_values\b|_pad_token_tensor|_is_stateful|__version__", text), path

@@ -6,8 +6,9 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-from specformer import SpecFormerConfig
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from specformer import SpecFormerConfig
 
 VOCAB = 64
 PAD, BOS, EOS = 0, 1, 5

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+
 from specformer.scripts.parts.losses import IGNORED
 
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-from specformer.scripts.parts.losses import IGNORED
 from torch import nn
 from torch.nn import functional
+
+from specformer.scripts.parts.losses import IGNORED
 
 BINS = 20
 """Of confidences from 0 to 1, in which predicted and true shares are compared."""

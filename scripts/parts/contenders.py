@@ -6,10 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+
+from specformer.generation.backend_linear import FEW, fast_linears, faster_layers, plain_linears
+from specformer.generation.call_statistics import GenerationStatistics
 from specformer.generation.drafter import Drafter, Prompts, Proposal, Verified
-from specformer.generation.fast_linear import FEW, fast_linears, faster_layers, plain_linears
 from specformer.generation.generate import generate
-from specformer.generation.statistics import GenerationStatistics
 
 PLAIN = "plain generate"
 PLAIN_ONEDNN = "plain generate, oneDNN"

@@ -8,6 +8,7 @@ from collections import Counter, defaultdict
 
 import numpy as np
 import torch
+
 from specformer.generation.generate import generate
 from specformer.scripts.parts.prompt_rows import Prompt
 from specformer.scripts.parts.prompts import encode

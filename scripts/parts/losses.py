@@ -7,8 +7,9 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from specformer.target_specformer import BorrowedTarget
 from torch.nn import functional
+
+from specformer.target_specformer import BorrowedTarget
 
 IGNORED = -100
 

@@ -9,16 +9,17 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from torch import nn
+from torch.nn import functional
+
 from specformer.configuration_specformer import SpecFormerConfig
-from specformer.generation.fast_linear import fast_linears
-from specformer.generation.hidden_states import HiddenStates
-from specformer.generation.verification import best_tokens
+from specformer.generation.accept_sampling import best_tokens
+from specformer.generation.backend_linear import fast_linears
+from specformer.generation.target_states import HiddenStates
 from specformer.scripts.parts.answers import Answers
 from specformer.scripts.parts.confidence import BINS, calibration, count_by_confidence
 from specformer.scripts.parts.losses import IGNORED, Verifiers, drafter_loss, slot_labels
 from specformer.target_specformer import BorrowedTarget
-from torch import nn
-from torch.nn import functional
 
 
 def drafter_config(drafter: nn.Module) -> SpecFormerConfig:

@@ -13,8 +13,9 @@ from reprlib import repr as shown
 from typing import TypeVar
 
 from jinja2 import TemplateError
-from specformer.scripts.parts.prompt_rows import Prompt, prompt_of
 from transformers import PreTrainedTokenizerBase
+
+from specformer.scripts.parts.prompt_rows import Prompt, prompt_of
 
 Value = TypeVar("Value")
 

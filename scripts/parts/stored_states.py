@@ -13,11 +13,12 @@ from itertools import accumulate
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
+
 from specformer.scripts.parts.answers import Answers
 from specformer.scripts.parts.offline import target_states
 from specformer.scripts.parts.runs import writing
 from specformer.target_specformer import BorrowedTarget
-from tqdm import tqdm
 
 STORED = torch.bfloat16
 

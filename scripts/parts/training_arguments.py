@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from specformer.scripts.parts.recipes import options_of, read_recipe
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import string_to_bool
+
+from specformer.scripts.parts.recipes import options_of, read_recipe
 
 RENAMED = {
     "num_train_epochs": "epochs",

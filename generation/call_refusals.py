@@ -1,7 +1,7 @@
 """What cannot be done losslessly is refused here, before the first token, with the reason.
 
 Targets are judged by what they can do, not by a list of names: by the cache layers that they need and the arguments
-that their forward takes; what that cannot tell is left to the `probe`.
+that their forward takes; what that cannot tell is left to the `target_probe`.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from transformers import DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation import GenerationMode
 
+from .backend_versions import CACHE_NAMES, cache_name, cache_of, keeps_recurrent_state, prepared_inputs, untested
+from .call_settings import CallSettings, whole_number
 from .prompt import PromptLayout
-from .settings import CallSettings, whole_number
-from .versions import CACHE_NAMES, cache_name, cache_of, keeps_recurrent_state, prepared_inputs, untested
 
 KNOWN_MODEL_KWARGS = {
     "attention_mask",

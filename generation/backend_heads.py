@@ -16,8 +16,8 @@ import torch
 from torch.nn import functional
 from transformers import AttentionInterface
 
-from .process_wide import shared
-from .versions import sdpa_attention
+from .backend_process import shared
+from .backend_versions import sdpa_attention
 
 NAME = "sdpa"
 UNDERSTOOD = {"module", "query", "key", "value", "attention_mask", "scaling", "is_causal", "kwargs"}

@@ -12,7 +12,7 @@ from collections import Counter, OrderedDict
 
 import torch
 
-from .process_wide import shared
+from .backend_process import shared
 
 KEPT_BYTES = 512 * 2**20
 

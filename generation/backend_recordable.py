@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .capabilities import is_compiled
+from .call_refusals import is_compiled
 
 
 def can_record(device: torch.device) -> bool:

@@ -10,7 +10,7 @@ from statistics import NormalDist
 from weakref import WeakKeyDictionary
 
 from .draft_length import DraftLength
-from .round_times import RoundTimes, lasting_share
+from .draft_length_times import RoundTimes, lasting_share
 
 
 class Experience:

@@ -3,7 +3,7 @@
 Prefix-free ones map each row of scores on its own and run once over all drafted positions. Every other one is called
 as plain generate() calls it: with the whole original batch in its original order, all rows at one length, since some
 are bound to the batch they were made for. The library's own that remember their earlier calls are refused; what nobody
-knows is watched (`in_step`).
+knows is watched (`text_in_step`).
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from collections.abc import Callable
 import torch
 from transformers import LogitsProcessorList
 
-from .top_k import FewScores, TopK
-from .versions import rows_of_a_prompt
+from .accept_top_k import FewScores, TopK
+from .backend_versions import rows_of_a_prompt
 
 SCORES_ALONE = {
     "TemperatureLogitsWarper",
@@ -129,7 +129,7 @@ class Processors:
         return warped
 
     def leave_few(self, scores: torch.Tensor) -> FewScores | None:
-        """What the prefix-free processors leave of scores (..., V), if that can be only a few: see `top_k`."""
+        """What the prefix-free processors leave of scores (..., V), if that can be only a few: see `accept_top_k`."""
         return None if self.top_k is None else self.top_k.leave(scores)
 
 

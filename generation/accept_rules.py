@@ -15,10 +15,10 @@ from __future__ import annotations
 
 import torch
 
-from .noise import HashedNoise, StepNoise
-from .settings import whole_number
-from .top_k import FewScores, sample_surely
-from .verification import best_tokens, reject_and_resample, sample_with_noise
+from .accept_noise import HashedNoise, StepNoise
+from .accept_sampling import best_tokens, reject_and_resample, sample_with_noise
+from .accept_top_k import FewScores, sample_surely
+from .call_settings import whole_number
 
 ACCEPTANCE_RULES = ("match", "coupled", "rejection")
 

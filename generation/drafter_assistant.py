@@ -6,12 +6,12 @@ from contextlib import ExitStack
 
 import torch
 
-from .attention import usable_attention
-from .capabilities import check_target, input_device
+from .backend_linear import fast_linears
+from .call_refusals import check_target, input_device
 from .drafter import Drafter, Prompts, Proposal, Verified
-from .fast_linear import fast_linears
-from .probe import probe_target
 from .target import prefill, prompt_arguments, verify
+from .target_attention import usable_attention
+from .target_probe import probe_target
 
 
 class AssistantDrafter(Drafter):

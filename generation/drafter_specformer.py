@@ -10,14 +10,14 @@ from weakref import WeakKeyDictionary
 import torch
 from transformers import DynamicCache
 
-from .capabilities import is_compiled
-from .cuda_graphs import run_pass
+from .accept_tokens import BestDrafts
+from .backend_graphs import run_pass
+from .backend_linear import fast_linears
+from .cache_ragged import RaggedCache
+from .call_refusals import is_compiled
 from .drafter import Drafter, Prompts, Proposal, Verified
-from .fast_linear import fast_linears
-from .ragged_cache import RaggedCache
 from .target import FIRST_CAPACITY
-from .token_choice import BestDrafts
-from .uncompiled import uncompiled
+from .target_uncompiled import uncompiled
 
 MOST_UNREAD = 32
 """Positions of a row, of rounds without a proposal, after which the target's hidden states are read anyway, since they

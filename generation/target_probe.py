@@ -18,13 +18,13 @@ from torch.nn import functional
 from transformers import DynamicCache
 from transformers.cache_utils import CacheLayerMixin
 
-from .attention import attention_of
-from .capabilities import UnsupportedTargetError, input_device
-from .cuda_graphs import recorded_passes
+from .backend_graphs import recorded_passes
+from .backend_versions import cache_argument, untested
+from .cache_ragged import KV_LENGTH_STEP, RaggedCache, RaggedLayer, attention_masks
+from .call_refusals import UnsupportedTargetError, input_device
 from .prompt import PromptLayout
-from .ragged_cache import KV_LENGTH_STEP, RaggedCache, RaggedLayer, attention_masks
 from .target import prefill, prompt_arguments, read_block, verify
-from .versions import cache_argument, untested
+from .target_attention import attention_of
 
 _probed: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # model -> attention implementations that passed
 

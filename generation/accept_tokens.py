@@ -11,12 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
-from .acceptance import AcceptanceRule
+from .accept_rules import AcceptanceRule
+from .accept_sampling import NO_TOKEN, best_tokens, count_accepted
 from .drafter import Drafter, Proposal, check_proposal
-from .processors import Processors
-from .step_outputs import StepOutputs
 from .text import Text
-from .verification import NO_TOKEN, best_tokens, count_accepted
+from .text_outputs import StepOutputs
+from .text_processors import Processors
 
 
 @dataclass(frozen=True)

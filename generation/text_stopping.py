@@ -13,7 +13,7 @@ from transformers import (
     StopStringCriteria,
 )
 
-from .in_step import InStep, name_of
+from .text_in_step import InStep, name_of
 
 
 class StoppingRules:

@@ -8,7 +8,7 @@ from time import perf_counter
 
 import torch
 
-from .auto_draft_length import AutoDraftLength
+from .draft_length_auto import AutoDraftLength
 
 
 class ConfidentDraftLength(AutoDraftLength):

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import torch
 
-from .process_wide import shared
+from .backend_process import shared
 
 _stances: list = shared("stances", list)  # one entry per call inside; the first knows the stance to go back to
 _stances_lock = shared("stances_lock", threading.Lock)

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from transformers import GenerationMixin
 
-from .acceptance import AcceptanceRule
-from .assistant_drafter import AssistantDrafter
-from .auto_draft_length import AutoDraftLength, experience_of
-from .capabilities import unwrapped
-from .confident_draft_length import ConfidentDraftLength
-from .copying_drafter import MOST_COPIED, CopyingDrafter, CopyRates
+from .accept_rules import AcceptanceRule
+from .call_refusals import unwrapped
+from .call_settings import whole_number
 from .draft_length import AUTO, DraftLength, checked_draft_length
+from .draft_length_auto import AutoDraftLength, experience_of
+from .draft_length_confident import ConfidentDraftLength
 from .drafter import Drafter, NoDrafter, is_drafter
-from .prompt_lookup_drafter import PromptLookupDrafter
-from .settings import whole_number
-from .specformer_drafter import SpecFormerDrafter
+from .drafter_assistant import AssistantDrafter
+from .drafter_copying import MOST_COPIED, CopyingDrafter, CopyRates
+from .drafter_prompt_lookup import PromptLookupDrafter
+from .drafter_specformer import SpecFormerDrafter
 
 MOST_WITHOUT_NUMBER = 16
 """A drafter without an end of its own, such as a causal LM, drafts no more than this where nobody names a number."""
@@ -94,7 +94,7 @@ def drafter_under(rule: AcceptanceRule, drafter: Drafter) -> Drafter:
 def choose_draft_length(
     requested: int | str | None, drafter: Drafter, model, assistant_model, rule: AcceptanceRule, cuda_graphs: bool
 ) -> DraftLength:
-    """How much each round drafts; `drafter` and `requested` are what `choose_drafter` returned."""
+    """How much each round drafts; `drafter` and `requested` are what `call_drafter` returned."""
     if requested is None and rule.text_depends_on_drafts:  # and would depend on the clock
         requested = drafter.default_num_assistant_tokens
     if requested in (None, AUTO):

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 
-from .own_state import Opaque, state_of
+from .text_own_state import Opaque, state_of
 
 
 class InStep:

@@ -17,9 +17,9 @@ from contextlib import contextmanager, suppress
 
 import torch
 
-from .process_wide import shared
-from .ragged_cache import KV_LENGTH_STEP_RECORDED, RaggedCache
-from .recordable import Watch, agree, can_record, waits_of_gpu
+from .backend_process import shared
+from .backend_recordable import Watch, agree, can_record, waits_of_gpu
+from .cache_ragged import KV_LENGTH_STEP_RECORDED, RaggedCache
 
 MOST_RECORDED = 64
 """Graphs of one call, which each take some memory. What comes up later runs as it is written."""

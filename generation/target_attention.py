@@ -7,7 +7,7 @@ import warnings
 import weakref
 from contextlib import contextmanager
 
-from .process_wide import shared
+from .backend_process import shared
 
 USABLE_ATTENTION = ("sdpa", "eager")
 

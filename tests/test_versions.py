@@ -27,7 +27,7 @@ ROOT = Path(__file__).parent.parent
 @pytest.fixture
 def newer(monkeypatch):
     """A transformers of the day after the newest tested one."""
-    monkeypatch.setattr(transformers, "__version__", "99.1.0.dev0")
+    monkeypatch.setattr(versions.transformers, "__version__", "99.1.0.dev0")
     versions.warn_if_untested.cache_clear()
     yield "99.1.0.dev0"
     versions.warn_if_untested.cache_clear()

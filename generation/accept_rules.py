@@ -18,7 +18,7 @@ import torch
 from .accept_noise import HashedNoise, StepNoise
 from .accept_sampling import best_tokens, reject_and_resample, sample_with_noise
 from .accept_top_k import FewScores, sample_surely
-from .call_settings import whole_number
+from .argument import whole_number
 
 ACCEPTANCE_RULES = ("match", "coupled", "rejection")
 

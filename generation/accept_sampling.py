@@ -9,7 +9,8 @@ import math
 
 import torch
 
-NO_TOKEN = -1
+from .proposal import NO_TOKEN
+
 MOST_IN_BLOCK = 256
 
 

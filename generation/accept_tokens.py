@@ -11,12 +11,13 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
+from .accept_processors import Processors
 from .accept_rules import AcceptanceRule
-from .accept_sampling import NO_TOKEN, best_tokens, count_accepted
-from .drafter import Drafter, Proposal, check_proposal
+from .accept_sampling import best_tokens, count_accepted
+from .argument import name_of
+from .proposal import NO_TOKEN, Proposal, check_proposal, first_path
 from .text import Text
 from .text_outputs import StepOutputs
-from .text_processors import Processors
 
 
 @dataclass(frozen=True)
@@ -88,16 +89,23 @@ class TokenChoice:
         self.proposals.append(proposals)
         return drafts
 
-    def drafts_of(self, proposal: Proposal, drafter: Drafter, num_tokens: int) -> torch.Tensor:
-        """The drafts (R, n) of a proposal for `num_tokens`, beside the text.
+    def checked(self, proposal: Proposal, drafter, num_tokens: int) -> Proposal:
+        """What is verified of a `drafter`'s proposal for `num_tokens`: a chain of tokens for each row, on the text's
+        device.
 
         Raises:
-            ValueError: what a broken drafter gave.
+            ValueError: what a broken drafter gave, or a tree whose tokens this rule cannot tell from a chain's.
         """
         check_proposal(proposal, drafter, len(self.text.rows), num_tokens, self.vocab_size)
+        if getattr(proposal, "parents", None) is not None and any(each is not None for each in self.proposals):
+            raise ValueError(
+                f"The drafter {name_of(drafter)} proposed a tree, and acceptance='rejection' needs to know what each "
+                "token was sampled from: propose probabilities instead of calling choose(), or no parents."
+            )
+        proposal = first_path(proposal, self.text.ids.device)
         if proposal.probabilities is not None:
             self.proposals[:] = [proposal.probabilities.to(self.text.ids.device, torch.float32)]
-        return proposal.tokens.to(self.text.ids.device)
+        return proposal
 
     def readable(self, drafts: torch.Tensor) -> torch.Tensor:
         """Drafts as the target can read them: a token also where there is none."""

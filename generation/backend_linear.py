@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from .call_refusals import is_compiled
+from .backend_compiled import is_compiled
 
 PADDED = 256
 """Up to here numbers of rows are rounded up."""

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .call_refusals import is_compiled
+from .backend_compiled import is_compiled
 
 
 def can_record(device: torch.device) -> bool:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from transformers import GenerationMixin
 
 from .accept_rules import AcceptanceRule
-from .call_refusals import unwrapped
-from .call_settings import whole_number
+from .argument import whole_number
 from .draft_length import AUTO, DraftLength, checked_draft_length
 from .draft_length_auto import AutoDraftLength, experience_of
 from .draft_length_confident import ConfidentDraftLength
@@ -15,6 +14,7 @@ from .drafter_assistant import AssistantDrafter
 from .drafter_copying import MOST_COPIED, CopyingDrafter, CopyRates
 from .drafter_prompt_lookup import PromptLookupDrafter
 from .drafter_specformer import SpecFormerDrafter
+from .target_refusals import unwrapped
 
 MOST_WITHOUT_NUMBER = 16
 """A drafter without an end of its own, such as a causal LM, drafts no more than this where nobody names a number."""

@@ -1,22 +1,19 @@
-"""What cannot be done losslessly is refused here, before the first token, with the reason.
-
-Targets are judged by what they can do, not by a list of names: by the cache layers that they need and the arguments
-that their forward takes; what that cannot tell is left to the `target_probe`.
-"""
+"""Calls that cannot be answered losslessly are refused here, before the first token, with the reason. Targets that
+cannot be are refused in `target_refusals`."""
 
 from __future__ import annotations
 
-import inspect
-from typing import NoReturn
-
 import torch
 from transformers import DynamicCache, GenerationConfig
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicSlidingWindowLayer
 from transformers.generation import GenerationMode
 
-from .backend_versions import CACHE_NAMES, cache_name, cache_of, keeps_recurrent_state, prepared_inputs, untested
-from .call_settings import CallSettings, whole_number
+from .argument import whole_number
+from .backend_versions import CACHE_NAMES
+from .call_settings import CallSettings
 from .prompt import PromptLayout
+from .target_refusals import refuse, rope_settings
+from .target_trials import changes_nothing, forgets_at
 
 KNOWN_MODEL_KWARGS = {
     "attention_mask",
@@ -44,91 +41,6 @@ OTHER_STRATEGIES = (
     "speculation_type",
 )
 """Options that choose a strategy of their own."""
-
-
-class UnsupportedTargetError(ValueError):
-    """This target or this call cannot be decoded speculatively without risking another text."""
-
-
-def refuse(model, reason: str) -> NoReturn:
-    raise UnsupportedTargetError(
-        f"{type(model).__name__} cannot be decoded speculatively: {reason} Call generate() without custom_generate and "
-        f"assistant_model instead.{untested()}"
-    )
-
-
-def unwrapped(model):
-    """The transformers model inside what torch.compile(model) or PEFT put around it. Adapters are in its layers."""
-    model = getattr(model, "_orig_mod", model)
-    if hasattr(model, "get_base_model"):
-        check_adapters(model, model)
-        return unwrapped(model.get_base_model())
-    return model
-
-
-def is_compiled(model: torch.nn.Module) -> bool:
-    """Whether torch.compile was applied to `model` itself or to a part of it."""
-    return any(
-        module._compiled_call_impl is not None or hasattr(module.forward, "_torchdynamo_orig_callable")
-        for module in model.modules()
-    )
-
-
-def check_adapters(model, peft_model) -> None:
-    """Refuse PEFT adapters that are more than weights in the layers.
-
-    Raises:
-        UnsupportedTargetError: see the messages.
-    """
-    if getattr(getattr(peft_model, "active_peft_config", None), "is_prompt_learning", False):
-        refuse(model, "its PEFT adapter puts virtual tokens before each prompt (prompt or prefix tuning).")
-    for module in model.modules():
-        for hook in module._forward_pre_hooks.values():
-            if "adapter_names" in (getattr(hook, "keywords", None) or {}):
-                refuse(model, "its rows have adapters of their own (adapter_names), and rows leave the batch.")
-
-
-def input_device(model) -> torch.device:
-    """Where `model` takes its tokens: at its first weights that are not offloaded, or anywhere."""
-    return next((weight.device for weight in model.parameters() if not weight.is_meta), torch.device("cpu"))
-
-
-def check_target(model) -> None:
-    """Refuse architectures whose cached state cannot be kept per row.
-
-    Raises:
-        UnsupportedTargetError: encoder-decoder, state-space or hybrid layers, ALiBi, multimodal positions.
-    """
-    if not model.can_generate():
-        refuse(model, "it has no LM head. Load it with AutoModelForCausalLM.")
-    # While PEFT generates, this method of the inner model is one of the PEFT model.
-    check_adapters(model, getattr(model.prepare_inputs_for_generation, "__self__", None))
-    if model.config.is_encoder_decoder:
-        refuse(model, "it is an encoder-decoder, and only decoder-only models are supported.")
-    config = model.config.get_text_config(decoder=True)
-    if keeps_recurrent_state(model):
-        refuse(model, "it keeps a recurrent state, from which rejected tokens cannot be taken back.")
-    arguments = inspect.signature(model.forward).parameters
-    missing = [name for name in ("attention_mask", "position_ids") if name not in arguments]
-    if cache_name(model.forward) is None:
-        missing.append(" or ".join(CACHE_NAMES))
-    if missing:
-        refuse(
-            model,
-            f"its forward does not take {', '.join(missing)}, so rows of different lengths cannot be told apart "
-            "(ALiBi and state-space models are like that).",
-        )
-    if getattr(config, "alibi", False):
-        refuse(model, "it uses ALiBi, whose biases follow the padded columns and not each row's own positions.")
-    strange = {
-        type(layer).__name__
-        for layer in DynamicCache(config=model.config).layers
-        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer)
-    }
-    if strange:
-        refuse(model, f"it needs cache layers that cannot take back tokens ({', '.join(sorted(strange))}).")
-    if any("mrope_section" in rope for rope in rope_settings(config)):
-        refuse(model, "its rotary positions have several axes (a multimodal model).")
 
 
 def check_arguments(
@@ -248,30 +160,6 @@ def check_call(model, layout: PromptLayout, generation_config: GenerationConfig,
         )
 
 
-class CacheOf(DynamicCache):
-    """Seems to hold `length` tokens."""
-
-    length = 0
-
-    def get_seq_length(self, *args, **kwargs) -> int:
-        return self.length
-
-    def __len__(self) -> int:
-        return 1
-
-
-def forgets_at(model, length: int) -> bool:
-    """Whether plain generate() drops the cache of `length` tokens when it goes on, and reads the last token alone."""
-    cache = CacheOf()
-    cache.length = length
-    tokens = torch.zeros(1, length + 1, dtype=torch.long, device=input_device(model))
-    try:
-        inputs = prepared_inputs(model, tokens, cache, next_sequence_length=1, use_cache=True)
-    except (AttributeError, TypeError, ValueError):  # it wants more than that
-        return False
-    return cache_of(inputs) is None and inputs["input_ids"].shape[1] == 1
-
-
 def drop_types_of_text(model, model_kwargs: dict) -> None:
     """Take token types out of `model_kwargs` that are 0 everywhere, where the model does not tell that from none.
 
@@ -291,27 +179,6 @@ def drop_types_of_text(model, model_kwargs: dict) -> None:
             del model_kwargs[name]
 
 
-@torch.no_grad()
-def changes_nothing(model, name: str) -> bool:
-    """Whether zeros as the input `name` are the same to `model` as none, in a trial on a few tokens. They are not
-    where they have an embedding that is added (GPT-2)."""
-    tokens = torch.arange(8, device=input_device(model))[None] % model.config.get_text_config(decoder=True).vocab_size
-    without, given = (
-        model(input_ids=tokens, use_cache=False, **types).logits[0].cpu().double()
-        for types in ({}, {name: torch.zeros_like(tokens)})
-    )
-    rounding = max(torch.finfo(model.dtype).eps, torch.finfo(torch.float32).eps) ** 0.5
-    errors = (given - without).abs().median(dim=-1).values  # of each position
-    return bool((errors <= rounding * without.std()).all())
-
-
 def is_empty(value) -> bool:
     """Composite models are given an empty dictionary of images with a prompt of text alone."""
     return isinstance(value, dict) and not value
-
-
-def rope_settings(config) -> list[dict]:
-    """All rotary settings of a config: one, or one per layer type."""
-    settings = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    nested = [value for value in settings.values() if isinstance(value, dict)]
-    return nested or [settings]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
 
@@ -31,12 +30,3 @@ class CallSettings:
         if any(getattr(config, name, None) is not None for config in self.configs):
             self.kwargs[name] = None
         return value
-
-
-def whole_number(value) -> int | None:
-    """`value` as a Python integer, `None` where it is none: NumPy's and torch's are, booleans and floats are not."""
-    value = getattr(value, "tolist", lambda: value)()  # a boolean of torch would pass for an integer
-    try:
-        return None if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        return None

@@ -14,8 +14,9 @@ from .accept_tokens import TokenChoice
 from .backend_linear import fast_linears
 from .call_statistics import GenerationStatistics
 from .draft_length import DraftLength, round_draft_length
-from .drafter import Drafter, Prompts, Verified, count_drafted
+from .drafter import Drafter, Prompts, Verified
 from .prompt import PromptLayout
+from .proposal import count_drafted
 from .target import prefill, verify
 from .target_positions import positions_in_table
 from .text import Text
@@ -64,8 +65,8 @@ def decode(
             if table is not None:
                 k = max(0, min(k, table - 1 - longest_read(text, layout)))
             if k and text.in_step.may_draft():
-                proposal = drafter.propose(k, choice.for_drafter)
-                drafts = choice.drafts_of(proposal, drafter, k)  # (R, k) or fewer
+                proposal = choice.checked(drafter.propose(k, choice.for_drafter), drafter, k)
+                drafts = proposal.tokens  # (R, k) or fewer
                 drafts = drafts[:, : draft_length.keep(drafts, proposal.confidences, text.device_idle, started)]
             else:
                 drafts = input_ids.new_empty(len(text.rows), 0)

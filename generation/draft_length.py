@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .call_settings import whole_number
+from .argument import whole_number
 
 AUTO = "auto"
 

@@ -34,8 +34,9 @@ from dataclasses import dataclass
 
 import torch
 
-from .accept_sampling import NO_TOKEN
+from .argument import name_of
 from .prompt import PromptLayout
+from .proposal import Proposal
 
 STEPS = ("begin", "propose", "update", "select_rows")
 
@@ -57,22 +58,6 @@ class Prompts:
     first_tokens: torch.Tensor
     max_length: int
     hidden_states: list[torch.Tensor] | None = None
-
-
-@dataclass
-class Proposal:
-    """What a drafter proposes.
-
-    Attributes:
-        tokens: (R, n), n up to the number that was asked for; NO_TOKEN (-1) from where a row has nothing to draft.
-        confidences: how likely each token is accepted once those in front of it are, (R, n), if the drafter can tell.
-        probabilities: the distributions that the tokens were sampled from, (R, n, V), if the drafter sampled them
-            itself. `choose` remembers its own.
-    """
-
-    tokens: torch.Tensor
-    confidences: torch.Tensor | None = None
-    probabilities: torch.Tensor | None = None
 
 
 @dataclass
@@ -176,44 +161,3 @@ def blamed(method: Callable, step: str) -> Callable:
             raise
 
     return named
-
-
-def name_of(drafter: Drafter) -> str:
-    kind = type(drafter)
-    return f"{kind.__module__}.{kind.__qualname__}"
-
-
-def check_proposal(proposal: Proposal, drafter: Drafter, num_rows: int, num_tokens: int, vocab_size: int) -> None:
-    """
-    Raises:
-        ValueError: what a broken drafter gave; the message names it.
-    """
-
-    def refuse(what: str) -> None:
-        raise ValueError(f"The drafter {name_of(drafter)} {what}")
-
-    tokens = getattr(proposal, "tokens", None)
-    if not isinstance(tokens, torch.Tensor):
-        refuse(f"proposed a {type(proposal).__name__}; expected a Proposal, whose tokens are a tensor.")
-    if tokens.ndim != 2 or len(tokens) != num_rows or tokens.shape[1] > num_tokens:
-        refuse(
-            f"proposed tokens of shape {tuple(tokens.shape)}; expected one row for each of the {num_rows} rows, and at "
-            f"most {num_tokens} columns."
-        )
-    if tokens.dtype != torch.long:
-        refuse(f"proposed tokens of {tokens.dtype}; expected torch.int64.")
-    for name, ndim in (("confidences", 2), ("probabilities", 3)):
-        value = getattr(proposal, name, None)
-        if value is not None and (value.ndim != ndim or value.shape[:2] != tokens.shape):
-            refuse(f"proposed {name} of shape {tuple(value.shape)} for tokens of shape {tuple(tokens.shape)}.")
-    if not drafter.proposes_known_tokens and tokens.numel():
-        lowest, highest = torch.stack(tokens.aminmax()).tolist()
-        if lowest < NO_TOKEN or highest >= vocab_size:
-            refuse(
-                f"proposed tokens from {lowest} to {highest}; expected 0 to {vocab_size - 1}, or {NO_TOKEN} for none."
-            )
-
-
-def count_drafted(drafts: torch.Tensor) -> torch.Tensor:
-    """How many tokens each row drafts, of (R, n): those in front of its first NO_TOKEN, (R,)."""
-    return (drafts != NO_TOKEN).long().cumprod(dim=1).sum(dim=1)

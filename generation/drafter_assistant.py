@@ -7,11 +7,12 @@ from contextlib import ExitStack
 import torch
 
 from .backend_linear import fast_linears
-from .call_refusals import check_target, input_device
-from .drafter import Drafter, Prompts, Proposal, Verified
+from .drafter import Drafter, Prompts, Verified
+from .proposal import Proposal
 from .target import prefill, prompt_arguments, verify
 from .target_attention import usable_attention
 from .target_probe import probe_target
+from .target_refusals import check_target, input_device
 
 
 class AssistantDrafter(Drafter):

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
-from .accept_sampling import NO_TOKEN
-from .drafter import Drafter, Prompts, Proposal, Verified
+from .drafter import Drafter, Prompts, Verified
 from .drafter_prompt_lookup import PromptLookupDrafter
+from .proposal import NO_TOKEN, Proposal
 
 MOST_COPIED = 8
 """Tokens that are copied each round where nobody names a number."""

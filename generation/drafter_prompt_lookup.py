@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
-from .accept_sampling import NO_TOKEN
-from .drafter import Drafter, Prompts, Proposal, Verified
+from .drafter import Drafter, Prompts, Verified
+from .proposal import NO_TOKEN, Proposal
 
 FIRST_WIDTH = 256
 """New tokens that the buffer has room for at first; it doubles."""

@@ -11,13 +11,13 @@ import torch
 from transformers import DynamicCache
 
 from .accept_tokens import BestDrafts
+from .backend_compiled import is_compiled, uncompiled
 from .backend_graphs import run_pass
 from .backend_linear import fast_linears
 from .cache_ragged import RaggedCache
-from .call_refusals import is_compiled
-from .drafter import Drafter, Prompts, Proposal, Verified
+from .drafter import Drafter, Prompts, Verified
+from .proposal import Proposal
 from .target import FIRST_CAPACITY
-from .target_uncompiled import uncompiled
 
 MOST_UNREAD = 32
 """Positions of a row, of rounds without a proposal, after which the target's hidden states are read anyway, since they

@@ -8,13 +8,14 @@ import torch
 from transformers import GenerationMixin, StoppingCriteriaList, StopStringCriteria
 from transformers.generation import GenerateDecoderOnlyOutput
 
+from .accept_processors import PrefixFunctionForWantedRows, Processors
 from .accept_rules import acceptance_rule, check_acceptance
 from .accept_tokens import TokenChoice
 from .backend_graphs import recorded_passes
 from .backend_recordable import check_recordable
 from .backend_versions import pad_token_id, warn_if_untested
 from .call_drafter import choose_draft_length, choose_drafter, drafter_under
-from .call_refusals import check_arguments, check_call, check_target, unwrapped
+from .call_refusals import check_arguments, check_call
 from .call_settings import CallSettings
 from .call_statistics import GenerationStatistics
 from .decoding import decode
@@ -22,10 +23,10 @@ from .prompt import PromptLayout
 from .prompt_groups import tokens_of_a_pass
 from .target_attention import usable_attention
 from .target_probe import probe_target
+from .target_refusals import check_target, unwrapped
 from .text import Text
 from .text_in_step import InStep
 from .text_outputs import StepOutputs
-from .text_processors import PrefixFunctionForWantedRows, Processors
 from .text_stopping import StoppingRules
 
 HUB_ARGUMENTS = {

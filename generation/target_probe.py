@@ -21,10 +21,10 @@ from transformers.cache_utils import CacheLayerMixin
 from .backend_graphs import recorded_passes
 from .backend_versions import cache_argument, untested
 from .cache_ragged import KV_LENGTH_STEP, RaggedCache, RaggedLayer, attention_masks
-from .call_refusals import UnsupportedTargetError, input_device
 from .prompt import PromptLayout
 from .target import prefill, prompt_arguments, read_block, verify
 from .target_attention import attention_of
+from .target_refusals import UnsupportedTargetError, input_device
 
 _probed: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # model -> attention implementations that passed
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .accept_sampling import NO_TOKEN
+from .proposal import NO_TOKEN
 from .text_in_step import InStep
 from .text_outputs import StepOutputs
 from .text_stopping import StoppingRules

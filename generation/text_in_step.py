@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 
+from .argument import name_of
 from .text_own_state import Opaque, state_of
 
 
@@ -77,8 +78,3 @@ class InStep:
             return state_of(callable)
         except Opaque as obstacle:
             self.require(f"{name_of(callable)} may keep state between its calls ({obstacle}).")
-
-
-def name_of(callable: Callable) -> str:
-    kind = callable if hasattr(callable, "__qualname__") else type(callable)
-    return f"{kind.__module__}.{kind.__qualname__}"

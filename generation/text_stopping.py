@@ -13,7 +13,8 @@ from transformers import (
     StopStringCriteria,
 )
 
-from .text_in_step import InStep, name_of
+from .argument import name_of
+from .text_in_step import InStep
 
 
 class StoppingRules:

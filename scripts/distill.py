@@ -27,12 +27,12 @@ import torch
 from specformer.generation.accept_noise import HashedNoise
 from specformer.generation.accept_sampling import sample_with_noise
 from specformer.generation.backend_linear import fast_linears
-from specformer.generation.call_refusals import check_target, input_device
 from specformer.generation.prompt import PromptLayout
 from specformer.generation.prompt_groups import tokens_of_a_pass
 from specformer.generation.target import prefill, prompt_arguments, verify
 from specformer.generation.target_attention import usable_attention
 from specformer.generation.target_probe import probe_target
+from specformer.generation.target_refusals import check_target, input_device
 from specformer.scripts.parts.prompts import encode_each, read_prompts, template_arguments
 from specformer.scripts.parts.provenance import provenance
 from specformer.scripts.parts.runs import begin_or_go_on

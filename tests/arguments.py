@@ -36,7 +36,7 @@ from transformers import (
 
 from specformer import SpecFormerConfig, SpecFormerModel, generate
 from specformer.generation.backend_versions import CACHE_NAMES
-from specformer.generation.call_refusals import refuse
+from specformer.generation.target_refusals import refuse
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "arguments.md"

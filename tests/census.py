@@ -32,7 +32,7 @@ from transformers import PreTrainedModel
 
 from specformer import SpecFormerConfig, SpecFormerModel, generate
 from specformer.generation import prompt_groups
-from specformer.generation.call_refusals import UnsupportedTargetError
+from specformer.generation.target_refusals import UnsupportedTargetError
 from specformer.scripts.parts.losses import drafter_loss
 from specformer.scripts.parts.offline import drafts_of_text
 from specformer.scripts.parts.provenance import provenance

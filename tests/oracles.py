@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from tiny import VOCAB
 
-from specformer.generation.drafter import Drafter, Prompts, Proposal, Verified
+from specformer.generation.drafter import Drafter, Prompts, Verified
+from specformer.generation.proposal import Proposal
 
 
 class Oracle(Drafter):

@@ -25,8 +25,9 @@ from specformer.generation import accept_noise as noise_module
 from specformer.generation import accept_rules as acceptance
 from specformer.generation.accept_noise import HashedNoise
 from specformer.generation.accept_rules import ACCEPTANCE_RULES, Match, Rejection, row_seeds
-from specformer.generation.accept_sampling import NO_TOKEN, reject_and_resample, sample_with_noise
+from specformer.generation.accept_sampling import reject_and_resample, sample_with_noise
 from specformer.generation.accept_tokens import TokenChoice
+from specformer.generation.proposal import NO_TOKEN
 
 CPU = torch.device("cpu")
 

@@ -17,8 +17,8 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from specformer import SpecFormerModel, generate
 from specformer.context_specformer import SeenContext
 from specformer.generation.accept_tokens import TokenChoice
-from specformer.generation.drafter import Proposal
 from specformer.generation.drafter_specformer import SpecFormerDrafter
+from specformer.generation.proposal import Proposal
 from specformer.generation.target_states import HiddenStates
 from specformer.scripts.parts.answers import Answers
 from specformer.scripts.parts.losses import (

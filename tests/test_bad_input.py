@@ -15,8 +15,8 @@ from transformers import DynamicCache, GenerationConfig, LlamaForCausalLM, PreTr
 
 from specformer import SpecFormerConfig, SpecFormerModel, generate
 from specformer.generation import target_probe as probe
-from specformer.generation.call_refusals import UnsupportedTargetError
 from specformer.generation.target_probe import probe_target
+from specformer.generation.target_refusals import UnsupportedTargetError
 
 NEW_TOKENS = 8
 

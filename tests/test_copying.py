@@ -10,13 +10,13 @@ from test_exactness import NEW_TOKENS, SETTINGS, meaningful_target
 from tiny import PRESETS, llama, ragged_batch
 
 from specformer import SpecFormerModel, generate
-from specformer.generation.accept_sampling import NO_TOKEN
 from specformer.generation.call_drafter import choose_drafter, drafter_under
 from specformer.generation.draft_length_auto import experience_of
-from specformer.generation.drafter import NoDrafter, Prompts, Proposal, Verified
+from specformer.generation.drafter import NoDrafter, Prompts, Verified
 from specformer.generation.drafter_copying import MOST_COPIED, CopyingDrafter, CopyRates
 from specformer.generation.drafter_specformer import SpecFormerDrafter
 from specformer.generation.prompt import PromptLayout
+from specformer.generation.proposal import NO_TOKEN, Proposal
 
 
 def network_of(target, preset: str = "confidence") -> SpecFormerModel:

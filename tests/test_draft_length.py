@@ -20,7 +20,8 @@ from specformer.generation import generate as entry
 from specformer.generation.draft_length import DraftLength
 from specformer.generation.draft_length_auto import AutoDraftLength, Experience
 from specformer.generation.draft_length_confident import ConfidentDraftLength
-from specformer.generation.drafter import NoDrafter, Proposal
+from specformer.generation.drafter import NoDrafter
+from specformer.generation.proposal import Proposal
 
 __all__ = ["target"]  # a fixture
 

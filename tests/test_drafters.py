@@ -12,11 +12,11 @@ from test_exactness import NEW_TOKENS, SAMPLING, SETTINGS, meaningful_target
 from tiny import EOS, PAD, llama, ragged_batch
 
 from specformer import generate
-from specformer.generation.accept_sampling import NO_TOKEN
 from specformer.generation.drafter import Prompts
 from specformer.generation.drafter_assistant import AssistantDrafter
 from specformer.generation.drafter_prompt_lookup import PromptLookupDrafter, find_repetition
 from specformer.generation.prompt import PromptLayout
+from specformer.generation.proposal import NO_TOKEN
 
 # ---- a causal LM as assistant
 

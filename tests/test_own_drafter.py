@@ -14,6 +14,7 @@ from tiny import VOCAB, llama, ragged_batch
 import specformer
 from specformer import Drafter, Proposal, generate
 from specformer.generation import drafter as contract
+from specformer.generation.proposal import first_path
 
 ENDLESS = dict(eos_token_id=None, max_new_tokens=NEW_TOKENS)
 
@@ -180,6 +181,54 @@ def test_probabilities_of_a_drafter_that_samples_by_itself_keep_the_distribution
     assert distance(Lies(*arguments)) > 0.12
 
 
+# ---- trees
+
+
+class Tree(SomeRows):
+    """The right tokens as the first children, and wrong siblings between them."""
+
+    def propose(self, num_tokens, choose):
+        right = super().propose((num_tokens + 1) // 2, choose).tokens
+        wrong = (right + 1) % VOCAB
+        tokens = torch.stack([right, wrong], dim=2).flatten(1)[:, :num_tokens]
+        places = torch.arange(num_tokens)
+        parents = torch.where(places < 2, -1, 2 * (places // 2) - 2).expand(len(tokens), -1)
+        return Proposal(tokens.masked_fill(tokens == 0, -1), parents=parents)
+
+
+@pytest.mark.parametrize("sampling", [{}, SAMPLING], ids=["greedy", "sampling"])
+def test_the_first_path_of_a_tree_is_verified(sampling: dict):
+    target, batch, _ = meaningful_target("llama")
+    reference = plain(target, batch, **ENDLESS, **sampling)
+    drafter = Tree(reference.sequences[:, 9:], 5)
+    statistics = check(target, batch, reference, drafter, 5, **ENDLESS, **sampling)  # three right ones and two wrong
+    assert len(statistics.drafted_per_slot) == 3
+    assert sum(statistics.drafted_per_slot) - sum(statistics.accepted_per_slot) <= 5  # past the end of a row
+
+
+def test_first_path_of_rows_with_trees_of_their_own():
+    tokens = torch.tensor([[7, 8, 9, 10], [7, 8, 9, -1], [-1, -1, -1, -1], [5, 6, 7, 8]])
+    parents = torch.tensor([[-1, -1, 1, 0], [-1, 0, 1, 2], [-1, 0, 1, 2], [-1, -1, -1, -1]])
+    confidences = torch.rand(4, 4)
+    path = first_path(Proposal(tokens, confidences, parents=parents), torch.device("cpu"))
+    assert path.tokens.tolist() == [[7, 10, -1], [7, 8, 9], [-1] * 3, [5, -1, -1]]
+    assert path.confidences[0, :2].tolist() == confidences[0, [0, 3]].tolist()
+    nothing = Proposal(tokens[:, :0], parents=parents[:, :0])
+    assert first_path(nothing, torch.device("cpu")).tokens.shape == (4, 0)
+
+
+def test_a_tree_of_chosen_tokens_is_refused_where_the_text_depends_on_what_they_were_sampled_from():
+    class Chosen(Tree):
+        def propose(self, num_tokens, choose):
+            proposal = super().propose(num_tokens, choose)
+            return Proposal(choose(torch.zeros(*proposal.tokens.shape, VOCAB)), parents=proposal.parents)
+
+    target, batch = llama(), ragged_batch()
+    drafter = Chosen(torch.ones(5, NEW_TOKENS, dtype=torch.long), 5)
+    with pytest.raises(ValueError, match=r"test_own_drafter.*Chosen proposed a tree, and acceptance='rejection' needs"):
+        generate(target, drafter, **batch, **ENDLESS, do_sample=True, acceptance="rejection", num_assistant_tokens=4)
+
+
 # ---- broken ones
 
 
@@ -209,6 +258,14 @@ class Broken(SomeRows):
         (
             lambda k: Proposal(torch.zeros(5, k, dtype=torch.long), torch.ones(5)),
             r"proposed confidences of shape \(5,\)",
+        ),
+        (
+            lambda k: Proposal(torch.zeros(5, k, dtype=torch.long), parents=torch.arange(k).expand(5, -1)),
+            r"proposed parents that do not stand before their children",
+        ),
+        (
+            lambda k: Proposal(torch.zeros(5, k, dtype=torch.long), parents=torch.full((5, k), -1.0)),
+            r"proposed parents of torch.float32",
         ),
     ],
 )

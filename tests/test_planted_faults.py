@@ -14,7 +14,7 @@ from specformer.generation import generate as entry
 from specformer.generation import target as target_passes
 from specformer.generation import target_probe as probe
 from specformer.generation.cache_ragged import RaggedCache, sliding_layers
-from specformer.generation.call_refusals import UnsupportedTargetError
+from specformer.generation.target_refusals import UnsupportedTargetError
 
 mask, prepare, advance, masks = (
     RaggedCache.mask,

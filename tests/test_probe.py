@@ -14,9 +14,9 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 
 from specformer import generate
 from specformer.generation.backend_versions import CACHE_NAMES
-from specformer.generation.call_refusals import UnsupportedTargetError
 from specformer.generation.target_positions import positions_in_table
 from specformer.generation.target_probe import numbers_of, probe_target
+from specformer.generation.target_refusals import UnsupportedTargetError
 
 
 def gpt_neo():

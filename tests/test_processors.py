@@ -14,10 +14,10 @@ from test_exactness import NEW_TOKENS, SAMPLING, meaningful_target
 from tiny import VOCAB
 from transformers import LogitsProcessorList, WatermarkingConfig
 
-from specformer.generation import text_processors as kinds
+from specformer.generation import accept_processors as kinds
+from specformer.generation.accept_processors import PREFIX_FREE, READS_TEXT, SCORES_ALONE, STATEFUL, Processors
 from specformer.generation.accept_rules import acceptance_rule
 from specformer.generation.accept_tokens import TokenChoice
-from specformer.generation.text_processors import PREFIX_FREE, READS_TEXT, SCORES_ALONE, STATEFUL, Processors
 
 PACKAGE = Path(transformers.__file__).parent
 CLASS = re.compile(r"^class (\w+)\((?:\w+\.)*(\w*(?:LogitsProcessor|LogitsWarper)|NoSpeechDetection)\):", re.M)

@@ -33,8 +33,8 @@ from transformers import (
 from specformer import SpecFormerModel, generate
 from specformer.generation import generate as entry
 from specformer.generation.backend_versions import cache_argument, cache_of
-from specformer.generation.call_refusals import UnsupportedTargetError
 from specformer.generation.drafter_specformer import SpecFormerDrafter
+from specformer.generation.target_refusals import UnsupportedTargetError
 from specformer.generation.target_states import HiddenStates
 
 NEW_TOKENS = 16

@@ -14,10 +14,11 @@ from transformers import (
 
 from specformer.generation import accept_top_k as top_k
 from specformer.generation.accept_noise import HashedNoise, StepNoise
+from specformer.generation.accept_processors import Processors
 from specformer.generation.accept_rules import Match
-from specformer.generation.accept_sampling import NO_TOKEN, sample_with_noise
+from specformer.generation.accept_sampling import sample_with_noise
 from specformer.generation.accept_top_k import FewScores, TopK, rounding, sample_surely
-from specformer.generation.text_processors import Processors
+from specformer.generation.proposal import NO_TOKEN
 
 ROWS, WIDTH = 4, 5
 CHAINS = {

@@ -18,8 +18,8 @@ from transformers import DynamicCache
 import specformer
 from specformer import generate
 from specformer.generation import backend_versions as versions
-from specformer.generation import call_refusals as capabilities
 from specformer.generation import target_probe as probe
+from specformer.generation.target_refusals import UnsupportedTargetError
 
 ROOT = Path(__file__).parent.parent
 
@@ -76,7 +76,7 @@ def test_refusals_end_with_the_sentence_on_a_newer_version(break_it, is_newer: b
         request.getfixturevalue("newer")
     target = llama()
     break_it(target, monkeypatch)
-    with warnings.catch_warnings(), pytest.raises(capabilities.UnsupportedTargetError) as caught:
+    with warnings.catch_warnings(), pytest.raises(UnsupportedTargetError) as caught:
         warnings.simplefilter("ignore")
         generate(target, **ragged_batch(), max_new_tokens=2, prompt_lookup_num_tokens=2)
     message = str(caught.value)

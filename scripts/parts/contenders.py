@@ -9,8 +9,9 @@ import torch
 
 from specformer.generation.backend_linear import FEW, fast_linears, faster_layers, plain_linears
 from specformer.generation.call_statistics import GenerationStatistics
-from specformer.generation.drafter import Drafter, Prompts, Proposal, Verified
+from specformer.generation.drafter import Drafter, Prompts, Verified
 from specformer.generation.generate import generate
+from specformer.generation.proposal import Proposal
 
 PLAIN = "plain generate"
 PLAIN_ONEDNN = "plain generate, oneDNN"

@@ -1,6 +1,7 @@
-"""Compiled targets run as they are written while a drafter watches them by hooks.
+"""Models to which torch.compile was applied.
 
-Code that torch.compile made before a hook was registered does not call it, and is not made again for it.
+They run as they are written while a drafter watches them by hooks: code that was compiled before a hook was registered
+does not call it, and is not compiled again for it.
 """
 
 from __future__ import annotations
@@ -27,3 +28,11 @@ def uncompiled():
         with _stances_lock:
             if (stance := _stances.pop()) is not None:
                 stance.__exit__(None, None, None)
+
+
+def is_compiled(model: torch.nn.Module) -> bool:
+    """Whether torch.compile was applied to `model` itself or to a part of it."""
+    return any(
+        module._compiled_call_impl is not None or hasattr(module.forward, "_torchdynamo_orig_callable")
+        for module in model.modules()
+    )

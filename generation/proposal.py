@@ -1,0 +1,106 @@
+"""What a drafter proposes for one round.
+
+R rows that a pass carries, n tokens of a row, V entries of the vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional
+
+from .argument import name_of
+
+NO_TOKEN = -1
+"""Stands where a row has nothing to draft."""
+
+
+@dataclass
+class Proposal:
+    """What a drafter proposes.
+
+    Attributes:
+        tokens: (R, n), n up to the number that was asked for; NO_TOKEN (-1) from where a row has nothing to draft.
+        confidences: how likely each token is accepted once those in front of it are, (R, n), if the drafter can tell.
+        probabilities: the distributions that the tokens were sampled from, (R, n, V), if the drafter sampled them
+            itself. `choose` remembers its own.
+        parents: where the tokens are a tree, the place of the one that each follows, before its own place, (R, n); -1
+            for the row's newest token. Children stand in the order in which the drafter believes in them: the path of
+            first children is verified, and the rest of the tree is not, yet.
+    """
+
+    tokens: torch.Tensor
+    confidences: torch.Tensor | None = None
+    probabilities: torch.Tensor | None = None
+    parents: torch.Tensor | None = None
+
+
+def first_path(proposal: Proposal, device: torch.device) -> Proposal:
+    """What is verified of `proposal`, which may be of another copy of this class: its tokens on `device`; of a tree the
+    first child of the newest token, that one's first child, and so on."""
+    tokens, confidences, probabilities, parents = (
+        getattr(proposal, name, None) for name in ("tokens", "confidences", "probabilities", "parents")
+    )
+    if parents is None:
+        return Proposal(tokens.to(device), confidences, probabilities)
+    rows, width = tokens.shape
+    parents, places = parents.to(tokens.device), torch.arange(width, device=tokens.device)
+    node, path = parents.new_full((rows, 1), -1), [parents.new_empty(rows, 0)]
+    for _ in range(width):
+        is_child = (parents == node) & (places > node) & (tokens != NO_TOKEN)
+        node = torch.where(is_child, places, width).amin(dim=1, keepdim=True)  # `width` where there is none
+        path.append(node)
+    path = torch.cat(path, dim=1)
+    path = path[:, : int((path < width).sum(dim=1).amax())]  # as deep as the deepest
+
+    def along(values: torch.Tensor | None, filling: float) -> torch.Tensor | None:
+        """Those of the path, and `filling` behind it: (R, n, ...) -> (R, depth, ...)."""
+        if values is None:
+            return None
+        filled = functional.pad(values, (0, 0) * (values.ndim - 2) + (0, 1), value=filling)
+        here = path.to(values.device)
+        return filled[torch.arange(rows, device=here.device)[:, None], here]
+
+    return Proposal(along(tokens, NO_TOKEN).to(device), along(confidences, 0.0), along(probabilities, 0.0))
+
+
+def check_proposal(proposal: Proposal, drafter, num_rows: int, num_tokens: int, vocab_size: int) -> None:
+    """
+    Raises:
+        ValueError: what a broken drafter gave; the message names it.
+    """
+
+    def refuse(what: str) -> None:
+        raise ValueError(f"The drafter {name_of(drafter)} {what}")
+
+    tokens = getattr(proposal, "tokens", None)
+    if not isinstance(tokens, torch.Tensor):
+        refuse(f"proposed a {type(proposal).__name__}; expected a Proposal, whose tokens are a tensor.")
+    if tokens.ndim != 2 or len(tokens) != num_rows or tokens.shape[1] > num_tokens:
+        refuse(
+            f"proposed tokens of shape {tuple(tokens.shape)}; expected one row for each of the {num_rows} rows, and at "
+            f"most {num_tokens} columns."
+        )
+    if tokens.dtype != torch.long:
+        refuse(f"proposed tokens of {tokens.dtype}; expected torch.int64.")
+    for name, ndim in (("confidences", 2), ("probabilities", 3), ("parents", 2)):
+        value = getattr(proposal, name, None)
+        if value is not None and (value.ndim != ndim or value.shape[:2] != tokens.shape):
+            refuse(f"proposed {name} of shape {tuple(value.shape)} for tokens of shape {tuple(tokens.shape)}.")
+    if (parents := getattr(proposal, "parents", None)) is not None:
+        if parents.dtype != torch.long:
+            refuse(f"proposed parents of {parents.dtype}; expected torch.int64.")
+        if bool(((parents < -1) | (parents >= torch.arange(parents.shape[1], device=parents.device))).any()):
+            refuse("proposed parents that do not stand before their children; expected earlier places, or -1.")
+    if not drafter.proposes_known_tokens and tokens.numel():
+        lowest, highest = torch.stack(tokens.aminmax()).tolist()
+        if lowest < NO_TOKEN or highest >= vocab_size:
+            refuse(
+                f"proposed tokens from {lowest} to {highest}; expected 0 to {vocab_size - 1}, or {NO_TOKEN} for none."
+            )
+
+
+def count_drafted(drafts: torch.Tensor) -> torch.Tensor:
+    """How many tokens each row drafts, of (R, n): those in front of its first NO_TOKEN, (R,)."""
+    return (drafts != NO_TOKEN).long().cumprod(dim=1).sum(dim=1)

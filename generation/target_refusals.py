@@ -1,0 +1,100 @@
+"""Targets that cannot be decoded losslessly are refused before the first token, with the reason.
+
+They are judged by what they can do, not by a list of names: by the cache layers that they need and the arguments that
+their forward takes; what that cannot tell is left to the `target_probe`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import NoReturn
+
+import torch
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from .backend_versions import CACHE_NAMES, cache_name, keeps_recurrent_state, untested
+
+
+class UnsupportedTargetError(ValueError):
+    """This target or this call cannot be decoded speculatively without risking another text."""
+
+
+def refuse(model, reason: str) -> NoReturn:
+    raise UnsupportedTargetError(
+        f"{type(model).__name__} cannot be decoded speculatively: {reason} Call generate() without custom_generate and "
+        f"assistant_model instead.{untested()}"
+    )
+
+
+def unwrapped(model):
+    """The transformers model inside what torch.compile(model) or PEFT put around it. Adapters are in its layers."""
+    model = getattr(model, "_orig_mod", model)
+    if hasattr(model, "get_base_model"):
+        check_adapters(model, model)
+        return unwrapped(model.get_base_model())
+    return model
+
+
+def check_adapters(model, peft_model) -> None:
+    """Refuse PEFT adapters that are more than weights in the layers.
+
+    Raises:
+        UnsupportedTargetError: see the messages.
+    """
+    if getattr(getattr(peft_model, "active_peft_config", None), "is_prompt_learning", False):
+        refuse(model, "its PEFT adapter puts virtual tokens before each prompt (prompt or prefix tuning).")
+    for module in model.modules():
+        for hook in module._forward_pre_hooks.values():
+            if "adapter_names" in (getattr(hook, "keywords", None) or {}):
+                refuse(model, "its rows have adapters of their own (adapter_names), and rows leave the batch.")
+
+
+def input_device(model) -> torch.device:
+    """Where `model` takes its tokens: at its first weights that are not offloaded, or anywhere."""
+    return next((weight.device for weight in model.parameters() if not weight.is_meta), torch.device("cpu"))
+
+
+def check_target(model) -> None:
+    """Refuse architectures whose cached state cannot be kept per row.
+
+    Raises:
+        UnsupportedTargetError: encoder-decoder, state-space or hybrid layers, ALiBi, multimodal positions.
+    """
+    if not model.can_generate():
+        refuse(model, "it has no LM head. Load it with AutoModelForCausalLM.")
+    # While PEFT generates, this method of the inner model is one of the PEFT model.
+    check_adapters(model, getattr(model.prepare_inputs_for_generation, "__self__", None))
+    if model.config.is_encoder_decoder:
+        refuse(model, "it is an encoder-decoder, and only decoder-only models are supported.")
+    config = model.config.get_text_config(decoder=True)
+    if keeps_recurrent_state(model):
+        refuse(model, "it keeps a recurrent state, from which rejected tokens cannot be taken back.")
+    arguments = inspect.signature(model.forward).parameters
+    missing = [name for name in ("attention_mask", "position_ids") if name not in arguments]
+    if cache_name(model.forward) is None:
+        missing.append(" or ".join(CACHE_NAMES))
+    if missing:
+        refuse(
+            model,
+            f"its forward does not take {', '.join(missing)}, so rows of different lengths cannot be told apart "
+            "(ALiBi and state-space models are like that).",
+        )
+    if getattr(config, "alibi", False):
+        refuse(model, "it uses ALiBi, whose biases follow the padded columns and not each row's own positions.")
+    strange = {
+        type(layer).__name__
+        for layer in DynamicCache(config=model.config).layers
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer)
+    }
+    if strange:
+        refuse(model, f"it needs cache layers that cannot take back tokens ({', '.join(sorted(strange))}).")
+    if any("mrope_section" in rope for rope in rope_settings(config)):
+        refuse(model, "its rotary positions have several axes (a multimodal model).")
+
+
+def rope_settings(config) -> list[dict]:
+    """All rotary settings of a config: one, or one per layer type."""
+    settings = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    nested = [value for value in settings.values() if isinstance(value, dict)]
+    return nested or [settings]

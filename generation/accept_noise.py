@@ -8,11 +8,12 @@ row's own seed and position.
 from __future__ import annotations
 
 import threading
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 
 import torch
 
 from .backend_process import shared
+from .text_positions import Positions
 
 KEPT_BYTES = 512 * 2**20
 
@@ -85,21 +86,21 @@ class StepNoise:
             self.kept.popitem(last=False)
         return noise
 
-    def gather(
-        self, rows: list[int], steps: list[int], vocab_size: int, token_ids: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Noise of N (row, step) pairs: (N, V), or of the tokens `token_ids` (N, C)."""
-        width = vocab_size if token_ids is None else token_ids.shape[1]
-        noise = torch.empty(len(rows), width, dtype=torch.float32, device=self.device)
-        order, of_step = sorted(range(len(rows)), key=steps.__getitem__), Counter(steps)
-        parts = [of_step[step] for step in sorted(of_step)]
+    def gather(self, positions: Positions, vocab_size: int, token_ids: torch.Tensor | None = None) -> torch.Tensor:
+        """Noise of N rows, q positions each: (N, q, V), or of the tokens `token_ids` (N, q, C)."""
+        width = vocab_size if token_ids is None else token_ids.shape[-1]
+        rows, steps = positions.rows.flatten(), positions.steps.flatten()
+        order = steps.argsort(stable=True)
+        of_step, parts = steps[order].unique_consecutive(return_counts=True)
         # one copy to the device, not two a step
-        both = torch.tensor([order, [rows[place] for place in order]], device=self.device)
-        places, chosen = (numbers.split(parts) for numbers in both)
-        for step, here, there in zip(sorted(of_step), places, chosen, strict=True):
+        both = torch.stack([order, rows[order]]).to(self.device)
+        noise = torch.empty(len(rows), width, dtype=torch.float32, device=self.device)
+        places, chosen = (numbers.split(parts.tolist()) for numbers in both)
+        tokens = None if token_ids is None else token_ids.flatten(0, -2)
+        for step, here, there in zip(of_step.tolist(), places, chosen, strict=True):
             drawn = self.step(step, vocab_size)
-            noise[here] = drawn[there] if token_ids is None else drawn[there[:, None], token_ids[here]]
-        return noise
+            noise[here] = drawn[there] if tokens is None else drawn[there[:, None], tokens[here]]
+        return noise.view(*positions.rows.shape, width)
 
     def forget_before(self, step: int) -> None:
         """No row will ask for a step before `step` again."""
@@ -134,15 +135,13 @@ class HashedNoise:
     def __exit__(self, *exception) -> None:
         pass
 
-    def gather(
-        self, rows: list[int], steps: list[int], vocab_size: int, token_ids: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Noise of N (row, step) pairs: (N, V), or of the tokens `token_ids` (N, C)."""
-        rows, steps = (torch.tensor(numbers, device=self.device) for numbers in (rows, steps))
-        position = mix(mix(self.seeds[rows]) + steps)  # (N,)
+    def gather(self, positions: Positions, vocab_size: int, token_ids: torch.Tensor | None = None) -> torch.Tensor:
+        """Noise of N rows, q positions each: (N, q, V), or of the tokens `token_ids` (N, q, C)."""
+        rows, steps = positions.rows.to(self.device), positions.steps.to(self.device)
+        position = mix(mix(self.seeds[rows]) + steps)  # (N, q)
         if token_ids is None:
             token_ids = torch.arange(vocab_size, device=self.device)
-        bits = mix(position[:, None] + token_ids * GOLDEN_GAMMA) & (2**63 - 1)
+        bits = mix(position[..., None] + token_ids * GOLDEN_GAMMA) & (2**63 - 1)
         # The smallest numbers decide which token is taken: floats are as exact there as anywhere, so -log(1 - u).
         uniform = (bits.float() * 2.0**-63).clamp(min=2.0**-64, max=1 - 2.0**-24)
         return -torch.log1p(-uniform)

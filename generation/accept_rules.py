@@ -19,13 +19,13 @@ from .accept_noise import HashedNoise, StepNoise
 from .accept_sampling import best_tokens, reject_and_resample, sample_with_noise
 from .accept_top_k import FewScores, sample_surely
 from .argument import whole_number
+from .text_positions import Positions
 
 ACCEPTANCE_RULES = ("match", "coupled", "rejection")
 
 
 class AcceptanceRule:
-    """Positions are N rows with q positions each, flattened where `rows` and `steps` list them: the row of the batch,
-    and how many tokens that row has generated before that position. Scores are processed, in float32.
+    """For N rows with q positions each; scores are processed, in float32.
 
     A rule is a context manager around the call that uses it.
     """
@@ -45,8 +45,7 @@ class AcceptanceRule:
     def draft(
         self,
         scores: torch.Tensor,
-        rows: list[int],
-        steps: list[int],
+        positions: Positions,
         vocab_size: int,
         token_ids: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -59,15 +58,12 @@ class AcceptanceRule:
         scores: torch.Tensor,
         drafts: torch.Tensor,
         proposals: torch.Tensor | None,
-        rows: list[int],
-        steps: list[int],
+        positions: Positions,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The target's tokens (N, q) for its scores (N, q, V), and which `drafts` (N, q) they accept, bool (N, q)."""
         raise NotImplementedError
 
-    def take_few(
-        self, few: FewScores, rows: list[int], steps: list[int], vocab_size: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def take_few(self, few: FewScores, positions: Positions, vocab_size: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The tokens (N, q) that `take` takes, from the few scores (N, q, C) that processors left, and where that is
         sure, bool (N, q)."""
         raise NotImplementedError
@@ -84,10 +80,10 @@ class Greedy(AcceptanceRule):
 
     takes_the_best = True
 
-    def draft(self, scores, rows, steps, vocab_size, token_ids=None):
+    def draft(self, scores, positions, vocab_size, token_ids=None):
         return best_tokens(scores), None
 
-    def take(self, scores, drafts, proposals, rows, steps):
+    def take(self, scores, drafts, proposals, positions):
         tokens = best_tokens(scores)
         return tokens, tokens == drafts
 
@@ -111,18 +107,16 @@ class Match(AcceptanceRule):
     def __exit__(self, *exception) -> None:
         self.noise.__exit__(*exception)
 
-    def draft(self, scores, rows, steps, vocab_size, token_ids=None):
-        noise = self.noise.gather(rows, steps, vocab_size, None if token_ids is None else token_ids.flatten(0, 1))
-        return sample_with_noise(scores, noise.view(scores.shape)).clamp(min=0), None
+    def draft(self, scores, positions, vocab_size, token_ids=None):
+        noise = self.noise.gather(positions, vocab_size, token_ids)
+        return sample_with_noise(scores, noise).clamp(min=0), None
 
-    def take(self, scores, drafts, proposals, rows, steps):
-        noise = self.noise.gather(rows, steps, scores.shape[-1])
-        tokens = sample_with_noise(scores, noise.view(scores.shape))
+    def take(self, scores, drafts, proposals, positions):
+        tokens = sample_with_noise(scores, self.noise.gather(positions, scores.shape[-1]))
         return tokens, (tokens == drafts) & (drafts >= 0)
 
-    def take_few(self, few, rows, steps, vocab_size):
-        noise = self.noise.gather(rows, steps, vocab_size, few.token_ids.flatten(0, 1))
-        return sample_surely(few, noise.view(few.scores.shape))
+    def take_few(self, few, positions, vocab_size):
+        return sample_surely(few, self.noise.gather(positions, vocab_size, few.token_ids))
 
     def forget_before(self, step) -> None:
         self.noise.forget_before(step)
@@ -136,11 +130,11 @@ class Rejection(AcceptanceRule):
 
     text_depends_on_drafts = True
 
-    def draft(self, scores, rows, steps, vocab_size, token_ids=None):
+    def draft(self, scores, positions, vocab_size, token_ids=None):
         noise = torch.empty_like(scores).exponential_(1)
         return sample_with_noise(scores, noise).clamp(min=0), scores.softmax(dim=-1)
 
-    def take(self, scores, drafts, proposals, rows, steps):
+    def take(self, scores, drafts, proposals, positions):
         if proposals is None:
             proposals = torch.zeros_like(scores).scatter_(-1, drafts.clamp(min=0)[..., None], 1.0)
             proposals = proposals * (drafts >= 0)[..., None]

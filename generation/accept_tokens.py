@@ -18,6 +18,7 @@ from .argument import name_of
 from .proposal import NO_TOKEN, Proposal, check_proposal, first_path
 from .text import Text
 from .text_outputs import StepOutputs
+from .text_positions import Positions
 
 
 @dataclass(frozen=True)
@@ -74,13 +75,13 @@ class TokenChoice:
             # low, not -inf: a processor may forbid all of `token_ids`, and others fail where nothing is left
             everywhere = (logits.amin(dim=-1, keepdim=True) - 1e4).repeat(1, 1, self.vocab_size)
             logits, token_ids = everywhere.scatter_(-1, token_ids, logits), None
-        positions = self._positions(logits.shape[1], ahead)
+        positions = self.text.positions(logits.shape[1], ahead)
         if (few := self.processors.leave_few(logits)) is not None:
             scores = few.scores
             token_ids = few.token_ids if token_ids is None else token_ids.gather(-1, few.token_ids)
         else:
             scores = self.processors.warp(logits)
-        drafts, proposals = self.rule.draft(scores, *positions, self.vocab_size, token_ids)
+        drafts, proposals = self.rule.draft(scores, positions, self.vocab_size, token_ids)
         if token_ids is not None:
             drafts = token_ids.gather(-1, drafts[..., None])[..., 0]
             if proposals is not None:
@@ -119,7 +120,7 @@ class TokenChoice:
         logits = logits.to(device=drafts.device, dtype=torch.float32)
         self.vocab_size = logits.shape[-1]
         if self.logits is not None:
-            self.logits.write(logits.flatten(0, 1), *self._positions(logits.shape[1]))
+            self.logits.write(logits, self.text.positions(logits.shape[1]))
         drafts = functional.pad(drafts, (0, 1), value=NO_TOKEN)
         proposals = None
         if self.proposals and self.proposals[0] is not None:
@@ -133,39 +134,29 @@ class TokenChoice:
         return tokens, count_accepted(accepted[:, :-1])
 
     def finish(self) -> None:
-        self.rule.finish(self.text.end, self.vocab_size)
-
-    def _positions(self, width: int, ahead: int = 0) -> tuple[list[int], list[int]]:
-        """Row and step of each of `width` positions of the carried rows, from `ahead` tokens behind their text on."""
-        text = self.text
-        oldest = min(text.running_lengths())  # rows that have finished are only carried along: any step will do
-        rows = [row for row in text.rows for _ in range(width)]
-        steps = [max(text.generated[row], oldest) + ahead + offset for row in text.rows for offset in range(width)]
-        return rows, steps
+        self.rule.finish(self.text.stops.end, self.vocab_size)
 
     def _take(self, logits, drafts, proposals):
         """All positions at once."""
-        wanted = self.scores is not None or not self.rule.takes_the_best  # lists of many numbers
-        rows, steps = self._positions(logits.shape[1]) if wanted else ([], [])
+        positions = self.text.positions(logits.shape[1])
         few = self.processors.leave_few(logits) if self.rule.takes_few and self.scores is None else None
         if few is not None:
-            tokens, accepted = self._take_few(few, logits, drafts, rows, steps)
+            tokens, accepted = self._take_few(few, logits, drafts, positions)
         else:
             scores = self.processors.warp(logits)
             if self.scores is not None:
-                self.scores.write(scores.flatten(0, 1), rows, steps)
-            tokens, accepted = self.rule.take(scores, drafts, proposals, rows, steps)
+                self.scores.write(scores, positions)
+            tokens, accepted = self.rule.take(scores, drafts, proposals, positions)
         return self.text.pad_stopped(tokens), accepted | self.text.device_stopped[:, None]
 
-    def _take_few(self, few, logits, drafts, rows, steps):
+    def _take_few(self, few, logits, drafts, positions):
         """From a few scores, and from all of them where those are not sure."""
-        tokens, sure = self.rule.take_few(few, rows, steps, self.vocab_size)
+        tokens, sure = self.rule.take_few(few, positions, self.vocab_size)
         accepted = tokens == drafts
         if not sure.all():
-            places = (~sure).flatten().nonzero()[:, 0].tolist()
-            rows, steps = ([numbers[place] for place in places] for numbers in (rows, steps))
             scores = self.processors.prefix_free(None, logits[~sure])
-            taken = self.rule.take(scores[:, None], drafts[~sure][:, None], None, rows, steps)
+            doubtful = positions[(~sure).cpu()][:, None]
+            taken = self.rule.take(scores[:, None], drafts[~sure][:, None], None, doubtful)
             tokens[~sure], accepted[~sure] = (part[:, 0] for part in taken)
         return tokens, accepted
 
@@ -181,22 +172,23 @@ class TokenChoice:
         live = [
             place
             for place, row in enumerate(text.rows)
-            if text.is_running(row) and text.generated[row] < text.limit_of(row)
+            if text.is_running(row) and text.generated[row] < text.stops.limit_of(row)
         ]
         for ahead in range(width):
             for length in sorted({text.generated[text.rows[place]] for place in live}):
                 places = [place for place in live if text.generated[text.rows[place]] == length]
-                rows, steps = [text.rows[place] for place in places], [length + ahead] * len(places)
+                rows = [text.rows[place] for place in places]
+                positions = Positions.at(rows, length + ahead)
                 full[rows] = logits[places, ahead]
-                with text.in_step.watch(self.processors.unknown):
+                with text.stops.in_step.watch(self.processors.unknown):
                     # plain generate() asks about rows that have stopped as well, and so about all that keep step
-                    wanted = rows if text.in_step.reason is None else None
+                    wanted = rows if text.stops.in_step.reason is None else None
                     scores = self.processors.read(text.first_columns(length + ahead), full.clone(), wanted)[rows]
                 if self.scores is not None:
-                    self.scores.write(scores, rows, steps)
+                    self.scores.write(scores[:, None], positions)
                 here = slice(ahead, ahead + 1)
                 proposal = None if proposals is None else proposals[places, here]
-                taken = self.rule.take(scores[:, None], drafts[places, here], proposal, rows, steps)
+                taken = self.rule.take(scores[:, None], drafts[places, here], proposal, positions)
                 tokens[places, here], accepted[places, here] = taken
             tokens[:, ahead] = text.pad_stopped(tokens[:, ahead : ahead + 1])[:, 0]
             accepted[:, ahead] |= text.device_stopped
@@ -205,8 +197,8 @@ class TokenChoice:
                 live = [
                     place
                     for place, row in enumerate(text.rows)
-                    if place in live and goes_on[place] and text.generated[row] + ahead + 1 < text.limit_of(row)
+                    if place in live and goes_on[place] and text.generated[row] + ahead + 1 < text.stops.limit_of(row)
                 ]
                 text.write_ahead(live, ahead, drafts)
-                live = text.not_stopped_ahead(live, ahead)
+                live = text.stops.going_on(text, live, ahead)
         return tokens, accepted

@@ -44,13 +44,18 @@ OTHER_STRATEGIES = (
 
 
 def check_arguments(
-    assistant_model, inputs, synced_gpus, tokenizer, assistant_tokenizer, settings: CallSettings
+    assistant_model, inputs, synced_gpus, tokenizer, assistant_tokenizer, custom_generate, settings: CallSettings
 ) -> None:
     """Refuse arguments of generate() that drafting cannot start from, or that would be ignored on the way.
 
     Raises:
         ValueError: with what was given and what was expected.
     """
+    if custom_generate is not None:
+        raise ValueError(
+            "custom_generate was given to a function that is a generation strategy itself. Leave it unset, or call "
+            "model.generate(..., custom_generate=<string>)."
+        )
     if isinstance(assistant_model, torch.Tensor):
         raise ValueError(
             "assistant_model is a tensor. Call specformer.generate(target, drafter, **inputs), or "

@@ -61,10 +61,10 @@ def decode(
                 cache.select_rows(kept, longest)
                 drafter.select_rows(kept, longest)
             started = perf_counter()
-            k = round_draft_length(draft_length.next(len(text.rows)), min(text.running_lengths()), text.limit)
+            k = round_draft_length(draft_length.next(len(text.rows)), min(text.running_lengths()), text.stops.limit)
             if table is not None:
                 k = max(0, min(k, table - 1 - longest_read(text, layout)))
-            if k and text.in_step.may_draft():
+            if k and text.stops.in_step.may_draft():
                 proposal = choice.checked(drafter.propose(k, choice.for_drafter), drafter, k)
                 drafts = proposal.tokens  # (R, k) or fewer
                 drafts = drafts[:, : draft_length.keep(drafts, proposal.confidences, text.device_idle, started)]
@@ -93,7 +93,7 @@ def decode(
                 statistics.lap("draft")
 
         choice.finish()
-    statistics.tokens_per_row = text.tokens_per_row
+    statistics.tokens_per_row = text.stops.tokens_per_row
     return statistics
 
 

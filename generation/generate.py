@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from transformers import GenerationMixin, StoppingCriteriaList, StopStringCriteria
+from transformers import GenerationMixin
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from .accept_processors import PrefixFunctionForWantedRows, Processors
@@ -14,11 +14,12 @@ from .accept_tokens import TokenChoice
 from .backend_graphs import recorded_passes
 from .backend_recordable import check_recordable
 from .backend_versions import pad_token_id, warn_if_untested
-from .call_drafter import choose_draft_length, choose_drafter, drafter_under
+from .call_drafter import DraftSettings, choose_draft_length, choose_drafter
 from .call_refusals import check_arguments, check_call
 from .call_settings import CallSettings
 from .call_statistics import GenerationStatistics
 from .decoding import decode
+from .drafter import NoDrafter
 from .prompt import PromptLayout
 from .prompt_groups import tokens_of_a_pass
 from .target_attention import usable_attention
@@ -27,7 +28,8 @@ from .target_refusals import check_target, unwrapped
 from .text import Text
 from .text_in_step import InStep
 from .text_outputs import StepOutputs
-from .text_stopping import StoppingRules
+from .text_stopping import StoppingRules, with_stop_strings
+from .text_stops import RowStops
 
 HUB_ARGUMENTS = {
     "cache_dir",
@@ -109,79 +111,18 @@ def generate(
     model = unwrapped(model)
     settings = CallSettings(kwargs, generation_config, model.generation_config)
     check_acceptance(acceptance, seed)
-    if custom_generate is not None:
-        raise ValueError(
-            "custom_generate was given to a function that is a generation strategy itself. Leave it unset, or call "
-            "model.generate(..., custom_generate=<string>)."
-        )
-    check_arguments(assistant_model, inputs, synced_gpus, tokenizer, assistant_tokenizer, settings)
+    check_arguments(assistant_model, inputs, synced_gpus, tokenizer, assistant_tokenizer, custom_generate, settings)
     check_target(model)
     if cuda_graphs:
         check_recordable(model, unwrapped(assistant_model))
-    drafter, num_assistant_tokens = choose_drafter(
-        model,
-        assistant_model,
-        settings.get("num_assistant_tokens") if num_assistant_tokens is None else num_assistant_tokens,
-        prompt_lookup_num_tokens=settings.take("prompt_lookup_num_tokens"),
-        max_matching_ngram_size=settings.get("max_matching_ngram_size"),
-        prefill_chunk_size=settings.get("prefill_chunk_size"),
+    strategy = Strategy(
+        DraftSettings.of_call(assistant_model, num_assistant_tokens, settings),
+        acceptance,
+        seed,
+        None if prefix_allowed_tokens_fn is None else PrefixFunctionForWantedRows(prefix_allowed_tokens_fn),
+        streamer,
+        cuda_graphs,
     )
-    prefix_function = None
-    if prefix_allowed_tokens_fn is not None:
-        prefix_function = PrefixFunctionForWantedRows(prefix_allowed_tokens_fn)
-
-    # generate() drops the tokenizer before a callable strategy can see it, so stop strings become a criterion here.
-    stopping_criteria = StoppingCriteriaList(stopping_criteria or [])
-    if (stop_strings := settings.take("stop_strings")) is not None:
-        if tokenizer is None:
-            raise ValueError(f"stop_strings is {stop_strings!r}; pass tokenizer=... as well, to find them in the text.")
-        if not any(isinstance(criterion, StopStringCriteria) for criterion in stopping_criteria):
-            stopping_criteria.append(StopStringCriteria(tokenizer=tokenizer, stop_strings=stop_strings))
-
-    def strategy(model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
-        input_ids = input_ids.long()  # plain generate() takes int32 as well, and returns int64
-        rules = StoppingRules(stopping_criteria, generation_config.max_length, input_ids.shape[1])
-        layout = PromptLayout.from_mask(model_kwargs.get("attention_mask"), input_ids, tokens_of_a_pass(model))
-        check_call(model, layout, generation_config, model_kwargs, rules.max_length)
-        wants = generation_config if generation_config.return_dict_in_generate else None
-        logits, scores = (
-            StepOutputs(len(input_ids)) if getattr(wants, name, False) else None
-            for name in ("output_logits", "output_scores")
-        )
-        processors = Processors(logits_processor, prefix_function)
-        in_step = InStep(len(input_ids))
-        if (returned := processors.rows_of_a_prompt) > 1:
-            in_step.require(
-                f"prefix_allowed_tokens_fn holds for the {returned} sequences of a prompt together, in this version of "
-                "transformers."
-            )
-        text = Text(
-            input_ids,
-            rules,
-            pad_token_id(generation_config),
-            streamer,
-            pads_through_model=logits is not None or scores is not None,
-            is_read=processors.need_prefix,
-            scores=scores,
-            in_step=in_step,
-        )
-        rule = acceptance_rule(acceptance, generation_config.do_sample, len(input_ids), input_ids.device, seed)
-        choice = TokenChoice(rule, processors, text, logits, scores)
-        probe_target(model)
-        chunk_size = generation_config.prefill_chunk_size
-        drafting = drafter_under(rule, drafter)
-        draft_length = choose_draft_length(num_assistant_tokens, drafting, model, assistant_model, rule, cuda_graphs)
-        with recorded_passes(cuda_graphs):
-            statistics = decode(model, drafting, text, choice, layout, model_kwargs, draft_length, chunk_size)
-        if wants is None:
-            return text.result()
-        return SpeculativeOutput(
-            sequences=text.result(),
-            scores=None if scores is None else scores.first(text.end),
-            logits=None if logits is None else logits.first(text.end),
-            statistics=statistics,
-        )
-
     with usable_attention(model):
         # GenerationMixin's, since the model's own generate may be this very strategy, or another repository's.
         return GenerationMixin.generate(
@@ -189,9 +130,62 @@ def generate(
             inputs,
             generation_config=generation_config,
             logits_processor=logits_processor,
-            stopping_criteria=stopping_criteria,
-            prefix_allowed_tokens_fn=prefix_function,
+            stopping_criteria=with_stop_strings(stopping_criteria, settings.take("stop_strings"), tokenizer),
+            prefix_allowed_tokens_fn=strategy.prefix_function,
             streamer=streamer,
             custom_generate=strategy,
             **kwargs,
+        )
+
+
+@dataclass
+class Strategy:
+    """What a call does once transformers' generate() has prepared it; the arguments are those of `generate`."""
+
+    drafts: DraftSettings
+    acceptance: str
+    seed: int | list[int] | None
+    prefix_function: PrefixFunctionForWantedRows | None
+    streamer: object
+    cuda_graphs: bool
+
+    def __call__(self, model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
+        input_ids = input_ids.long()  # plain generate() takes int32 as well, and returns int64
+        batch_size, width = input_ids.shape
+        rules = StoppingRules(stopping_criteria, generation_config.max_length, width)
+        layout = PromptLayout.from_mask(model_kwargs.get("attention_mask"), input_ids, tokens_of_a_pass(model))
+        check_call(model, layout, generation_config, model_kwargs, rules.max_length)
+        rule = acceptance_rule(self.acceptance, generation_config.do_sample, batch_size, input_ids.device, self.seed)
+        drafter = choose_drafter(model, self.drafts, rule)
+        draft_length = choose_draft_length(model, self.drafts, rule, drafter, self.cuda_graphs)
+        if not draft_length.most:
+            drafter = NoDrafter()
+        probe_target(model)
+
+        processors = Processors(logits_processor, self.prefix_function)
+        wants = generation_config if generation_config.return_dict_in_generate else None
+        logits, scores = (
+            StepOutputs(batch_size) if getattr(wants, f"output_{name}", False) else None
+            for name in ("logits", "scores")
+        )
+        in_step = InStep(batch_size)
+        if (returned := processors.rows_of_a_prompt) > 1:
+            in_step.require(
+                f"prefix_allowed_tokens_fn holds for the {returned} sequences of a prompt together, in this version of "
+                "transformers."
+            )
+        stops = RowStops(rules, batch_size, width, processors.need_prefix, scores, in_step)
+        pads_through_model = logits is not None or scores is not None
+        text = Text(input_ids, stops, pad_token_id(generation_config), self.streamer, pads_through_model)
+        choice = TokenChoice(rule, processors, text, logits, scores)
+        with recorded_passes(self.cuda_graphs):
+            chunk_size = generation_config.prefill_chunk_size
+            statistics = decode(model, drafter, text, choice, layout, model_kwargs, draft_length, chunk_size)
+        if wants is None:
+            return text.result()
+        return SpeculativeOutput(
+            sequences=text.result(),
+            scores=None if scores is None else scores.first(stops.end),
+            logits=None if logits is None else logits.first(stops.end),
+            statistics=statistics,
         )

@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 
 from .proposal import NO_TOKEN
-from .text_in_step import InStep
-from .text_outputs import StepOutputs
-from .text_stopping import StoppingRules
+from .text_positions import Positions
+from .text_stops import RowStops
 
 FIRST_WIDTH = 256
 """New tokens that the buffer has room for at first; it doubles."""
@@ -21,70 +20,35 @@ class Text:
 
     Args:
         input_ids: prompts as generate() prepared them, (B, P).
-        rules: when to stop.
+        stops: where rows stop.
         pad_token_id: what to fill with; `None` where plain generate() has none either.
         streamer: receives what plain generate() would put into it, in the same order.
         pads_through_model: whether rows that have stopped are carried on to the end of the text, their pad tokens fed
             to the target as plain generate() feeds them. That is needed where its scores of them are wanted.
-        is_read: whether processors read the text.
-        scores: the processed scores of all steps, for criteria that look at them.
-        in_step: whether all rows must advance together.
     """
 
     def __init__(
         self,
         input_ids: torch.Tensor,
-        rules: StoppingRules,
+        stops: RowStops,
         pad_token_id: int | None,
         streamer=None,
         pads_through_model: bool = False,
-        is_read: bool = False,
-        scores: StepOutputs | None = None,
-        in_step: InStep | None = None,
     ):
         self.batch_size, self.prompt_width = input_ids.shape
-        self.in_step = InStep(self.batch_size) if in_step is None else in_step
-        self.rules, self.streamer, self.scores = rules, streamer, scores
-        self.is_read = is_read
-        self.leaves_when_stopped = rules.pads and not pads_through_model
+        self.stops, self.rules, self.streamer = stops, stops.rules, streamer
+        self.leaves_when_stopped = self.rules.pads and not pads_through_model
         self.pad_token_id = 0 if pad_token_id is None else pad_token_id
-        self.max_new_tokens = rules.max_length - self.prompt_width
         self.ids = input_ids  # (B, width)
         self.rows = list(range(self.batch_size))
-        self.generated = [0] * self.batch_size
-        self.stopped_at: list[int | None] = [None] * self.batch_size
+        self.generated = stops.generated
         self.finished = [False] * self.batch_size
-        self.end: int | None = None  # generated tokens of the result, once that is known
         self.streamed = 0
-        self.answers: dict[tuple[int, int], bool] = {}  # (row, length): do other criteria stop it there?
         # the same on the device, for the rows that the passes carry
         self.device_rows = torch.arange(self.batch_size, device=input_ids.device)
         self.device_generated = torch.zeros_like(self.device_rows)
         self.device_running = torch.ones_like(self.device_rows, dtype=torch.bool)
         self.device_stopped = torch.zeros_like(self.device_running)  # and padded, but carried on
-
-    @property
-    def limit(self) -> int:
-        """New tokens after which no row goes on."""
-        return self.max_new_tokens if self.end is None else self.end
-
-    def limit_of(self, row: int) -> int:
-        """New tokens after which this row does not go on yet.
-
-        Where plain generate() does not pad a row that has stopped, it writes into it for as long as other rows run,
-        which is not known further than one token ahead. What it would not write, processors must not see.
-        """
-        if not self.is_read or self.rules.pads or self.stopped_at[row] is None or self.end is not None:
-            return self.limit
-        running = (n for n, at in zip(self.generated, self.stopped_at, strict=True) if at is None)
-        return max(running) + 1
-
-    @property
-    def tokens_per_row(self) -> list[int]:
-        """New tokens of each row, padding behind its end left out."""
-        if self.rules.pads:
-            return [min(at, self.end) for at in self.stopped_at]
-        return [self.end] * self.batch_size
 
     @property
     def done(self) -> bool:
@@ -117,20 +81,12 @@ class Text:
         columns = [self.prompt_width + self.generated[row] + ahead for row in rows]
         self.ids[rows, columns] = drafts[places, ahead]
 
-    def not_stopped_ahead(self, places: list[int], ahead: int) -> list[int]:
-        """Those of `places` whose text, with what was written `ahead`, no stop string or custom criterion ends."""
-        if not self.rules.others:
-            return places
-        kept = []
-        for length in sorted({self.generated[self.rows[place]] for place in places}):
-            rows = [self.rows[place] for place in places if self.generated[self.rows[place]] == length]
-            rows = [row for row in rows if self.stopped_at[row] is None]
-            self.ask_other_criteria(rows, length + ahead + 1)
-        for place in places:
-            row = self.rows[place]
-            if self.stopped_at[row] is not None or not self.answers[row, self.generated[row] + ahead + 1]:
-                kept.append(place)
-        return kept
+    def positions(self, width: int, ahead: int = 0) -> Positions:
+        """The `width` positions of each carried row from `ahead` tokens behind its text on, (R, width)."""
+        oldest = min(self.running_lengths())  # rows that have finished are only carried along: any step will do
+        first = torch.tensor([max(self.generated[row], oldest) for row in self.rows])
+        rows = torch.tensor(self.rows)[:, None].expand(-1, width)
+        return Positions(rows, first[:, None] + ahead + torch.arange(width))
 
     def pad_stopped(self, tokens: torch.Tensor) -> torch.Tensor:
         """Tokens (R, n), the pad token in rows that have stopped."""
@@ -160,9 +116,10 @@ class Text:
         """
         width = tokens.shape[1]
         self._reserve(width)
-        room = self.limit - self.device_generated
-        if self.is_read and not self.rules.pads:
-            room = torch.tensor([self.limit_of(row) - self.generated[row] for row in self.rows], device=tokens.device)
+        room = self.stops.limit - self.device_generated
+        if self.stops.is_read and not self.rules.pads:
+            room = [self.stops.limit_of(row) - self.generated[row] for row in self.rows]
+            room = torch.tensor(room, device=tokens.device)
         counts = torch.minimum(accepted + 1, room.clamp(min=0))
         first_end = (~self.ends(tokens)).long().cumprod(dim=1).sum(dim=1)  # width where there is none
         stopped = first_end < counts
@@ -180,8 +137,9 @@ class Text:
                 "A row cannot be sampled: its scores contain NaN or inf, or no token is left above -inf."
             )
         length_before = [self.generated[row] for row in self.rows]
-        is_padding = [self.rules.pads and self.stopped_at[row] is not None for row in self.rows]
-        self._stop_rows(added, ended)
+        is_padding = [self.rules.pads and self.stops.stopped_at[row] is not None for row in self.rows]
+        self.stops.close_round(self, added, ended)
+        self._retire()
         for place, (row, before) in enumerate(zip(self.rows, length_before, strict=True)):
             if (kept := self.generated[row] - before) != added[place]:  # a criterion cut the row
                 counts[place] = added[place] = kept
@@ -205,7 +163,7 @@ class Text:
 
     def result(self) -> torch.Tensor:
         """What plain generate() returns: (B, P + generated tokens of the longest row)."""
-        return self.ids[:, : self.prompt_width + self.end].clone()
+        return self.ids[:, : self.prompt_width + self.stops.end].clone()
 
     def _reserve(self, extra: int) -> None:
         """Make room for `extra` more tokens of the longest row."""
@@ -215,73 +173,29 @@ class Text:
             filling = self.ids.new_full((self.batch_size, width - self.ids.shape[1]), self.pad_token_id)
             self.ids = torch.cat([self.ids, filling], dim=1)
 
-    def _stop_rows(self, added: list[int], ended: list[int]) -> None:
-        """Bring the host's view up to date with what one round added to each row, and whether an EOS ended it."""
-        before = list(self.generated)
-        for row, count, end in zip(self.rows, added, ended, strict=True):
-            self.generated[row] += count
-            if self.stopped_at[row] is None and (end or self.generated[row] == self.max_new_tokens):
-                self.stopped_at[row] = self.generated[row]
-        if self.rules.others:
-            self._ask_about_new_tokens(before)
-            self.answers.clear()
-        if (self.end is None or not self.rules.pads) and self.rules.time_is_up(self.ids):
-            # Rows that were cut by the clock end at the same column, as plain generate()'s do.
-            cut = [
-                length
-                for length, at in zip(self.generated, self.stopped_at, strict=True)
-                if at is None or not self.rules.pads
-            ]
-            self.end = min(cut, default=max(self.generated))
-            self.stopped_at = [self.end if at is None else at for at in self.stopped_at]
-        elif all(at is not None for at in self.stopped_at):
-            self.end = max(self.stopped_at)
+    def pad_behind(self, row: int, generated: int) -> None:
+        """Take back what a row has behind `generated` new tokens."""
+        self.ids[row, self.prompt_width + generated :] = self.pad_token_id
+
+    def _retire(self) -> None:
+        """Take note of the rows that have nothing to write any more."""
         for place, row in enumerate(self.rows):
             if self.finished[row]:
                 continue
-            stopped = self.stopped_at[row] is not None
-            self.finished[row] = stopped if self.leaves_when_stopped else self.generated[row] >= self.limit
+            stopped = self.stops.stopped_at[row] is not None
+            self.finished[row] = stopped if self.leaves_when_stopped else self.generated[row] >= self.stops.limit
             if self.finished[row]:
                 self.device_running[place] = False
             elif stopped and self.rules.pads:
                 self.device_stopped[place] = True
 
-    def ask_other_criteria(self, rows: list[int], length: int) -> None:
-        """Note in `answers` whether stop strings and custom criteria stop rows at `length` new tokens."""
-        if all((row, length) in self.answers for row in rows):
-            return
-        scores = None if self.scores is None else self.scores.first(length)
-        is_done = self.rules.others_stop(self.first_columns(length), scores, self.in_step)
-        self.answers.update({(row, length): is_done[row] for row in rows})
-
-    def _ask_about_new_tokens(self, before: list[int]) -> None:
-        """Ask stop strings and custom criteria about every new token, shortest text first."""
-        for length in sorted(
-            {n for old, new in zip(before, self.generated, strict=True) for n in range(old + 1, new + 1)}
-        ):
-            rows = [
-                row
-                for row in self.rows
-                if before[row] < length <= self.generated[row]
-                and (self.stopped_at[row] is None or self.stopped_at[row] > length)
-            ]
-            if not rows:
-                continue
-            self.ask_other_criteria(rows, length)
-            for row in rows:
-                if self.answers[row, length]:
-                    self.stopped_at[row] = length
-                    if self.rules.pads or self.is_read:
-                        self.generated[row] = length
-                        self.ids[row, self.prompt_width + length :] = self.pad_token_id
-
     def _stream(self) -> None:
         """Put every column that no running row can change any more."""
         if self.streamer is None:
             return
-        upto = min(self.running_lengths(), default=self.end)
-        if self.end is not None:
-            upto = min(upto, self.end)
+        upto = min(self.running_lengths(), default=self.stops.end)
+        if self.stops.end is not None:
+            upto = min(upto, self.stops.end)
         columns = self.ids[:, self.prompt_width + self.streamed : self.prompt_width + upto].cpu()
         for column in columns.unbind(dim=1):
             self.streamer.put(column)

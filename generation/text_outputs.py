@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from .text_positions import Positions
+
 
 class StepOutputs:
     """One tensor (B, V) per generated token, filled row by row as each row gets there.
@@ -16,13 +18,13 @@ class StepOutputs:
         self.batch_size = batch_size
         self.steps: list[torch.Tensor] = []
 
-    def write(self, values: torch.Tensor, rows: list[int], steps: list[int]) -> None:
-        """Values (N, V) of the given rows at the given steps."""
-        for step in sorted(set(steps)):
+    def write(self, values: torch.Tensor, positions: Positions) -> None:
+        """Values (N, q, V) at positions (N, q)."""
+        for step in positions.steps.unique().tolist():
             while len(self.steps) <= step:
                 self.steps.append(values.new_zeros(self.batch_size, values.shape[-1]))
-            places = [place for place, other in enumerate(steps) if other == step]
-            self.steps[step][[rows[place] for place in places]] = values[places]
+            here = positions.steps == step
+            self.steps[step][positions.rows[here].to(values.device)] = values[here.to(values.device)]
 
     def first(self, count: int) -> tuple[torch.Tensor, ...]:
         """Those of the first `count` tokens."""

@@ -66,3 +66,19 @@ class StoppingRules:
 
     def time_is_up(self, input_ids: torch.Tensor) -> bool:
         return bool(self.timers) and bool(self.timers(input_ids, None).any())
+
+
+def with_stop_strings(criteria, stop_strings, tokenizer) -> StoppingCriteriaList:
+    """`criteria`, and one for `stop_strings`: a callable strategy is not given the tokenizer.
+
+    Raises:
+        ValueError: there is no tokenizer to find them with.
+    """
+    criteria = StoppingCriteriaList(criteria or [])
+    if stop_strings is None:
+        return criteria
+    if tokenizer is None:
+        raise ValueError(f"stop_strings is {stop_strings!r}; pass tokenizer=... as well, to find them in the text.")
+    if not any(isinstance(criterion, StopStringCriteria) for criterion in criteria):
+        criteria.append(StopStringCriteria(tokenizer=tokenizer, stop_strings=stop_strings))
+    return criteria

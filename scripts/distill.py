@@ -33,6 +33,7 @@ from specformer.generation.target import prefill, prompt_arguments, verify
 from specformer.generation.target_attention import usable_attention
 from specformer.generation.target_probe import probe_target
 from specformer.generation.target_refusals import check_target, input_device
+from specformer.generation.text_positions import Positions
 from specformer.scripts.parts.prompts import encode_each, read_prompts, template_arguments
 from specformer.scripts.parts.provenance import provenance
 from specformer.scripts.parts.runs import begin_or_go_on
@@ -125,8 +126,8 @@ class Answering:
         if self.temperature:
             answers = [self.rows[place] or Answer(0, []) for place in places]  # complete ones are only carried along
             noise = HashedNoise([self.seed + answer.index for answer in answers], self.device)
-            steps = [len(answer.response_ids) for answer in answers]
-            noise = noise.gather(list(range(len(answers))), steps, scores.shape[-1])
+            steps = torch.tensor([len(answer.response_ids) for answer in answers])
+            noise = noise.gather(Positions(torch.arange(len(answers)), steps), scores.shape[-1])
             tokens = sample_with_noise(scores / self.temperature, noise)
         else:
             tokens = scores.argmax(-1)

@@ -28,6 +28,7 @@ from specformer.generation.accept_rules import ACCEPTANCE_RULES, Match, Rejectio
 from specformer.generation.accept_sampling import reject_and_resample, sample_with_noise
 from specformer.generation.accept_tokens import TokenChoice
 from specformer.generation.proposal import NO_TOKEN
+from specformer.generation.text_positions import Positions
 
 CPU = torch.device("cpu")
 
@@ -284,10 +285,10 @@ take, draft, of_drafter, gather = Rejection.take, Rejection.draft, TokenChoice.o
 def change_proposals(monkeypatch, change: Callable) -> None:
     """`change` maps the distributions that drafts were sampled from, (R, k, V), to wrong ones."""
 
-    def fault(self, scores, drafts, proposals, rows, steps):
+    def fault(self, scores, drafts, proposals, positions):
         if proposals is not None and drafts.shape[1] > 1:
             proposals = torch.cat([change(proposals[:, :-1]), proposals[:, -1:]], dim=1)  # nothing drafted at the last
-        return take(self, scores, drafts, proposals, rows, steps)
+        return take(self, scores, drafts, proposals, positions)
 
     monkeypatch.setattr(Rejection, "take", fault)
 
@@ -353,34 +354,32 @@ def possible_drafts_are_accepted(monkeypatch) -> None:
 
 def noise_is_that_of_the_first_step(monkeypatch) -> None:
     monkeypatch.setattr(
-        HashedNoise, "gather", lambda self, rows, steps, *of: gather(self, rows, [0 for _ in steps], *of)
+        HashedNoise, "gather", lambda self, at, *of: gather(self, Positions(at.rows, 0 * at.steps), *of)
     )
 
 
 def noise_lasts_for_two_steps(monkeypatch) -> None:
     monkeypatch.setattr(
-        HashedNoise, "gather", lambda self, rows, steps, *of: gather(self, rows, [step // 2 for step in steps], *of)
+        HashedNoise, "gather", lambda self, at, *of: gather(self, Positions(at.rows, at.steps // 2), *of)
     )
 
 
 def noise_is_shared_by_four_rows(monkeypatch) -> None:
     monkeypatch.setattr(
-        HashedNoise, "gather", lambda self, rows, steps, *of: gather(self, [row // 4 * 4 for row in rows], steps, *of)
+        HashedNoise, "gather", lambda self, at, *of: gather(self, Positions(at.rows // 4 * 4, at.steps), *of)
     )
 
 
 def noise_is_uniform(monkeypatch) -> None:
-    monkeypatch.setattr(
-        HashedNoise, "gather", lambda self, rows, steps, *of: -torch.expm1(-gather(self, rows, steps, *of))
-    )
+    monkeypatch.setattr(HashedNoise, "gather", lambda self, at, *of: -torch.expm1(-gather(self, at, *of)))
 
 
 def likely_drafts_are_accepted(monkeypatch) -> None:
     """Whatever the noise says: what is accepted then depends on the drafter."""
     match = Match.take
 
-    def fault(self, scores, drafts, proposals, rows, steps):
-        tokens, accepted = match(self, scores, drafts, proposals, rows, steps)
+    def fault(self, scores, drafts, proposals, positions):
+        tokens, accepted = match(self, scores, drafts, proposals, positions)
         of_draft = scores.softmax(dim=-1).gather(-1, drafts.clamp(min=0)[..., None])[..., 0]
         accepted = accepted | (drafts >= 0) & (of_draft > 0.3)
         return torch.where(accepted, drafts, tokens), accepted
@@ -498,7 +497,7 @@ def test_the_draft_that_no_distribution_was_given_for():
     assert p_value(tokens[:, 0].bincount(minlength=TOKENS)[None], p[:1, 0].double()) > 1e-3
 
     drafts = torch.randint(TOKENS, (len(p), 1))
-    tokens, accepted = Rejection().take(p.log(), drafts, None, [], [])
+    tokens, accepted = Rejection().take(p.log(), drafts, None, Positions.at([], 0))
     assert p_value(tokens[:, 0].bincount(minlength=TOKENS)[None], p[:1, 0].double()) > 1e-3
     assert abs(accepted.float().mean() - 1 / TOKENS) < 0.01
     tokens, accepted = Rejection().take(p.log(), nothing, None, [], [])
@@ -538,10 +537,10 @@ def test_scores_that_cannot_be_sampled(bad: float):
 def test_drafter_whose_scores_cannot_be_sampled():
     """Its draft is rejected, and the token is a sample of p."""
     rule, size = Rejection(), 20_000
-    drafts, q = rule.draft(torch.full((size, 1, TOKENS), torch.nan), [], [], TOKENS)
+    drafts, q = rule.draft(torch.full((size, 1, TOKENS), torch.nan), Positions.at([], 0), TOKENS)
     assert ((drafts >= 0) & (drafts < TOKENS)).all()
     p = random_distribution(TOKENS)
-    tokens, accepted = rule.take(p.log().expand(size, 1, -1), drafts, q, [], [])
+    tokens, accepted = rule.take(p.log().expand(size, 1, -1), drafts, q, Positions.at([], 0))
     assert not accepted.any()
     assert p_value(tokens[:, 0].bincount(minlength=TOKENS)[None], p.double()[None]) > 1e-3
 
@@ -733,8 +732,8 @@ def test_without_a_seed_the_generator_of_torch_gives_one(target, cousin):
 
 def exponential_noise(seeds: list[int], steps: int, tokens: int) -> torch.Tensor:
     """(seeds, steps, tokens)"""
-    rows, places = ([place // steps for place in range(len(seeds) * steps)], list(range(steps)) * len(seeds))
-    return HashedNoise(seeds, CPU).gather(rows, places, tokens).view(len(seeds), steps, tokens)
+    rows, places = torch.meshgrid(torch.arange(len(seeds)), torch.arange(steps), indexing="ij")
+    return HashedNoise(seeds, CPU).gather(Positions(rows, places), tokens)
 
 
 FAMILIES_OF_SEEDS = {
@@ -778,7 +777,7 @@ def test_noise_at_the_ends_of_its_range(monkeypatch):
     """However the bits fall: a zero or an infinity would decide about a token on its own."""
     for bits in (0, 1, 2**63 - 1, 2**62, -1):
         monkeypatch.setattr(noise_module, "mix", lambda numbers, bits=bits: torch.full_like(numbers, bits))
-        noise = HashedNoise([1], CPU).gather([0], [0], 3)
+        noise = HashedNoise([1], CPU).gather(Positions.at([0], 0), 3)
         assert (noise > 0).all() and noise.isfinite().all()
 
 
@@ -795,7 +794,7 @@ def test_any_integer_is_a_seed():
 def test_noise_of_a_token_does_not_depend_on_the_others():
     """Neither on the other pairs that are asked for, nor on the size of the vocabulary."""
     whole = exponential_noise([3, 8, 5], 6, 40)
-    noise = HashedNoise([5, 3], CPU).gather([1, 0, 1, 1], [5, 0, 2, 2], 11)
+    noise = HashedNoise([5, 3], CPU).gather(Positions(torch.tensor([1, 0, 1, 1]), torch.tensor([5, 0, 2, 2])), 11)
     expected = [whole[0, 5, :11], whole[2, 0, :11], whole[0, 2, :11], whole[0, 2, :11]]
     assert torch.equal(noise, torch.stack(expected))
 

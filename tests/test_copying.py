@@ -10,7 +10,8 @@ from test_exactness import NEW_TOKENS, SETTINGS, meaningful_target
 from tiny import PRESETS, llama, ragged_batch
 
 from specformer import SpecFormerModel, generate
-from specformer.generation.call_drafter import choose_drafter, drafter_under
+from specformer.generation.accept_rules import Greedy, Rejection
+from specformer.generation.call_drafter import DraftSettings, choose_drafter
 from specformer.generation.draft_length_auto import experience_of
 from specformer.generation.drafter import NoDrafter, Prompts, Verified
 from specformer.generation.drafter_copying import MOST_COPIED, CopyingDrafter, CopyRates
@@ -129,15 +130,10 @@ def test_the_other_drafter_is_not_asked_where_copies_are_sure():
 def test_under_rejection_nothing_is_copied():
     """Which row is copied follows from the drafts, and their distribution would be another one."""
 
-    class Rule:
-        text_depends_on_drafts = True
-
     target = llama()
-    drafter, _ = choose_drafter(target, network_of(target), 4)
-    assert isinstance(drafter, CopyingDrafter)
-    assert isinstance(drafter_under(Rule(), drafter), SpecFormerDrafter)
-    Rule.text_depends_on_drafts = False
-    assert drafter_under(Rule(), drafter) is drafter
+    drafts = DraftSettings(network_of(target), 4, None, None, None)
+    assert isinstance(choose_drafter(target, drafts, Greedy()), CopyingDrafter)
+    assert isinstance(choose_drafter(target, drafts, Rejection()), SpecFormerDrafter)
 
 
 # ---- how sure

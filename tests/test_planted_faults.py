@@ -130,13 +130,14 @@ def test_probe_refuses_a_target_that_would_be_decoded_wrongly(name: str, plant: 
 def test_noise_of_another_row_is_found(monkeypatch):
     """The check of seeded sampling can fail as well."""
     from specformer.generation.accept_noise import StepNoise
+    from specformer.generation.text_positions import Positions
 
     target, batch, eos = meaningful_target("llama")
     arguments = dict(eos_token_id=eos, max_new_tokens=NEW_TOKENS, do_sample=True)
     reference = plain(target, batch, **arguments)
     gather = StepNoise.gather
     monkeypatch.setattr(
-        StepNoise, "gather", lambda self, rows, steps, *of: gather(self, [(row + 1) % 5 for row in rows], steps, *of)
+        StepNoise, "gather", lambda self, at, *of: gather(self, Positions((at.rows + 1) % 5, at.steps), *of)
     )
     with pytest.raises(AssertionError):
         check(target, batch, reference, oracle(reference, batch, "sometimes", eos), 4, **arguments)

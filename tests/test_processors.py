@@ -18,6 +18,9 @@ from specformer.generation import accept_processors as kinds
 from specformer.generation.accept_processors import PREFIX_FREE, READS_TEXT, SCORES_ALONE, STATEFUL, Processors
 from specformer.generation.accept_rules import acceptance_rule
 from specformer.generation.accept_tokens import TokenChoice
+from specformer.generation.text import Text
+from specformer.generation.text_stopping import StoppingRules
+from specformer.generation.text_stops import RowStops
 
 PACKAGE = Path(transformers.__file__).parent
 CLASS = re.compile(r"^class (\w+)\((?:\w+\.)*(\w*(?:LogitsProcessor|LogitsWarper)|NoSpeechDetection)\):", re.M)
@@ -92,13 +95,11 @@ def test_prefix_free_processors_see_neither_text_nor_other_rows(name: str):
         assert torch.equal(processor(text, scores[row : row + 1].clone())[0], together[row])
 
 
-class TwoRows:
-    """As much of a `Text` as drafting looks at: two rows with 3 and 5 tokens."""
-
-    rows, generated, ids = [0, 1], [3, 5], torch.zeros(2, 1, dtype=torch.long)
-
-    def running_lengths(self) -> list[int]:
-        return self.generated
+def two_rows() -> Text:
+    """With 3 and 5 tokens."""
+    text = Text(torch.zeros(2, 1, dtype=torch.long), RowStops(StoppingRules([], 20, 1), 2, 1), None)
+    text.generated[:] = 3, 5
+    return text
 
 
 @pytest.mark.parametrize("name", sorted(SCORES_ALONE))
@@ -116,7 +117,7 @@ def test_drafts_from_some_tokens_are_those_of_the_vocabulary_where_no_others_are
         processors.know_tokens = know_tokens
         torch.manual_seed(2)
         rule_of_call = acceptance_rule(rule, rule != "greedy", 2, torch.device("cpu"), 5 if rule == "coupled" else None)
-        choice = TokenChoice(rule_of_call, processors, TwoRows())
+        choice = TokenChoice(rule_of_call, processors, two_rows())
         choice.vocab_size = VOCAB
         with monkeypatch.context() as patch:
             if rule == "rejection":  # it draws as many numbers as there are scores, and others for fewer of them

@@ -19,6 +19,7 @@ from specformer.generation.accept_rules import Match
 from specformer.generation.accept_sampling import sample_with_noise
 from specformer.generation.accept_top_k import FewScores, TopK, rounding, sample_surely
 from specformer.generation.proposal import NO_TOKEN
+from specformer.generation.text_positions import Positions
 
 ROWS, WIDTH = 4, 5
 CHAINS = {
@@ -73,11 +74,11 @@ def both_samples(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Tokens from the few scores and from all of them, and where the former are sure."""
     vocab_size, drafts = logits.shape[-1], torch.full((ROWS, WIDTH), NO_TOKEN)
-    rows, steps = [row for row in range(ROWS) for _ in range(WIDTH)], list(range(WIDTH)) * ROWS
+    positions = Positions(*torch.meshgrid(torch.arange(ROWS), torch.arange(WIDTH), indexing="ij"))
     few = processors.leave_few(logits)
-    from_few, sure = rule.take_few(few, rows, steps, vocab_size)
+    from_few, sure = rule.take_few(few, positions, vocab_size)
     from_all, _ = rule.take(
-        processors.prefix_free(None, logits.flatten(0, 1)).view(logits.shape), drafts, None, rows, steps
+        processors.prefix_free(None, logits.flatten(0, 1)).view(logits.shape), drafts, None, positions
     )
     return from_few, from_all, sure
 

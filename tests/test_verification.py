@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from specformer.generation import accept_noise as noise_module
 from specformer.generation.accept_noise import HashedNoise, StepNoise
 from specformer.generation.accept_sampling import count_accepted, places_of_best, sample_with_noise
+from specformer.generation.text_positions import Positions
 
 CPU = torch.device("cpu")
 BATCH, VOCAB = 3, 50
@@ -101,16 +102,16 @@ def test_steps_that_were_not_kept_are_drawn_again(asked: list[int]):
 def test_gather_takes_each_pair_of_row_and_step(kept_bytes):
     pairs = [(2, 1), (0, 5), (1, 1), (2, 0), (0, 1), (0, 0), (2, 5)]
     reference = [StepNoise(BATCH, CPU).step(step, VOCAB) for step in range(6)]
-    gathered = StepNoise(BATCH, CPU).gather([row for row, _ in pairs], [step for _, step in pairs], VOCAB)
+    gathered = StepNoise(BATCH, CPU).gather(Positions(*torch.tensor(pairs).unbind(1)), VOCAB)
     for noise, (row, step) in zip(gathered, pairs, strict=True):
         assert torch.equal(noise, reference[step][row])
 
 
 @pytest.mark.parametrize("noise", [lambda: StepNoise(BATCH, CPU), lambda: HashedNoise([3, 1, 4], CPU)])
 def test_gather_takes_some_tokens(noise):
-    pairs = [2, 0, 1, 2], [1, 5, 1, 0]
+    positions = Positions(torch.tensor([2, 0, 1, 2]), torch.tensor([1, 5, 1, 0]))
     token_ids = torch.stack([torch.randperm(VOCAB)[:7] for _ in range(4)])
-    found = [noise().gather(*pairs, VOCAB, ids) for ids in (None, token_ids)]
+    found = [noise().gather(positions, VOCAB, ids) for ids in (None, token_ids)]
     assert torch.equal(found[0].gather(1, token_ids), found[1])
 
 
@@ -139,7 +140,7 @@ def test_leave_after(end: int, kept_bytes):
     """Fewer steps than were looked at, as many, and one more."""
     _, states = plain_draws([torch.zeros(BATCH, VOCAB)] * 6)
     noise = StepNoise(BATCH, CPU)
-    noise.gather([0, 1, 2], [4, 2, 0], VOCAB)
+    noise.gather(Positions(torch.tensor([0, 1, 2]), torch.tensor([4, 2, 0])), VOCAB)
     noise.leave_after(end, VOCAB)
     assert torch.equal(torch.get_rng_state(), states[end])
 
@@ -152,7 +153,7 @@ def test_noise_is_float32_whatever_the_default_dtype(dtype: torch.dtype):
     noise = StepNoise(BATCH, CPU)
     torch.set_default_dtype(dtype)
     try:
-        drawn = [noise.gather(list(range(BATCH)), [step] * BATCH, 5000) for step in range(3)]
+        drawn = [noise.gather(Positions.at(list(range(BATCH)), step), 5000)[:, 0] for step in range(3)]
     finally:
         torch.set_default_dtype(torch.float32)
     assert {draw.dtype for draw in drawn} == {torch.float32}

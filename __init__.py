@@ -1,5 +1,24 @@
 """SpecFormer: lossless batched speculative decoding inside transformers' `generate()`.
 
+The plan of the house. At the top: the drafter network as a Hub repository, `modeling_specformer` and what it needs.
+scripts/ is the command line, benchmarks/ measures, and generation/ decodes, where a file's name begins with its room:
+
+    generate      the entry: what a call does, from top to bottom
+    decoding      the loop, on one screen: draft, verify, accept, commit
+    call          what a call says: its settings, what is refused, the drafter that it means, its statistics
+    drafter       the contract of drafters, and those that are there
+    draft_length  how many tokens a round drafts
+    accept        which tokens are taken: rules, sampling, processors
+    text          what is written, and where rows stop
+    proposal      what a drafter proposes
+    target        the target's passes, and what is found out about it
+    prompt        where the tokens of padded prompts are, and which rows read theirs together
+    backend       what belongs to torch, transformers, the machine and the process
+    cache         keys and values of rows that have lengths of their own
+    argument      what a caller passed, in messages
+
+No room imports from one above it. A picture, and the files: docs/house.md.
+
 `AutoConfig` and `AutoModel` load drafters with the code of this package once it is imported, see `registration`.
 Names are looked up on first use, and absolutely, so that this file also imports where the folder has another name.
 """

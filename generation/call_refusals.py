@@ -1,5 +1,7 @@
-"""Calls that cannot be answered losslessly are refused here, before the first token, with the reason. Targets that
-cannot be are refused in `target_refusals`."""
+"""Calls that cannot be answered losslessly are refused here, before the first token, with the reason.
+
+Targets are refused in `target_refusals`.
+"""
 
 from __future__ import annotations
 

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Protocol
+
+import torch
 
 from .text_in_step import InStep
 from .text_outputs import StepOutputs
 from .text_stopping import StoppingRules
 
-if TYPE_CHECKING:
-    from .text import Text
+
+class ShownText(Protocol):
+    """What criteria are asked about: see `Text`."""
+
+    rows: list[int]
+    ids: torch.Tensor
+
+    def first_columns(self, generated: int) -> torch.Tensor: ...
+
+    def pad_behind(self, row: int, generated: int) -> None: ...
 
 
 class RowStops:
@@ -68,7 +78,7 @@ class RowStops:
             return [self.end if at is None else min(at, self.end) for at in self.stopped_at]
         return [self.end] * len(self.generated)
 
-    def going_on(self, text: Text, places: list[int], ahead: int) -> list[int]:
+    def going_on(self, text: ShownText, places: list[int], ahead: int) -> list[int]:
         """Those of `places` whose text, with what was written `ahead`, no stop string or custom criterion ends."""
         if not self.rules.others:
             return places
@@ -82,7 +92,7 @@ class RowStops:
             if self.stopped_at[row] is not None or not self.answers[row, self.generated[row] + ahead + 1]
         ]
 
-    def close_round(self, text: Text, added: list[int], ended: list[int]) -> None:
+    def close_round(self, text: ShownText, added: list[int], ended: list[int]) -> None:
         """Take note of what one round added to each carried row of `text`, and whether an EOS ended it. A row that
         another criterion ends before that is cut."""
         before = list(self.generated)
@@ -105,7 +115,7 @@ class RowStops:
         elif None not in self.stopped_at:
             self.end = max(at for at in self.stopped_at if at is not None)
 
-    def _ask(self, text: Text, rows: list[int], length: int) -> None:
+    def _ask(self, text: ShownText, rows: list[int], length: int) -> None:
         """Note in `answers` whether stop strings and custom criteria stop rows at `length` new tokens."""
         if all((row, length) in self.answers for row in rows):
             return
@@ -113,7 +123,7 @@ class RowStops:
         is_done = self.rules.others_stop(text.first_columns(length), scores, self.in_step)
         self.answers.update({(row, length): is_done[row] for row in rows})
 
-    def _ask_about_new_tokens(self, text: Text, before: list[int]) -> None:
+    def _ask_about_new_tokens(self, text: ShownText, before: list[int]) -> None:
         """Ask stop strings and custom criteria about every new token, shortest text first."""
         lengths = {n for old, new in zip(before, self.generated, strict=True) for n in range(old + 1, new + 1)}
         for length in sorted(lengths):

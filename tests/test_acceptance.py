@@ -500,7 +500,7 @@ def test_the_draft_that_no_distribution_was_given_for():
     tokens, accepted = Rejection().take(p.log(), drafts, None, Positions.at([], 0))
     assert p_value(tokens[:, 0].bincount(minlength=TOKENS)[None], p[:1, 0].double()) > 1e-3
     assert abs(accepted.float().mean() - 1 / TOKENS) < 0.01
-    tokens, accepted = Rejection().take(p.log(), nothing, None, [], [])
+    tokens, accepted = Rejection().take(p.log(), nothing, None, Positions.at([], 0))
     assert not accepted.any()
     assert p_value(tokens[:, 0].bincount(minlength=TOKENS)[None], p[:1, 0].double()) > 1e-3
 

@@ -66,7 +66,7 @@ def test_every_block_is_run():
     lines = [line for page in PAGES for text in blocks(page, "bash") for line in text.splitlines()]
     assert set(lines) == {*MAKE, *TRAIN, *REPRODUCE}
     languages = {language for text in PAGES.values() for language in re.findall(r"^```(\w+)$", text, flags=re.M)}
-    assert languages == {"bash", "python", "bibtex"}
+    assert languages == {"bash", "python", "bibtex", "mermaid"}
 
 
 @pytest.mark.parametrize("page", SECTIONS)

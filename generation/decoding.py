@@ -19,6 +19,7 @@ from .prompt import PromptLayout
 from .proposal import count_drafted
 from .target import prefill, verify
 from .target_positions import positions_in_table
+from .target_states import StateReader
 from .text import Text
 
 
@@ -43,9 +44,9 @@ def decode(
 
     with drafter, choice.rule, fast_linears(model):
         block_size = draft_length.most + 1
-        state_layers = drafter.hidden_state_layers if draft_length.most else None
+        states_of = StateReader(model, drafter.hidden_state_layers if draft_length.most else None)
         logits, cache, states = prefill(
-            model, input_ids, layout, max_length, block_size, model_kwargs, prefill_chunk_size, state_layers
+            model, input_ids, layout, max_length, block_size, model_kwargs, prefill_chunk_size, states_of
         )
         drafts = input_ids.new_empty(text.batch_size, 0)  # (B, 0): the prompt pass verifies nothing
         tokens, accepted = choice.of_target(logits, drafts)  # (B, 1), (B,)
@@ -74,7 +75,7 @@ def decode(
             statistics.lap("draft")
 
             block = torch.cat([text.last_tokens(), choice.readable(drafts)], dim=1)
-            logits, states = verify(model, cache, block, state_layers)  # (R, k + 1, V), (R, k + 1, S, d)
+            logits, states = verify(model, cache, block, states_of)  # (R, k + 1, V), (R, k + 1, S, d)
             statistics.lap("verify")
 
             tokens, accepted = choice.of_target(logits, drafts)  # (R, k + 1), (R,)

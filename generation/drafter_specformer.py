@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import copy
 import threading
-from contextlib import ExitStack
 from weakref import WeakKeyDictionary
 
 import torch
 from transformers import DynamicCache
 
 from .accept_tokens import BestDrafts
-from .backend_compiled import is_compiled, uncompiled
 from .backend_graphs import run_pass
 from .backend_linear import fast_linears
 from .cache_ragged import RaggedCache
@@ -67,11 +65,8 @@ class SpecFormerDrafter(Drafter):
         self.hidden_state_layers = network.config.target_layer_ids
 
     def __enter__(self):
-        with ExitStack() as stack:
-            if is_compiled(self.borrowed.target):
-                stack.enter_context(uncompiled())
-            stack.enter_context(fast_linears(self.network, self.borrowed.rows))
-            self._attached = stack.pop_all()
+        self._attached = fast_linears(self.network, self.borrowed.rows)
+        self._attached.__enter__()
         return self
 
     def __exit__(self, *exception) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
 
 import torch
 from transformers import DynamicCache
@@ -13,7 +12,7 @@ from .backend_heads import folded_heads
 from .backend_versions import CACHE_NAMES, cache_argument, cache_of, prepared_inputs, untested
 from .cache_ragged import RaggedCache, attention_masks, sliding_layers
 from .prompt import PromptLayout
-from .target_states import HiddenStates
+from .target_states import StateReader
 
 FIRST_CAPACITY = 256
 """New tokens that the cache has room for at first. Not max_length: few texts get there."""
@@ -37,7 +36,7 @@ def prefill(
     block_size: int | None,
     model_kwargs: dict,
     chunk_size: int | None = None,
-    state_layers: Sequence[int] | None = None,
+    states_of: StateReader | None = None,
 ) -> tuple[torch.Tensor, RaggedCache, list[torch.Tensor] | None]:
     """Read the prompts (B, P), those of similar length together, and keep their keys and values in a ragged cache.
 
@@ -46,11 +45,12 @@ def prefill(
         block_size: most tokens that are written before it is known which of them are kept; `None` if any number may be.
         model_kwargs: what generate() prepared: attention_mask, position_ids, logits_to_keep.
         chunk_size: tokens of one pass (`prefill_chunk_size`); default all.
-        state_layers: whose states are wanted, see `target_states`.
+        states_of: passes of `model` that give states as well, if they are wanted.
 
     Returns:
         Logits of the last prompt position (B, 1, V), the cache, and the states of each group, (N, width, S, d).
     """
+    run = states_of or StateReader(model, None)
     # Rows are counted without their padding, so the longest ends max_length - (P - longest) tokens on.
     longest_text = layout.longest + max_length - input_ids.shape[1]
     cache, logits, order, states = None, [], [], []
@@ -60,7 +60,7 @@ def prefill(
             if (value := model_kwargs.get(name)) is not None:
                 of_group[name] = value.expand(len(input_ids), -1)[group.rows.to(value.device), -group.width :]
         last, prompt_cache, states_of_group = read_prompts(
-            model, input_ids[group.rows, -group.width :], of_group, chunk_size, state_layers
+            model, input_ids[group.rows, -group.width :], of_group, chunk_size, run
         )
         if cache is None:
             num_layers = len(prompt_cache.layers)
@@ -75,7 +75,7 @@ def prefill(
         states.append(states_of_group)
         order.append(group.rows)
     places = torch.cat(order).argsort().to(last.device)
-    return torch.cat(logits)[places], cache, None if state_layers is None else states
+    return torch.cat(logits)[places], cache, None if run.layers is None else states
 
 
 def read_prompts(
@@ -83,10 +83,10 @@ def read_prompts(
     input_ids: torch.Tensor,
     model_kwargs: dict,
     chunk_size: int | None,
-    state_layers: Sequence[int] | None = None,
+    run: StateReader,
 ) -> tuple[torch.Tensor, DynamicCache, torch.Tensor | None]:
     """Run prompts (N, P) the way plain generate() does: logits of the last position (N, 1, V), the cache, and the
-    states of `state_layers` (N, P, S, d)."""
+    states that `run` reads (N, P, S, d)."""
     width = input_ids.shape[1]
     cut = ("attention_mask", "position_ids", *CACHE_NAMES)
     kwargs = {key: value for key, value in model_kwargs.items() if key not in cut} | {"use_cache": True}
@@ -103,9 +103,8 @@ def read_prompts(
             is_first_iteration=start == 0,
             **kwargs,
         )
-        with HiddenStates(model, state_layers) as hidden:
-            outputs = model(**inputs, return_dict=True)
-        states.append(hidden.result(outputs.logits.device))
+        outputs, of_chunk = run(**inputs)
+        states.append(of_chunk)
         # Not the cache that went in: some families start a new one for long prompts.
         cache = cache_of(outputs)
     if not isinstance(cache, DynamicCache) or cache.get_seq_length() != width:
@@ -113,35 +112,35 @@ def read_prompts(
             f"{type(model).__name__} did not fill its cache with the {width} tokens of the prompt. If it is training "
             "with gradient checkpointing, which may switch the cache off, call model.eval() first." + untested()
         )
-    return outputs.logits[:, -1:], cache, None if state_layers is None else torch.cat(states, dim=1)
+    return outputs.logits[:, -1:], cache, None if run.layers is None else torch.cat(states, dim=1)
 
 
 def verify(
-    model, cache: RaggedCache, tokens: torch.Tensor, state_layers: Sequence[int] | None = None
+    model, cache: RaggedCache, tokens: torch.Tensor, states_of: StateReader | None = None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """One pass over `tokens` (B, q), which follow what the cache holds of each row: logits (B, q, V), and the states of
-    `state_layers` (B, q, S, d)."""
+    """One pass over `tokens` (B, q), which follow what the cache holds of each row: logits (B, q, V), and the states
+    that `states_of` reads (B, q, S, d)."""
 
     def one_pass(tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         position_ids = cache.prepare(tokens.shape[1])
         masks = attention_masks(model.config, cache, position_ids, model.dtype)
-        return read_block(model, cache, tokens, position_ids, masks, state_layers)
+        return read_block(model, cache, tokens, position_ids, masks, states_of)
 
     return run_pass(cache, tokens.shape[1], ("verify",), one_pass, tokens)
 
 
 def read_block(
-    model, cache, tokens: torch.Tensor, position_ids: torch.Tensor, masks, state_layers: Sequence[int] | None = None
+    model, cache, tokens: torch.Tensor, position_ids: torch.Tensor, masks, states_of: StateReader | None = None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Logits (B, q, V) and states (B, q, S, d) of `tokens` at `position_ids`, both (B, q), which see what `masks` let
     them see."""
-    with folded_heads(), HiddenStates(model, state_layers) as hidden:
-        outputs = model(
+    run = states_of or StateReader(model, None)
+    with folded_heads():
+        outputs, states = run(
             input_ids=tokens,
             position_ids=position_ids,
             attention_mask=masks,
             **cache_argument(model, cache),
             use_cache=True,
-            return_dict=True,
         )
-    return outputs.logits, hidden.result(outputs.logits.device)
+    return outputs.logits, states

@@ -16,6 +16,7 @@ from specformer.generation.drafter_specformer import SpecFormerDrafter
 from specformer.generation.prompt import PromptLayout
 from specformer.generation.prompt_groups import LEAST_ON_ACCELERATOR, group_rows, tokens_of_a_pass
 from specformer.generation.target import prefill, prompt_arguments
+from specformer.generation.target_states import StateReader
 
 
 def cost(widths: list[int], groups: list[list[int]], pass_tokens: int) -> int:
@@ -127,7 +128,13 @@ def test_a_drafter_drafts_the_same_in_groups(preset: str):
         with SpecFormerDrafter(network, target) as drafter:
             arguments = prompt_arguments(target, layout)
             *_, states = prefill(
-                target, batch["input_ids"], layout, 30, 4, arguments, state_layers=drafter.hidden_state_layers
+                target,
+                batch["input_ids"],
+                layout,
+                30,
+                4,
+                arguments,
+                states_of=StateReader(target, drafter.hidden_state_layers),
             )
             drafter.begin(Prompts(batch["input_ids"], layout, first, 30, states))
             drafts = drafter.propose(4, lambda logits, ahead=0, token_ids=None: logits.argmax(-1)).tokens

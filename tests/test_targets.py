@@ -31,11 +31,13 @@ from transformers import (
 )
 
 from specformer import SpecFormerModel, generate
+from specformer.generation import backend_versions
 from specformer.generation import generate as entry
+from specformer.generation.backend_compiled import uncompiled
 from specformer.generation.backend_versions import cache_argument, cache_of
 from specformer.generation.drafter_specformer import SpecFormerDrafter
 from specformer.generation.target_refusals import UnsupportedTargetError
-from specformer.generation.target_states import HiddenStates
+from specformer.generation.target_states import HiddenStates, StateReader, captures
 
 NEW_TOKENS = 16
 SAMPLING = dict(do_sample=True, temperature=1.3, top_k=20)
@@ -70,9 +72,9 @@ def check_exact(target, model: PreTrainedModel | None = None, reference_of=None)
 def borrowed(target: PreTrainedModel, drafter: SpecFormerModel) -> list[torch.Tensor]:
     """All that a drafter takes from its target: hidden states, embeddings, and logits."""
     tokens = ragged_batch(padding=(0, 0))["input_ids"]
-    with SpecFormerDrafter(drafter, target) as drafting, HiddenStates(target, drafting.hidden_state_layers) as hidden:
-        target(input_ids=tokens, use_cache=False)
-    target_parts, states = drafting.borrowed, hidden.result(drafting.borrowed.device)
+    drafting = SpecFormerDrafter(drafter, target)
+    _, states = StateReader(target, drafting.hidden_state_layers)(input_ids=tokens, use_cache=False)
+    target_parts, states = drafting.borrowed, states.to(drafting.borrowed.device)
     return [states, target_parts.embed(tokens), target_parts.draft_logits(states[:, :, -1])]
 
 
@@ -435,8 +437,7 @@ def test_compiled_code_is_back_after_the_last_call(compiler):
     """Calls in several threads may end in any order; other compiled code waits for none of them for ever."""
     compiled: list = []
     function = torch.compile(lambda x: x + 1, backend=lambda graph, inputs: compiled.append(graph) or graph.forward)
-    target = compile_layers(two_layers(), "eager")
-    first, second = (SpecFormerDrafter(drafter_for(target), target) for _ in range(2))
+    first, second = uncompiled(), uncompiled()
     first.__enter__()
     second.__enter__()
     for call in (first, second):
@@ -445,10 +446,58 @@ def test_compiled_code_is_back_after_the_last_call(compiler):
         call.__exit__(None, None, None)
     function(torch.ones(2))
     assert len(compiled) == 1
-    other = two_layers()
-    with SpecFormerDrafter(drafter_for(other), other):  # nothing is compiled there, so nothing is switched
-        function(torch.ones(3, 3))
-    assert len(compiled) == 2
+
+
+def counted(way: Callable, graphs: list, target):
+    """`target`, compiled in a `way` that notes each of its graphs in `graphs` when it runs."""
+
+    def backend(graph, inputs):
+        def run(*args):
+            graphs.append(graph)
+            return graph.forward(*args)
+
+        return run
+
+    return way(target, backend)
+
+
+@pytest.mark.parametrize("way", [compile_layers, compile_in_place])
+@torch.no_grad()
+def test_states_of_a_compiled_target(way: Callable, compiler):
+    """A target that is compiled as a whole runs its compiled code, which gives the states; one of which parts are
+    compiled runs as it is written. Either was compiled before anybody asked for states."""
+    tokens = ragged_batch(padding=(0, 0))["input_ids"]
+    twin, graphs = two_layers(), []
+    _, expected = StateReader(twin, [0, 1, 2])(input_ids=tokens, use_cache=False)
+    target = counted(way, graphs, copy.deepcopy(twin))
+    target(input_ids=tokens, use_cache=False)
+    assert graphs
+    read = StateReader(target, [0, 1, 2])
+    assert read.captures == (way is compile_in_place and captures(twin, [0, 1, 2]))
+    assert read.runs_eagerly != read.captures
+    graphs.clear()
+    outputs, states = read(input_ids=tokens, use_cache=False)
+    torch.testing.assert_close(states, expected)
+    torch.testing.assert_close(outputs.logits, twin(input_ids=tokens, use_cache=False).logits)
+    assert bool(graphs) == read.captures
+
+
+def test_the_newest_transformers_captures():
+    """The oldest does not; what does is found out by a trial."""
+    installed = backend_versions.numbers(transformers.__version__)
+    assert captures(two_layers(), [1, 2]) or installed < backend_versions.numbers(backend_versions.NEWEST_TESTED)
+
+
+def test_states_that_a_forward_does_not_give_are_not_captured(monkeypatch):
+    """Its answer is compared: one that is late by a layer, or lacks some, is not taken."""
+    target = two_layers()
+    forward = target.forward
+
+    def late(*args, output_hidden_states=None, **kwargs):
+        return forward(*args, output_hidden_states=[(n + 1) % 3 for n in output_hidden_states or []] or None, **kwargs)
+
+    monkeypatch.setattr(target, "forward", late)
+    assert not captures(target, [1])
 
 
 # ---- remote code

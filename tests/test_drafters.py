@@ -12,6 +12,8 @@ from test_exactness import NEW_TOKENS, SAMPLING, SETTINGS, meaningful_target
 from tiny import EOS, PAD, llama, ragged_batch
 
 from specformer import generate
+from specformer.generation import generate as entry
+from specformer.generation.draft_length import DraftLength
 from specformer.generation.drafter import Prompts
 from specformer.generation.drafter_assistant import AssistantDrafter
 from specformer.generation.drafter_prompt_lookup import PromptLookupDrafter, find_repetition
@@ -141,6 +143,19 @@ def test_prompt_lookup_in_a_repeating_text():
     reference = plain(target, batch, **repeat)
     statistics = check(target, batch, reference, None, None, **repeat, prompt_lookup_num_tokens=8)
     assert statistics.tokens_per_pass > 4
+
+
+def test_as_many_copies_as_pay(monkeypatch):
+    """ "auto" with copies alone: up to `prompt_lookup_num_tokens`; plain numbers are as before."""
+    target, batch = llama(), ragged_batch()
+    repeat = dict(logits_processor=[repeats_what_came_five_before], max_new_tokens=40, eos_token_id=None)
+    reference = plain(target, batch, **repeat)
+    lengths, decode = [], entry.decode
+    monkeypatch.setattr(entry, "decode", lambda *args: lengths.append(args[6]) or decode(*args))
+    check(target, batch, reference, None, "auto", **repeat, prompt_lookup_num_tokens=6)
+    check(target, batch, reference, None, 2, **repeat, prompt_lookup_num_tokens=6)
+    assert [length.most for length in lengths] == [6, 6]
+    assert [type(length) is DraftLength for length in lengths] == [False, True]
 
 
 def repeats_what_came_five_before(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:

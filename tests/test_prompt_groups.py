@@ -127,15 +127,8 @@ def test_a_drafter_drafts_the_same_in_groups(preset: str):
         layout = layout_of(batch, pass_tokens)
         with SpecFormerDrafter(network, target) as drafter:
             arguments = prompt_arguments(target, layout)
-            *_, states = prefill(
-                target,
-                batch["input_ids"],
-                layout,
-                30,
-                4,
-                arguments,
-                states_of=StateReader(target, drafter.hidden_state_layers),
-            )
+            read = StateReader(target, drafter.hidden_state_layers)
+            *_, states = prefill(target, batch["input_ids"], layout, 30, 4, arguments, states_of=read)
             drafter.begin(Prompts(batch["input_ids"], layout, first, 30, states))
             drafts = drafter.propose(4, lambda logits, ahead=0, token_ids=None: logits.argmax(-1)).tokens
             found.append((drafter.context, drafts))

@@ -85,9 +85,11 @@ class SpecFormerModel(PreTrainedModel):
     main_input_name = "hidden_states"
     _no_split_modules = ["SpecFormerAttention", "SpecFormerMLP"]
     _supports_sdpa = True
+    supports_gradient_checkpointing = True
 
     def __init__(self, config: SpecFormerConfig):
         super().__init__(config)
+        self.gradient_checkpointing = False  # gradient_checkpointing_enable() switches it
         size, slots = config.hidden_size, config.num_draft_tokens
         self.input_norm = SpecFormerRMSNorm(size, config.rms_norm_eps, groups=config.num_input_slices)
         self.input_proj = nn.Linear(config.num_input_slices * size, size, bias=False)
@@ -206,11 +208,19 @@ class SpecFormerModel(PreTrainedModel):
             )
             slot_ids = position_ids + 1 + slot_ids  # (N, D), behind the context; without it only distances count
         layers = self.draft_layers
-        for number, (attention, mlp) in enumerate(layers, 1):
+
+        def run_layer(slots: torch.Tensor, number: int) -> torch.Tensor:
+            attention, mlp = layers[number]
             slots = attention(slots, slot_ids, is_causal=self.config.causal_draft_attention, context=context)
-            if number == len(layers):
+            if number == len(layers) - 1:
                 slots = slots[:, -self.config.num_draft_tokens :]  # nobody will see the anchor's any more
-            slots = mlp(slots)
+            return mlp(slots)
+
+        for number in range(len(layers)):
+            if self.gradient_checkpointing and self.training:
+                slots = self._gradient_checkpointing_func(run_layer, slots, number)
+            else:
+                slots = run_layer(slots, number)
         slots = self.final_norm(slots)
         return slots.view(*context_states.shape[:-1], *slots.shape[1:])
 

@@ -272,10 +272,6 @@ def main(arguments: DrafterTrainingArguments) -> None:
     )
     target = target.eval().requires_grad_(False).to(arguments.device)
     drafter = make_drafter(config, target, answers, arguments.start_from)
-    if arguments.gradient_checkpointing and not drafter.supports_gradient_checkpointing:
-        raise ValueError(
-            "--gradient-checkpointing was given, which this drafter network does not support; leave it out."
-        )
     borrowed = drafter.borrow(target)
     with arguments.main_process_first(local=False):
         settings = arguments.settings()

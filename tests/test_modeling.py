@@ -40,6 +40,30 @@ def make_inputs(network: SpecFormerModel) -> tuple[torch.Tensor, torch.Tensor | 
 # ---- the network
 
 
+def test_gradient_checkpointing_changes_no_gradient(network):
+    """Only training computes its layers again; a drafter that drafts does not."""
+    inputs = make_inputs(network)
+    computed = []
+    for layer in network.draft_layers:
+        layer[1].register_forward_pre_hook(lambda *_: computed.append(1))
+
+    def gradients() -> tuple[int, list[torch.Tensor]]:
+        network.zero_grad()
+        computed.clear()
+        network(*inputs).draft_hidden_states.square().sum().backward()
+        return len(computed), [weight.grad for weight in network.parameters() if weight.grad is not None]
+
+    once, expected = gradients()
+    network.gradient_checkpointing_enable()
+    assert gradients()[0] == once
+    twice, found = network.train() and gradients()
+    assert twice == 2 * once
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    network.gradient_checkpointing_disable()
+    assert gradients()[0] == once
+
+
 def draft_from(network, inputs, rows: list[int], position: int) -> torch.Tensor:
     """Drafts (R, D, d) from one position of some rows, with nothing behind it and no other row there."""
     hidden_states, anchors = (part if part is None else part[rows, : position + 1] for part in inputs)

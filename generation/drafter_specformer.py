@@ -111,7 +111,8 @@ class SpecFormerDrafter(Drafter):
         self._read()
 
         def slots(context: torch.Tensor, newest: torch.Tensor) -> tuple[torch.Tensor]:
-            return (self._draft(context, newest)[:, :num_tokens],)  # (R, k, d)
+            # torch multiplies what lies apart row by row, with the head's weights copied for each of them
+            return (self._draft(context, newest)[:, :num_tokens].contiguous(),)  # (R, k, d)
 
         def drafts(context: torch.Tensor, newest: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
             return choose_drafts(self.network, self.borrowed, slots(context, newest)[0], newest, choose)

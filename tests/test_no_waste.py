@@ -306,3 +306,17 @@ def test_a_second_call_copies_no_weights(monkeypatch):
     del network, target, call
     gc.collect()
     assert [ref() for ref in gone] == [None, None]
+
+
+@pytest.mark.parametrize("k", [1, 2, 4])
+def test_drafts_are_multiplied_in_one_piece(k: int, target, monkeypatch):
+    """torch multiplies states that lie apart row by row, and copies the head's weights for each of them."""
+    choose, pieces = drafter_module.choose_drafts, []
+
+    def noted(network, borrowed, states, *args):
+        pieces.append(states.is_contiguous())
+        return choose(network, borrowed, states, *args)
+
+    monkeypatch.setattr(drafter_module, "choose_drafts", noted)
+    generate(target, make_network(target), **ragged_batch(), max_new_tokens=12, num_assistant_tokens=k)
+    assert pieces and all(pieces)

@@ -175,8 +175,13 @@ class Strategy:
                 "transformers."
             )
         stops = RowStops(rules, batch_size, width, processors.need_prefix, scores, in_step)
-        pads_through_model = logits is not None or scores is not None
-        text = Text(input_ids, stops, pad_token_id(generation_config), self.streamer, pads_through_model)
+        text = Text(
+            input_ids,
+            stops,
+            pad_token_id(generation_config),
+            self.streamer,
+            pads_through_model=logits is not None or scores is not None,
+        )
         choice = TokenChoice(rule, processors, text, logits, scores)
         with recorded_passes(self.cuda_graphs):
             chunk_size = generation_config.prefill_chunk_size

@@ -84,9 +84,9 @@ class Text:
     def positions(self, width: int, ahead: int = 0) -> Positions:
         """The `width` positions of each carried row from `ahead` tokens behind its text on, (R, width)."""
         oldest = min(self.running_lengths())  # rows that have finished are only carried along: any step will do
-        first = torch.tensor([max(self.generated[row], oldest) for row in self.rows])
-        rows = torch.tensor(self.rows)[:, None].expand(-1, width)
-        return Positions(rows, first[:, None] + ahead + torch.arange(width))
+        steps = [max(self.generated[row], oldest) + ahead for row in self.rows]
+        rows, steps, offsets = (torch.tensor(numbers, device="cpu") for numbers in (self.rows, steps, range(width)))
+        return Positions(rows[:, None].expand(-1, width), steps[:, None] + offsets)
 
     def pad_stopped(self, tokens: torch.Tensor) -> torch.Tensor:
         """Tokens (R, n), the pad token in rows that have stopped."""

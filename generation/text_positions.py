@@ -23,7 +23,9 @@ class Positions:
     @classmethod
     def at(cls, rows: list[int], step: int) -> Positions:
         """One position of each of `rows`, all behind `step` tokens: (N, 1)."""
-        return cls(torch.tensor(rows, dtype=torch.long)[:, None], torch.full((len(rows), 1), step))
+        return cls(
+            torch.tensor(rows, dtype=torch.long, device="cpu")[:, None], torch.full((len(rows), 1), step, device="cpu")
+        )
 
     def __getitem__(self, which) -> Positions:
         """Of the positions, as tensors are indexed."""

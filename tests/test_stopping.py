@@ -19,8 +19,8 @@ from transformers import EosTokenCriteria, StoppingCriteriaList
 from transformers.generation import stopping_criteria as library_criteria
 
 from specformer import generate
-from specformer.generation.text import Text
 from specformer.generation.text_stopping import StoppingRules
+from specformer.generation.text_stops import RowStops
 
 K = 4
 BLOCK = K + 1
@@ -417,10 +417,10 @@ def test_max_time(seconds: Callable, drafter: type, sampling: dict, stop: str):
 
 
 def look_at_the_last_token_of_a_round(monkeypatch) -> None:
-    ask, is_eos = Text._ask_about_new_tokens, StoppingRules.is_eos
+    ask, is_eos = RowStops._ask_about_new_tokens, StoppingRules.is_eos
 
-    def ask_at_the_end(self, before):
-        ask(self, [max(old, new - 1) for old, new in zip(before, self.generated, strict=True)])
+    def ask_at_the_end(self, text, before):
+        ask(self, text, [max(old, new - 1) for old, new in zip(before, self.generated, strict=True)])
 
     def is_eos_at_the_end(self, tokens):
         found = is_eos(self, tokens)
@@ -428,7 +428,7 @@ def look_at_the_last_token_of_a_round(monkeypatch) -> None:
             found[:, :-1] = False
         return found
 
-    monkeypatch.setattr(Text, "_ask_about_new_tokens", ask_at_the_end)
+    monkeypatch.setattr(RowStops, "_ask_about_new_tokens", ask_at_the_end)
     monkeypatch.setattr(StoppingRules, "is_eos", is_eos_at_the_end)
 
 

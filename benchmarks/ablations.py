@@ -32,7 +32,7 @@ from benchmarks.cost_model import time_round
 from benchmarks.variants import variants
 from specformer.generation.backend_linear import fast_linears
 from specformer.modeling_specformer import SpecFormerModel
-from specformer.scripts.fetch_target import fetch_target
+from specformer.scripts.fetch_target import find_target
 from specformer.scripts.parts.answers import Answers
 from specformer.scripts.parts.decoded import evaluate_decoding
 from specformer.scripts.parts.losses import IGNORED
@@ -48,7 +48,7 @@ STATES = "hidden_states"
 
 
 def main(arguments: argparse.Namespace) -> None:
-    name = arguments.target or str(fetch_target())
+    name, _ = find_target(arguments.target)
     evaluation = read_evaluation(arguments)
     every, runs = variants(AutoConfig.from_pretrained(name), arguments.other_data), {}
     if unknown := set(arguments.variants or ()) - every.keys():

@@ -20,7 +20,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from specformer.generation.generate import generate
-from specformer.scripts.fetch_target import HUB_ID, fetch_target
+from specformer.scripts.fetch_target import find_target
 from specformer.scripts.parts.prompts import encode, read_prompts
 from specformer.scripts.parts.provenance import provenance
 
@@ -81,7 +81,7 @@ def ways_of(target, drafter, tokenizer, max_new_tokens: int) -> dict[str, Callab
 def main(arguments: argparse.Namespace) -> None:
     logging.set_verbosity_error()
     prompts = read_prompts(arguments.prompts, arguments.limit)
-    folder = arguments.target or str(fetch_target())
+    folder, identity = find_target(arguments.target)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     default = arguments.drafter is None and arguments.target is None
     drafter = (
@@ -105,7 +105,7 @@ def main(arguments: argparse.Namespace) -> None:
     result = {
         **provenance("benchmarks.half_precision"),
         "regime": {
-            "target": arguments.name or arguments.target or HUB_ID,
+            "target": arguments.name or identity,
             "decoding": "greedy",
             "prompts": len(prompts),
             "batch_size": arguments.batch_size,

@@ -28,7 +28,7 @@ import specformer
 from benchmarks.cost_model import time_round
 from specformer.generation.draft_length import DraftLength
 from specformer.scripts.benchmark import DECODING, make_batches
-from specformer.scripts.fetch_target import HUB_ID, fetch_target
+from specformer.scripts.fetch_target import find_target
 from specformer.scripts.parts.prompts import read_prompts
 from specformer.scripts.parts.provenance import provenance
 
@@ -85,7 +85,7 @@ def main(arguments: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     prompts, dtype = read_prompts(arguments.prompts), getattr(torch, arguments.dtype)
-    folder = arguments.target or fetch_target()
+    folder, identity = find_target(arguments.target)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     target = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
     target.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -94,7 +94,7 @@ def main(arguments: argparse.Namespace) -> None:
     result = {
         **provenance("benchmarks.loop_overhead"),
         "regime": {
-            "target": arguments.target or HUB_ID,
+            "target": identity,
             "dtype": arguments.dtype,
             "prompt_tokens": arguments.prompt_tokens,
             "max_new_tokens": arguments.max_new_tokens,

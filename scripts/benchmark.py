@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 
 from specformer.generation.call_statistics import GenerationStatistics
-from specformer.scripts.fetch_target import HUB_ID, fetch_target
+from specformer.scripts.fetch_target import find_target
 from specformer.scripts.parts.contenders import PLAIN, Way, ways
 from specformer.scripts.parts.peak_memory import PeakMemory
 from specformer.scripts.parts.prompt_rows import Prompt
@@ -188,7 +188,7 @@ def main(arguments: argparse.Namespace) -> None:
     from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
     prompts, known = read_prompts(arguments.prompts), {}
-    name = arguments.target or str(fetch_target())
+    name, identity = find_target(arguments.target)
     tokenizer, template_kwargs = AutoTokenizer.from_pretrained(name), arguments.chat_template_kwargs
     encode_each(tokenizer, prompts, arguments.prompts, template_kwargs)  # refuses what it must before the work begins
     target = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, arguments.dtype)).eval()
@@ -198,7 +198,7 @@ def main(arguments: argparse.Namespace) -> None:
     if arguments.assistant:
         assistant = AutoModelForCausalLM.from_pretrained(arguments.assistant, dtype=target.dtype).to(target.device)
     regime = {
-        "target": arguments.target or HUB_ID,
+        "target": identity,
         "dtype": arguments.dtype,
         "prompts": Path(arguments.prompts).name,
         "max_new_tokens": arguments.max_new_tokens,

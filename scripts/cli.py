@@ -33,7 +33,7 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "demo": Command("demo", USE, "Eight prompts as one batch, with the default drafter and with plain generate()."),
-    "fetch": Command("fetch_target", USE, "Bring the default target, SmolLM2-135M-Instruct, to this machine."),
+    "fetch": Command("fetch_target", USE, "Bring a target to this machine: SmolLM2-135M-Instruct, or a Qwen2.5-Coder."),
     "distill": Command("distill", MAKE, "Let the target answer prompts: the training data."),
     "train": Command("train", MAKE, "Train a drafter on these answers."),
     "reproduce": Command("reproduce", MAKE, "All of it by a recipe: from prompts to a drafter with its model card."),

@@ -201,13 +201,13 @@ def main(arguments: argparse.Namespace) -> None:
     from tqdm import tqdm
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from specformer.scripts.fetch_target import HUB_ID, fetch_target
+    from specformer.scripts.fetch_target import find_target
 
     prompts = read_prompts(arguments.prompts, arguments.limit)
     if not 0 <= arguments.skip < len(prompts):
         raise ValueError(f"--skip is {arguments.skip}, and there are {len(prompts)} prompts; expected fewer than that.")
     process = PartialState(cpu=not torch.accelerator.is_available())
-    name = arguments.target or str(fetch_target())
+    name, identity = find_target(arguments.target)
     repository = {"revision": arguments.revision, "trust_remote_code": arguments.trust_remote_code}
     tokenizer = AutoTokenizer.from_pretrained(name, **repository)
     encoded = encode_each(tokenizer, prompts, arguments.prompts, arguments.chat_template_kwargs)
@@ -223,7 +223,7 @@ def main(arguments: argparse.Namespace) -> None:
     target = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype), **repository)
     target = target.eval().to(process.device)
     settings = {
-        "target": arguments.target or HUB_ID,
+        "target": identity,
         "revision": getattr(target.config, "_commit_hash", None),
         "trust_remote_code": arguments.trust_remote_code,
         "dtype": dtype,

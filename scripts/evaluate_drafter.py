@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 
-from specformer.scripts.fetch_target import HUB_ID, fetch_target
+from specformer.scripts.fetch_target import find_target
 from specformer.scripts.measures import paper_measures
 from specformer.scripts.parts.answers import Answers
 from specformer.scripts.parts.decoded import evaluate_decoding
@@ -95,7 +95,7 @@ def main(arguments: argparse.Namespace) -> None:
 
     prompts = read_prompts(arguments.prompts, arguments.limit)
     tasks = read(arguments.prompts, task_of, arguments.limit)
-    name = arguments.target or str(fetch_target())
+    name, identity = find_target(arguments.target)
     trusted = {"trust_remote_code": arguments.trust_remote_code}
     tokenizer = AutoTokenizer.from_pretrained(name, **trusted)
     if not arguments.answers:  # what cannot be encoded is refused before the work begins
@@ -138,7 +138,7 @@ def main(arguments: argparse.Namespace) -> None:
     result = {
         **provenance("specformer.scripts.evaluate_drafter"),
         "regime": {
-            "target": arguments.target or HUB_ID,
+            "target": identity,
             "drafter": drafter_name,
             "dtype": arguments.dtype,
             "decoding": "sampling, temperature 1" if arguments.sample else "greedy",

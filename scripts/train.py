@@ -255,10 +255,11 @@ def training_of(drafter: str | None) -> dict | None:
 
 
 def main(arguments: DrafterTrainingArguments) -> None:
-    from specformer.scripts.fetch_target import HUB_ID, fetch_target
+    from specformer.scripts.fetch_target import find_target
 
-    if arguments.target is None:
-        arguments.target, arguments.target_id = str(fetch_target()), arguments.target_id or HUB_ID
+    place, identity = find_target(arguments.target)
+    if place != arguments.target:
+        arguments.target, arguments.target_id = place, arguments.target_id or identity
     config, output = make_config(arguments), Path(arguments.output_dir)
     loss = make_loss(arguments, config)
     answers = Answers(arguments.data, arguments.max_length)

@@ -160,7 +160,6 @@ class SpecFormerConfig(PreTrainedConfig):
         self.intermediate_size = intermediate_size
         self.num_attention_heads = num_attention_heads
         self.num_key_value_heads = num_attention_heads if num_key_value_heads is None else num_key_value_heads
-        self.head_dim = head_dim
         self.num_draft_tokens = num_draft_tokens
         self.default_num_assistant_tokens = default_num_assistant_tokens
         self.draft_vocab_size = draft_vocab_size
@@ -174,7 +173,6 @@ class SpecFormerConfig(PreTrainedConfig):
         self.num_candidates = num_candidates
         self.confidence_head = confidence_head
         self.target_num_hidden_layers = target_num_hidden_layers
-        self.target_layer_ids = target_layer_ids
         self.target_name_or_path = target_name_or_path
         self.target_embeddings = target_embeddings
         self.format_version = format_version
@@ -184,12 +182,12 @@ class SpecFormerConfig(PreTrainedConfig):
         self.initializer_range = initializer_range
         self._check_format()
         self._check_types()
-        if head_dim is None:
-            self.head_dim = hidden_size // num_attention_heads
+        self.head_dim = hidden_size // num_attention_heads if head_dim is None else head_dim
         if target_layer_ids is None:
             layers = target_num_hidden_layers
             # in shallow targets some of them coincide
-            self.target_layer_ids = sorted({*([] if use_anchor_token else [0]), layers // 2, layers - 1, layers})
+            target_layer_ids = sorted({*([] if use_anchor_token else [0]), layers // 2, layers - 1, layers})
+        self.target_layer_ids = target_layer_ids
         self._check_sizes()
         self._check_others(kwargs)
         kwargs.setdefault("tie_word_embeddings", False)
@@ -307,13 +305,10 @@ class SpecFormerConfig(PreTrainedConfig):
             )
 
     def _check_types(self) -> None:
-        optional = ("draft_vocab_size", "head_dim", "previous_token_rank")
-        for name in (*SIZES, "draft_vocab_size", "previous_token_rank"):
-            value = getattr(self, name)
-            if (value is not None or name not in optional) and not is_whole(value, 1):
-                raise ValueError(
-                    f"SpecFormerConfig: {name} is {short(value)}; expected a positive integer up to {LARGEST}."
-                )
+        sizes = [name for name in SIZES if name != "head_dim"]  # which follows from others, or is checked with them
+        optional = [name for name in ("draft_vocab_size", "previous_token_rank") if getattr(self, name) is not None]
+        for name in (*sizes, *optional):
+            self._check_size(name)
         default = self.default_num_assistant_tokens
         if not is_whole(default, 0):
             raise ValueError(
@@ -346,6 +341,12 @@ class SpecFormerConfig(PreTrainedConfig):
                 f"SpecFormerConfig: target_name_or_path is {short(name)}; expected the target's id, in one line."
             )
 
+    def _check_size(self, name: str) -> None:
+        if not is_whole(value := getattr(self, name), 1):
+            raise ValueError(
+                f"SpecFormerConfig: {name} is {short(value)}; expected a positive integer up to {LARGEST}."
+            )
+
     def _check_others(self, fields: dict) -> None:
         """The fields of every config that could do harm here."""
         for name, value in fields.items():
@@ -373,6 +374,7 @@ class SpecFormerConfig(PreTrainedConfig):
                 f"SpecFormerConfig: draft_vocab_size is {self.draft_vocab_size}, more than the {self.vocab_size} "
                 "entries of the target's vocabulary."
             )
+        self._check_size("head_dim")
         if self.head_dim % 2:
             raise ValueError(f"SpecFormerConfig: head_dim is {self.head_dim}; rotary embeddings need an even number.")
         if self.num_attention_heads % self.num_key_value_heads:

@@ -537,6 +537,7 @@ def test_zero_in_a_generation_config_needs_no_drafter():
         (dict(intermediate_size="8"), ["intermediate_size is '8'", "positive integer"]),
         (dict(num_attention_heads=0), ["num_attention_heads is 0", "positive integer"]),
         (dict(head_dim=7), ["head_dim is 7", "even"]),
+        (dict(hidden_size=4, num_attention_heads=9), ["head_dim is 0", "positive integer"]),
         (dict(num_key_value_heads=3, num_attention_heads=4), ["num_attention_heads (4)", "num_key_value_heads (3)"]),
         (dict(target_layer_ids=[0, 31]), ["[0, 31]", "from 0 to 30"]),
         (dict(target_layer_ids=[-1]), ["[-1]", "from 0 to 30"]),

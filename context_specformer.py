@@ -44,8 +44,8 @@ class SeenContext(NamedTuple):
             (N, heads, S, head_dim).
         """
         if self.positions_per_row is None:
-            one_each = (states[:, None] for states in (query, key, value, self.visible))
-            return attend(*one_each, self.keys, self.values, is_causal)[:, 0]
+            query, key, value, visible = (states[:, None] for states in (query, key, value, self.visible))
+            return attend(query, key, value, visible, self.keys, self.values, is_causal)[:, 0]
         blocks = []
         of_rows = zip(*(part.split(self.positions_per_row) for part in (query, key, value, self.visible)), strict=True)
         for row, of_row in enumerate(of_rows):

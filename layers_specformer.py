@@ -122,9 +122,9 @@ class PreviousTokenCorrection(nn.Module):
     connection. Slots are drafted at once and know nothing of one another's tokens; this comes behind them, where their
     tokens are chosen one after the other."""
 
-    def __init__(self, config: SpecFormerConfig):
+    def __init__(self, config: SpecFormerConfig, rank: int):
         super().__init__()
-        size, rank = config.hidden_size, config.previous_token_rank
+        size = config.hidden_size
         self.norm = SpecFormerRMSNorm(size, config.rms_norm_eps)
         self.token_proj = nn.Linear(size, rank, bias=False)
         self.state_proj = nn.Linear(size, rank, bias=False)

@@ -148,7 +148,8 @@ def weight_files(name, subfolder: str, hub: dict, config=None, variant: str | No
     if weights := find(f"model.{variant}.safetensors" if variant else "model.safetensors", **optional):
         return [weights]
     index = find(f"model.safetensors.index.{variant}.json" if variant else "model.safetensors.index.json", **optional)
-    return [] if index is None else [find(shard) for shard in shards_of(index)]
+    shards = [] if index is None else map(find, shards_of(index))
+    return [file for file in shards if file is not None]
 
 
 def shards_of(index: str) -> list[str]:

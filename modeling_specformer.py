@@ -24,10 +24,12 @@ import sys
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import nn
 from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin
 from transformers.utils import ModelOutput
 
 from .configuration_specformer import SpecFormerConfig
@@ -63,23 +65,24 @@ HOW_TO_GENERATE = (
 class SpecFormerOutput(ModelOutput):
     """
     Args:
-        draft_hidden_states (`torch.FloatTensor`): normed states of every slot, ready for the target's LM head,
+        draft_hidden_states (`torch.Tensor`): normed states of every slot, ready for the target's LM head,
             `(batch_size, sequence_length, num_draft_tokens, hidden_size)`, or `(positions, num_draft_tokens,
             hidden_size)` where only some positions were asked for.
-        corrected_hidden_states (`torch.FloatTensor`, *optional*): the same, corrected by the tokens in front of the
+        corrected_hidden_states (`torch.Tensor`, *optional*): the same, corrected by the tokens in front of the
             slots, where they were given.
-        context_states (`torch.FloatTensor`): output of the context layer, from which the slots are drafted,
+        context_states (`torch.Tensor`): output of the context layer, from which the slots are drafted,
             `(batch_size, sequence_length, hidden_size)`.
     """
 
-    draft_hidden_states: torch.FloatTensor | None = None
-    corrected_hidden_states: torch.FloatTensor | None = None
-    context_states: torch.FloatTensor | None = None
+    draft_hidden_states: torch.Tensor | None = None
+    corrected_hidden_states: torch.Tensor | None = None
+    context_states: torch.Tensor | None = None
 
 
 class SpecFormerModel(PreTrainedModel):
     """Drafts `config.num_draft_tokens` tokens in one pass from hidden states of a frozen target."""
 
+    config: SpecFormerConfig
     config_class = SpecFormerConfig
     base_model_prefix = "model"
     main_input_name = "hidden_states"
@@ -106,7 +109,7 @@ class SpecFormerModel(PreTrainedModel):
         self.more_draft_layers = nn.ModuleList(DraftLayer(config) for _ in range(config.num_draft_layers - 1))
         self.final_norm = SpecFormerRMSNorm(size, config.rms_norm_eps)
         if config.previous_token_rank is not None:
-            self.previous_token_correction = PreviousTokenCorrection(config)
+            self.previous_token_correction = PreviousTokenCorrection(config, config.previous_token_rank)
         if config.confidence_head:
             self.confidence_head = ConfidenceHead(config)
         # ascending; training chooses them (`choose_draft_tokens`)
@@ -129,8 +132,8 @@ class SpecFormerModel(PreTrainedModel):
 
     @property
     def draft_layers(self) -> list[tuple[SpecFormerAttention, SpecFormerMLP]]:
-        more = [(layer.attention, layer.mlp) for layer in self.more_draft_layers]
-        return [(self.draft_attention, self.draft_mlp), *more]
+        more = cast("list[DraftLayer]", self.more_draft_layers)  # torch does not know what a ModuleList consists of
+        return [(self.draft_attention, self.draft_mlp), *((layer.attention, layer.mlp) for layer in more)]
 
     def encode_context(
         self,
@@ -197,12 +200,13 @@ class SpecFormerModel(PreTrainedModel):
             slots = torch.cat([self.anchor_slot(anchor_embeds).view(-1, 1, slots.shape[2]), slots], dim=1)
         slot_ids, context = torch.arange(slots.shape[1], device=slots.device)[None], None
         if self.config.draft_attends_context:
-            if any(argument is None for argument in (position_ids, attention_mask, past_key_values)):
+            if position_ids is None or attention_mask is None or past_key_values is None:
                 raise ValueError(
                     "This drafter has draft_attends_context=True: draft() needs position_ids, attention_mask and "
                     "past_key_values."
                 )
             layer, width = past_key_values.layers[0], attention_mask.shape[3]
+            assert isinstance(layer, CacheLayerMixin) and layer.keys is not None and layer.values is not None
             context = SeenContext(
                 layer.keys[:, :, :width], layer.values[:, :, :width], attention_mask[:, :, 0], positions_per_row
             )
@@ -246,7 +250,7 @@ class SpecFormerModel(PreTrainedModel):
         context = self.encode_context(hidden_states, fused_anchors, position_ids, attention_mask, past_key_values)
 
         at = context.new_ones(rows, length, dtype=torch.bool) if draft_positions is None else draft_positions
-        seen = {}
+        seen: dict[str, Any] = {}
         if config.draft_attends_context:
             if position_ids is None:
                 position_ids = torch.arange(length, device=at.device)[None]
@@ -258,7 +262,8 @@ class SpecFormerModel(PreTrainedModel):
                 past_key_values=past_key_values,
                 positions_per_row=at.sum(dim=1).tolist(),
             )
-        drafted = self.draft(context[at], anchor_embeds[at] if config.anchor_slot else None, **seen)  # (N, D, d)
+        slot_anchors = anchor_embeds[at] if config.anchor_slot and anchor_embeds is not None else None
+        drafted = self.draft(context[at], slot_anchors, **seen)  # (N, D, d)
         if draft_positions is None:
             drafted = drafted.unflatten(0, (rows, length))
         corrected = None if previous_embeds is None else self.previous_token_correction(drafted, previous_embeds)
@@ -303,7 +308,7 @@ class SpecFormerModel(PreTrainedModel):
         if self.config.previous_token_rank is not None:
             self.previous_token_correction.up_proj.weight.zero_()
 
-    def save_pretrained(
+    def save_pretrained(  # type: ignore[override]  # transformers' other arguments by their names alone
         self, save_directory, is_main_process: bool = True, push_to_hub: bool = False, **kwargs
     ) -> None:
         """As in transformers, with what a repository needs besides: the generation strategy, and a model card where
@@ -314,7 +319,7 @@ class SpecFormerModel(PreTrainedModel):
         if is_main_process:
             complete_repository(self, Path(save_directory), kwargs.get("token"))
 
-    def push_to_hub(self, repo_id: str, **kwargs):
+    def push_to_hub(self, repo_id: str, **kwargs):  # type: ignore[override]  # transformers' is a wrapper of any kind
         """Send what `save_pretrained` writes to the Hub, in one commit. See `publishing_specformer.push`."""
         return push(self, repo_id, **kwargs)
 
@@ -332,7 +337,7 @@ class SpecFormerModel(PreTrainedModel):
             raise ValueError("use_safetensors must be left at True: other weights are pickles, which can run any code.")
         try:
             check_checkpoint(cls, pretrained_model_name_or_path, **kwargs)
-            model, info = super().from_pretrained(
+            model, info = super().from_pretrained(  # type: ignore[attr-defined]  # annotated as a model alone
                 pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
             )
             check_values(model)

@@ -39,7 +39,7 @@ PUBLISHED = (
 """What a push sends, and the card. Nothing else that lies in a folder leaves the machine."""
 WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json")
 COMMIT = re.compile("[0-9a-f]{40}")
-ADVICE = {
+ADVICE: dict[int | None, str] = {
     401: "The Hub does not know this token, or there is none: run `hf auth login`, or set HF_TOKEN.",
     403: "The token must not write there: give it write access, or name a repository of your own.",
 }
@@ -100,12 +100,16 @@ def strategy_files(drafter, token: bool | str | None = None) -> list[Path]:
     # transformers keeps the code of a Hub repository in a folder named after its commit: the strategy must be of the
     # same one, whatever the repository holds by now
     commit = code.name if COMMIT.fullmatch(code.name) else None
-    repository, where = drafter.name_or_path, dict(revision=commit, token=token)
+    repository = drafter.name_or_path
     try:
-        file = get_cached_module_file(repository, f"{STRATEGY}/generate.py", **where)
+        file = get_cached_module_file(repository, f"{STRATEGY}/generate.py", revision=commit, token=token)
         # drafters of before it was written have none
         requirements = cached_file(
-            repository, f"{STRATEGY}/{REQUIREMENTS}", _raise_exceptions_for_missing_entries=False, **where
+            repository,
+            f"{STRATEGY}/{REQUIREMENTS}",
+            _raise_exceptions_for_missing_entries=False,
+            revision=commit,
+            token=token,
         )
     except (OSError, HFValidationError) as error:
         raise OSError(
@@ -203,10 +207,10 @@ def push_folder(
     if create_pr and revision is not None:
         raise ValueError("A pull request is opened against the main branch: give `revision` or `create_pr`, not both.")
     folder = Path(folder)
-    contents: dict[str, Path | bytes] = {**files_to_send(folder)}
-    own_card = contents.pop(CARD, None)
-    if card is None and own_card is not None:
-        own_card = read_card(own_card)
+    files = files_to_send(folder)
+    card_file = files.pop(CARD, None)
+    own_card = read_card(card_file) if card is None and card_file is not None else None
+    contents: dict[str, Path | bytes] = {**files}
     api = HfApi(token=token)
     try:
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id

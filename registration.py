@@ -16,7 +16,7 @@ from .modeling_specformer import SpecFormerModel
 class RegisteredConfig(SpecFormerConfig):
     __module__ = "transformers.models.specformer"
 
-    def __new__(cls, *args, **kwargs) -> SpecFormerConfig:
+    def __new__(cls, *args, **kwargs) -> SpecFormerConfig:  # type: ignore[misc]  # not one of its own, on purpose
         return SpecFormerConfig(*args, **kwargs)
 
 

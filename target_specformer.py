@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import warnings
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -197,7 +198,8 @@ def outputs_at(layer: nn.Linear, states: torch.Tensor, places: torch.Tensor) -> 
 def device_of(module: nn.Module) -> torch.device:
     """Where `module` computes. Weights that accelerate offloads are on the meta device between its passes."""
     device = next(module.parameters()).device
-    return device if device.type != "meta" else torch.device(module._hf_hook.execution_device)
+    hook: Any = module._hf_hook if device.type == "meta" else None  # of accelerate
+    return device if hook is None else torch.device(hook.execution_device)
 
 
 def final_norm_scale(target: PreTrainedModel) -> torch.Tensor:

@@ -115,18 +115,22 @@ class Processors:
         """All processors on the whole batch (B, T), (B, V), of which the rows `wanted` are looked at; `None`: all."""
         if self.prefix_function is not None:
             self.prefix_function.begin(wanted)
-        return self.all(input_ids, scores)
+        return self.all(input_ids, scores)  # type: ignore[arg-type]  # transformers says LongTensor, which none is
 
     def warp(self, scores: torch.Tensor) -> torch.Tensor:
         """Apply the prefix-free processors to scores (..., V), or to those of some tokens if none of them must know
         which (`know_tokens`)."""
         few = self.leave_few(scores)
         if few is None:
-            return self.prefix_free(None, scores.flatten(0, -2)).view(scores.shape)
+            return self.warp_all(scores.flatten(0, -2)).view(scores.shape)
         warped = torch.full_like(scores, -torch.inf).scatter_(-1, few.token_ids, few.scores)
         if not few.sure.all():
-            warped[~few.sure] = self.prefix_free(None, scores[~few.sure])
+            warped[~few.sure] = self.warp_all(scores[~few.sure])
         return warped
+
+    def warp_all(self, scores: torch.Tensor) -> torch.Tensor:
+        """`warp` of scores (N, V), by the processors themselves."""
+        return self.prefix_free(None, scores)  # type: ignore[arg-type]  # these read no text, and transformers does not know
 
     def leave_few(self, scores: torch.Tensor) -> FewScores | None:
         """What the prefix-free processors leave of scores (..., V), if that can be only a few: see `accept_top_k`."""

@@ -175,25 +175,33 @@ def check_acceptance(name: str, seed) -> None:
             f"seed is for acceptance='coupled', and acceptance is {name!r}. Call torch.manual_seed({seed!r}) before "
             "generate() instead."
         )
-    numbers = whole_numbers(seed)
-    if None in (numbers if isinstance(numbers, list) else [numbers]):
-        raise ValueError(f"seed is {seed!r}; expected an integer, or a list of one integer per row.")
+    whole_numbers(seed)
 
 
-def whole_numbers(seed) -> int | list[int | None] | None:
-    """`seed` as a Python integer, or a list of such, `None` for what is none."""
-    seed = getattr(seed, "tolist", lambda: seed)()  # of torch and NumPy
-    return [whole_number(number) for number in seed] if isinstance(seed, (list, tuple)) else whole_number(seed)
+def whole_numbers(seed) -> int | list[int]:
+    """`seed` as a Python integer, or a list of such.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    given = getattr(seed, "tolist", lambda: seed)()  # of torch and NumPy
+    if isinstance(given, (list, tuple)):
+        numbers = [number for each in given if (number := whole_number(each)) is not None]
+        if len(numbers) == len(given):
+            return numbers
+    elif (number := whole_number(given)) is not None:
+        return number
+    raise ValueError(f"seed is {seed!r}; expected an integer, or a list of one integer per row.")
 
 
 def row_seeds(seed: int | list[int] | None, batch_size: int) -> list[int]:
     """One seed per row: those given, `seed` + row for a single one, and one from torch's generator for `None`."""
-    seed = int(torch.randint(2**62, (), device="cpu")) if seed is None else whole_numbers(seed)
-    if isinstance(seed, int):
-        return [seed + row for row in range(batch_size)]
-    if len(seed) != batch_size:
+    numbers = int(torch.randint(2**62, (), device="cpu")) if seed is None else whole_numbers(seed)
+    if isinstance(numbers, int):
+        return [numbers + row for row in range(batch_size)]
+    if len(numbers) != batch_size:
         raise ValueError(
-            f"{len(seed)} seeds were given for {batch_size} rows (prompts times num_return_sequences); expected one "
+            f"{len(numbers)} seeds were given for {batch_size} rows (prompts times num_return_sequences); expected one "
             "per row, or a single integer."
         )
-    return seed
+    return numbers

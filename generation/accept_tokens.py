@@ -123,8 +123,8 @@ class TokenChoice:
             self.logits.write(logits, self.text.positions(logits.shape[1]))
         drafts = functional.pad(drafts, (0, 1), value=NO_TOKEN)
         proposals = None
-        if self.proposals and self.proposals[0] is not None:
-            proposals = torch.cat(self.proposals, dim=1)[:, : drafts.shape[1] - 1]
+        if sampled_from := [each for each in self.proposals if each is not None]:
+            proposals = torch.cat(sampled_from, dim=1)[:, : drafts.shape[1] - 1]
             proposals = functional.pad(proposals, (0, 0, 0, 1))
         self.proposals.clear()
         if self.processors.need_prefix:
@@ -134,7 +134,7 @@ class TokenChoice:
         return tokens, count_accepted(accepted[:, :-1])
 
     def finish(self) -> None:
-        self.rule.finish(self.text.stops.end, self.vocab_size)
+        self.rule.finish(self.text.stops.limit, self.vocab_size)
 
     def _take(self, logits, drafts, proposals):
         """All positions at once."""
@@ -154,7 +154,7 @@ class TokenChoice:
         tokens, sure = self.rule.take_few(few, positions, self.vocab_size)
         accepted = tokens == drafts
         if not sure.all():
-            scores = self.processors.prefix_free(None, logits[~sure])
+            scores = self.processors.warp_all(logits[~sure])
             doubtful = positions[(~sure).cpu()][:, None]
             taken = self.rule.take(scores[:, None], drafts[~sure][:, None], None, doubtful)
             tokens[~sure], accepted[~sure] = (part[:, 0] for part in taken)

@@ -104,7 +104,9 @@ COMPARED = 4096
 
 def agree(ours: torch.Tensor | None, theirs: torch.Tensor | None) -> bool:
     """Whether numbers are the same up to rounding, and most token ids, of which some may be those of near ties."""
-    if ours is None or not ours.is_floating_point():
+    if ours is None or theirs is None:
+        return ours is theirs
+    if not ours.is_floating_point():
         return ours is theirs or bool((ours == theirs).float().mean() >= 0.5)
     ours, theirs = ours[..., :COMPARED], theirs[..., :COMPARED]
     precision = torch.finfo(ours.dtype).eps ** 0.5

@@ -32,9 +32,8 @@ def cache_argument(model, cache) -> dict:
 def prepared_inputs(model, input_ids, cache, **kwargs) -> dict:
     """What generate() would hand to the forward of `model` for `input_ids` behind `cache`."""
     wanted = cache_name(model.forward)
-    inputs = model.prepare_inputs_for_generation(
-        input_ids, **{cache_name(model.prepare_inputs_for_generation) or wanted: cache}, **kwargs
-    )
+    cached: dict = {cache_name(model.prepare_inputs_for_generation) or wanted: cache}
+    inputs = model.prepare_inputs_for_generation(input_ids, **cached, **kwargs)
     # remote code may name the cache in one way here and in the other there
     return {wanted if name in CACHE_NAMES else name: value for name, value in inputs.items()}
 

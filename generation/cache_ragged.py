@@ -35,6 +35,8 @@ class RaggedLayer(CacheLayerMixin):
     is_compileable = False
     is_sliding = False
     is_croppable = False
+    keys: torch.Tensor  # both once `is_initialized`
+    values: torch.Tensor
 
     def __init__(self, owner: RaggedCache, ring: int | None = None):
         super().__init__()
@@ -156,8 +158,8 @@ class RaggedCache(Cache):
         self.slots: torch.Tensor | None = None
         self.ring_slots: torch.Tensor | None = None
         self.rows: torch.Tensor | None = None
-        layers = [RaggedLayer(self, ring if layer in ring_layers else None) for layer in range(num_layers)]
-        super().__init__(layers=layers)
+        self.ragged_layers = [RaggedLayer(self, ring if n in ring_layers else None) for n in range(num_layers)]
+        super().__init__(layers=[*self.ragged_layers])  # which may be of any kind
 
     def load(self, rows: torch.Tensor, prompt_cache: Cache, columns: torch.Tensor) -> None:
         """Take over the states of a prompt pass over `rows` (N,), and leave none in `prompt_cache`.
@@ -167,8 +169,10 @@ class RaggedCache(Cache):
                 anywhere.
         """
         width = prompt_cache.get_seq_length()
-        for ragged, dynamic in zip(self.layers, prompt_cache.layers, strict=True):
-            if dynamic.is_initialized:
+        for ragged, dynamic in zip(self.ragged_layers, prompt_cache.layers, strict=True):
+            if not isinstance(dynamic, CacheLayerMixin):
+                raise TypeError(f"A ragged cache takes over keys and values, and a {type(dynamic).__name__} has none.")
+            if dynamic.keys is not None and dynamic.values is not None:
                 # A sliding layer kept its last columns only; the others are out of every later query's window.
                 dropped = width - dynamic.keys.shape[2]
                 ragged.load(rows, dynamic.keys, dynamic.values, (columns - dropped).clamp(min=0))
@@ -212,21 +216,21 @@ class RaggedCache(Cache):
         """Keep only the rows of `index` (R,); `longest` is the largest of their lengths."""
         self.lengths, self.longest = self.lengths[index], longest
         self.moves += 1
-        for layer in self.layers:
+        for layer in self.ragged_layers:
             layer.select_rows(index)
 
     def replace_rows(self, index: torch.Tensor, other: RaggedCache, longest: int) -> None:
         """Put the rows of `other` in the place of rows `index` (N,); `longest` is the largest length that results."""
         if other.capacity > self.capacity:
             self._grow(other.capacity)
-        for layer, theirs in zip(self.layers, other.layers, strict=True):
+        for layer, theirs in zip(self.ragged_layers, other.ragged_layers, strict=True):
             layer.replace_rows(index, theirs)
         self.lengths = self.lengths.index_copy(0, index, other.lengths)
         self.longest = longest
 
     def _grow(self, capacity: int) -> None:
         self.capacity, self.moves = capacity, self.moves + 1
-        for layer in self.layers:
+        for layer in self.ragged_layers:
             layer.resize()
 
     def mask(self, position_ids: torch.Tensor, window: int | None = None, chunk: int | None = None) -> torch.Tensor:

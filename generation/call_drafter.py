@@ -9,7 +9,7 @@ from transformers import GenerationMixin
 from .accept_rules import AcceptanceRule
 from .argument import whole_number
 from .call_settings import CallSettings
-from .draft_length import AUTO, DraftLength, checked_draft_length
+from .draft_length import AUTO, DraftLength, checked_count, checked_draft_length
 from .draft_length_auto import AutoDraftLength, experience_of
 from .draft_length_confident import ConfidentDraftLength
 from .drafter import Drafter, NoDrafter, is_drafter
@@ -37,7 +37,7 @@ class DraftSettings:
 
     assistant_model: object
     num_assistant_tokens: int | str | None
-    prompt_lookup_num_tokens: int | str | None
+    prompt_lookup_num_tokens: int | None
     max_matching_ngram_size: int | None
     prefill_chunk_size: int | None
 
@@ -55,7 +55,7 @@ class DraftSettings:
         return cls(
             unwrapped(assistant_model),
             checked_draft_length(num_assistant_tokens),
-            checked_draft_length(settings.take("prompt_lookup_num_tokens"), "prompt_lookup_num_tokens"),
+            checked_count(settings.take("prompt_lookup_num_tokens"), "prompt_lookup_num_tokens"),
             whole_number(ngram),
             settings.get("prefill_chunk_size"),
         )
@@ -117,16 +117,16 @@ def choose_draft_length(
             requested = 0
         elif rule.text_depends_on_drafts:  # and would depend on the clock
             requested = drafter.default_num_assistant_tokens
-    if requested in (None, AUTO):
-        most = min(drafter.max_draft_tokens, MOST_WITHOUT_NUMBER)
-        if most == 0:
-            return DraftLength(0)
-        start = drafter.default_num_assistant_tokens or most
-        kind = AutoDraftLength if rule.text_depends_on_drafts else ConfidentDraftLength
-        source = model if drafts.assistant_model is None else drafts.assistant_model
-        experience = experience_of(model, source, (type(drafter), most))
-        return kind(most, start, experience, (model.device, model.dtype, cuda_graphs))
-    return DraftLength(min(requested, drafter.max_draft_tokens))
+    if isinstance(requested, int):
+        return DraftLength(min(requested, drafter.max_draft_tokens))
+    most = min(drafter.max_draft_tokens, MOST_WITHOUT_NUMBER)
+    if most == 0:
+        return DraftLength(0)
+    start = drafter.default_num_assistant_tokens or most
+    kind = AutoDraftLength if rule.text_depends_on_drafts else ConfidentDraftLength
+    source = model if drafts.assistant_model is None else drafts.assistant_model
+    experience = experience_of(model, source, (type(drafter), most))
+    return kind(most, start, experience, (model.device, model.dtype, cuda_graphs))
 
 
 def requested_length(drafts: DraftSettings, drafter: Drafter) -> int | str | None:

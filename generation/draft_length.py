@@ -38,20 +38,33 @@ class DraftLength:
         it took."""
 
 
-def checked_draft_length(value, name: str = "num_assistant_tokens") -> int | str | None:
-    """`value` as a Python integer, or "auto", or `None`: nobody asked.
+def checked_draft_length(value) -> int | str | None:
+    """`num_assistant_tokens` as a Python integer, or "auto", or `None`: nobody asked.
 
     Raises:
         ValueError: a negative number, or none at all.
     """
-    or_auto = f", or {AUTO!r}" if name == "num_assistant_tokens" else ""
-    if value is None or (or_auto and isinstance(value, str) and value == AUTO):
-        return value
+    if isinstance(value, str) and value == AUTO:
+        return AUTO
+    return checked_count(value, "num_assistant_tokens", f", or {AUTO!r}")
+
+
+def checked_count(value, name: str, otherwise: str = "") -> int | None:
+    """`value`, the argument `name`, as a Python integer, or `None`: nobody asked.
+
+    Args:
+        otherwise: what it may be besides, for the message.
+
+    Raises:
+        ValueError: a negative number, or none at all.
+    """
+    if value is None:
+        return None
     number = whole_number(value)
     if number is None or number < 0:
         raise ValueError(
             f"{name} is {value!r}; expected an integer: 0 for plain decoding, otherwise how many tokens to draft each "
-            f"round{or_auto}."
+            f"round{otherwise}."
         )
     return number
 

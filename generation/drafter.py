@@ -31,6 +31,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import torch
 
@@ -144,7 +145,7 @@ class NoDrafter(Drafter):
     max_draft_tokens = default_num_assistant_tokens = 0
 
 
-def is_drafter(thing) -> bool:
+def is_drafter(thing) -> TypeGuard[Drafter]:
     """Whether `thing` has a drafter's methods, whatever copy of this code its class was derived from."""
     return all(callable(getattr(thing, name, None)) for name in STEPS)
 

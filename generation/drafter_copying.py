@@ -83,8 +83,8 @@ class CopyingDrafter(Drafter):
         self.hidden_state_layers, self.reads_logits = drafter.hidden_state_layers, drafter.reads_logits
         self.proposes_known_tokens = drafter.proposes_known_tokens
         self.knows_confidence = False  # whether the other drafter tells how sure it is
-        self.copies: torch.Tensor | None = None  # of this round, (R, k)
-        self.matched: torch.Tensor | None = None  # how much stood in front of them before, (R,); 0 where none is used
+        # of this round: the copies (R, k), and how much stood in front of them before (R,); 0 where none is used
+        self.copied: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def __enter__(self):
         self.drafter.__enter__()
@@ -104,7 +104,7 @@ class CopyingDrafter(Drafter):
         chances = self.rates.chances(matched, num_tokens)  # (R, k)
         own = min(num_tokens, self.drafter.max_draft_tokens)
         if self._needs_no_other(chances[:, :own]):
-            self.copies, self.matched = copies, matched
+            self.copied = copies, matched
             return Proposal(copies, chances)
         proposal = self.drafter.propose(own, choose)
         drafts, confidences = proposal.tokens.to(copies.device), proposal.confidences
@@ -115,7 +115,7 @@ class CopyingDrafter(Drafter):
             confidences = functional.pad(confidences.to(chances), (0, num_tokens - drafted))  # (R, k)
             is_copied = expected(chances) > expected(confidences)
             confidences = torch.where(is_copied[:, None], chances, confidences)
-        self.copies, self.matched = copies, matched * is_copied
+        self.copied = copies, matched * is_copied
         drafts = functional.pad(drafts, (0, num_tokens - drafted), value=NO_TOKEN)
         return Proposal(torch.where(is_copied[:, None], copies, drafts), confidences)
 
@@ -132,10 +132,10 @@ class CopyingDrafter(Drafter):
         self.lookup.update(verified)
         tokens, counts = verified.tokens, verified.counts
         self.running = counts > 0
-        if self.copies is not None:
-            verified = self.copies[:, : tokens.shape[1] - 1]
-            self.rates.count(self.matched, verified, tokens, counts)
-            self.copies = self.matched = None
+        if self.copied is not None:
+            copies, matched = self.copied
+            self.rates.count(matched, copies[:, : tokens.shape[1] - 1], tokens, counts)
+            self.copied = None
 
     def select_rows(self, index, longest) -> None:
         self.drafter.select_rows(index, longest)

@@ -81,6 +81,7 @@ class SpecFormerDrafter(Drafter):
         cache = RaggedCache(1, layout.lengths, layout.longest, capacity, limit)
         groups = layout.groups
         contexts = []
+        assert prompts.hidden_states is not None  # of `hidden_state_layers`
         for group, hidden_states in zip(groups, prompts.hidden_states, strict=True):
             ids, lengths = input_ids[group.rows, -group.width :], group.layout.lengths
             # Real tokens go to the front, so that plain causal attention keeps padding out.
@@ -135,6 +136,7 @@ class SpecFormerDrafter(Drafter):
 
     def update(self, verified: Verified) -> None:
         # Read when there is a proposal to make: rounds without one cost nothing, and are caught up with in one pass.
+        assert verified.hidden_states is not None  # of `hidden_state_layers`
         parts = (verified.hidden_states, verified.tokens, verified.counts)
         hidden_states, tokens, counts = (part.to(self.borrowed.device) for part in parts)
         self.newest = verified.newest(self.newest)
@@ -145,7 +147,7 @@ class SpecFormerDrafter(Drafter):
 
     def select_rows(self, index, longest) -> None:
         index = index.to(self.context.device)
-        self.unread = [tuple(part[index] for part in block) for block in self.unread]
+        self.unread = [(states[index], tokens[index], counts[index]) for states, tokens, counts in self.unread]
         self.cache.select_rows(index, longest)
         self.longest = longest
         self.context, self.newest, self.rows = self.context[index], self.newest[index], self.rows[: len(index)]

@@ -188,9 +188,10 @@ class Strategy:
             statistics = decode(model, drafter, text, choice, layout, model_kwargs, draft_length, chunk_size)
         if wants is None:
             return text.result()
+        # transformers' annotations name classes that tensors do not have, and tuples of one
         return SpeculativeOutput(
-            sequences=text.result(),
-            scores=None if scores is None else scores.first(stops.end),
-            logits=None if logits is None else logits.first(stops.end),
+            sequences=text.result(),  # type: ignore[arg-type]
+            scores=None if scores is None else scores.first(stops.limit),  # type: ignore[arg-type]
+            logits=None if logits is None else logits.first(stops.limit),  # type: ignore[arg-type]
             statistics=statistics,
         )

@@ -6,6 +6,7 @@ R rows that a pass carries, n tokens of a row, V entries of the vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
 from torch.nn import functional
@@ -39,8 +40,9 @@ class Proposal:
 def first_path(proposal: Proposal, device: torch.device) -> Proposal:
     """What is verified of `proposal`, which may be of another copy of this class: its tokens on `device`; of a tree the
     first child of the newest token, that one's first child, and so on."""
-    tokens, confidences, probabilities, parents = (
-        getattr(proposal, name, None) for name in ("tokens", "confidences", "probabilities", "parents")
+    tokens = proposal.tokens
+    confidences, probabilities, parents = (
+        getattr(proposal, name, None) for name in ("confidences", "probabilities", "parents")
     )
     if parents is None:
         return Proposal(tokens.to(device), confidences, probabilities)
@@ -54,15 +56,17 @@ def first_path(proposal: Proposal, device: torch.device) -> Proposal:
     path = torch.cat(path, dim=1)
     path = path[:, : int((path < width).sum(dim=1).amax())]  # as deep as the deepest
 
-    def along(values: torch.Tensor | None, filling: float) -> torch.Tensor | None:
+    def along(values: torch.Tensor, filling: float) -> torch.Tensor:
         """Those of the path, and `filling` behind it: (R, n, ...) -> (R, depth, ...)."""
-        if values is None:
-            return None
         filled = functional.pad(values, (0, 0) * (values.ndim - 2) + (0, 1), value=filling)
         here = path.to(values.device)
         return filled[torch.arange(rows, device=here.device)[:, None], here]
 
-    return Proposal(along(tokens, NO_TOKEN).to(device), along(confidences, 0.0), along(probabilities, 0.0))
+    return Proposal(
+        along(tokens, NO_TOKEN).to(device),
+        None if confidences is None else along(confidences, 0.0),
+        None if probabilities is None else along(probabilities, 0.0),
+    )
 
 
 def check_proposal(proposal: Proposal, drafter, num_rows: int, num_tokens: int, vocab_size: int) -> None:
@@ -71,7 +75,7 @@ def check_proposal(proposal: Proposal, drafter, num_rows: int, num_tokens: int, 
         ValueError: what a broken drafter gave; the message names it.
     """
 
-    def refuse(what: str) -> None:
+    def refuse(what: str) -> NoReturn:
         raise ValueError(f"The drafter {name_of(drafter)} {what}")
 
     tokens = getattr(proposal, "tokens", None)

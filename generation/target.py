@@ -22,7 +22,8 @@ def prompt_arguments(model, layout: PromptLayout) -> dict:
     """What generate() would prepare for the prompt pass of a model: a mask, position ids, and no more logits than
     needed."""
     mask = layout.mask()
-    arguments = {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+    position_ids = (mask.cumsum(1) - 1).clamp(min=0)
+    arguments: dict[str, torch.Tensor | int] = {"attention_mask": mask, "position_ids": position_ids}
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         arguments["logits_to_keep"] = 1
     return arguments
@@ -53,7 +54,9 @@ def prefill(
     run = states_of or StateReader(model, None)
     # Rows are counted without their padding, so the longest ends max_length - (P - longest) tokens on.
     longest_text = layout.longest + max_length - input_ids.shape[1]
-    cache, logits, order, states = None, [], [], []
+    logits: list[torch.Tensor] = []
+    order: list[torch.Tensor] = []
+    states: list[torch.Tensor] = []
     for group in layout.groups:
         of_group = dict(model_kwargs)
         for name in ("attention_mask", "position_ids"):
@@ -62,17 +65,18 @@ def prefill(
         last, prompt_cache, states_of_group = read_prompts(
             model, input_ids[group.rows, -group.width :], of_group, chunk_size, run
         )
-        if cache is None:
+        if not logits:  # the first pass tells how many layers there are
             num_layers = len(prompt_cache.layers)
             capacity = min(layout.longest + FIRST_CAPACITY + (block_size or 1), longest_text)
             window, sliding = sliding_layers(model.config, num_layers)
-            ring = window - 1 + block_size if sliding and block_size else longest_text
+            ring = longest_text if window is None or not sliding or not block_size else window - 1 + block_size
             # Where no text grows out of the window, slots are those of full attention.
             rings = (ring, sliding) if ring < longest_text else ()
             cache = RaggedCache(num_layers, layout.lengths, layout.longest, capacity, longest_text, *rings)
         cache.load(group.rows, prompt_cache, group.layout.columns[:, : group.layout.longest])
         logits.append(last)
-        states.append(states_of_group)
+        if states_of_group is not None:
+            states.append(states_of_group)
         order.append(group.rows)
     places = torch.cat(order).argsort().to(last.device)
     return torch.cat(logits)[places], cache, None if run.layers is None else states
@@ -90,7 +94,8 @@ def read_prompts(
     width = input_ids.shape[1]
     cut = ("attention_mask", "position_ids", *CACHE_NAMES)
     kwargs = {key: value for key, value in model_kwargs.items() if key not in cut} | {"use_cache": True}
-    cache, states = DynamicCache(config=model.config), []
+    cache = DynamicCache(config=model.config)
+    states: list[torch.Tensor] = []
     mask, position_ids = model_kwargs.get("attention_mask"), model_kwargs.get("position_ids")
     for start in range(0, width, chunk_size or width):
         end = min(start + (chunk_size or width), width)
@@ -104,7 +109,8 @@ def read_prompts(
             **kwargs,
         )
         outputs, of_chunk = run(**inputs)
-        states.append(of_chunk)
+        if of_chunk is not None:
+            states.append(of_chunk)
         # Not the cache that went in: some families start a new one for long prompts.
         cache = cache_of(outputs)
     if not isinstance(cache, DynamicCache) or cache.get_seq_length() != width:

@@ -75,7 +75,7 @@ def verify_among_many_slots(model, cache: RaggedCache, tokens: torch.Tensor) -> 
         return functional.pad(mask, (0, slots), value=hidden)
 
     masks = {kind: stretched(mask) for kind, mask in masks.items()} if isinstance(masks, dict) else stretched(masks)
-    layers, cache.layers = cache.layers, [StretchedLayer(layer, slots, longest) for layer in cache.layers]
+    layers, cache.layers = cache.layers, [StretchedLayer(layer, slots, longest) for layer in cache.ragged_layers]
     try:
         return read_block(model, cache, tokens, position_ids, masks)[0]
     except RuntimeError as error:  # shapes, as a rule

@@ -11,17 +11,23 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
+from typing import Protocol
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
-from transformers.utils import ModelOutput
 
 from .backend_compiled import compiled_parts, uncompiled
 from .target_refusals import input_device
 
 _captures: WeakKeyDictionary = WeakKeyDictionary()
 """model -> by the layers whose states were asked for, whether it captures them: what a trial has shown."""
+
+
+class Outputs(Protocol):
+    """What is read of a model's outputs, whatever their class, beside states and a cache where they have them."""
+
+    logits: torch.Tensor
 
 
 class StateReader:
@@ -34,16 +40,16 @@ class StateReader:
     def __init__(self, model, layers: Sequence[int] | None):
         self.model, self.layers = model, layers
         compiled = [] if layers is None else list(compiled_parts(model))
-        self.captures = compiled == [model] and captures(model, layers)
+        self.captures = layers is not None and compiled == [model] and captures(model, layers)
         self.runs_eagerly = bool(compiled) and not self.captures
 
-    def __call__(self, **inputs) -> tuple[ModelOutput, torch.Tensor | None]:
+    def __call__(self, **inputs) -> tuple[Outputs, torch.Tensor | None]:
         """The outputs of the model's forward for `inputs`, and the states (B, T, S, d) on the device of the logits.
 
         Raises:
             RuntimeError: the pass did not go through some of the layers.
         """
-        if self.captures:
+        if self.layers is not None and self.captures:
             outputs = self.model(**inputs, output_hidden_states=list(self.layers), return_dict=True)
             return outputs, stacked(self.model, self.layers, captured(outputs), outputs.logits.device)
         with uncompiled() if self.runs_eagerly else nullcontext(), HiddenStates(self.model, self.layers) as hidden:
@@ -69,7 +75,7 @@ def captures(model, layers: Sequence[int]) -> bool:
     return known[asked]
 
 
-def captured(outputs: ModelOutput) -> dict[int, torch.Tensor]:
+def captured(outputs: Outputs) -> dict[int, torch.Tensor]:
     """The states that a model's outputs hold."""
     states = getattr(outputs, "hidden_states", None) or ()
     return {number: state for number, state in enumerate(states) if state is not None}
@@ -96,13 +102,13 @@ class HiddenStates:
     def __init__(self, model, layers: Sequence[int] | None):
         self.layers = layers
         self.seen: dict[int, torch.Tensor] = {}
-        self.parts = None if layers is None else find_decoder(model)
         self.model, self.attached = model, ExitStack()
 
     def __enter__(self) -> HiddenStates:
         if self.layers is None:
             return self
         owner = threading.get_ident()
+        decoder, layers = find_decoder(self.model)
 
         # Where this thread removes its hooks during a pass of another one, that pass may call them without kwargs.
         def before_layer(number: int):
@@ -116,7 +122,6 @@ class HiddenStates:
             if threading.get_ident() == owner:
                 self.seen[len(layers)] = kwargs_and_output[-1][0]
 
-        decoder, layers = self.parts
         with ExitStack() as stack:
             for number in self.layers:
                 if number < len(layers):

@@ -163,7 +163,7 @@ class Text:
 
     def result(self) -> torch.Tensor:
         """What plain generate() returns: (B, P + generated tokens of the longest row)."""
-        return self.ids[:, : self.prompt_width + self.stops.end].clone()
+        return self.ids[:, : self.prompt_width + self.stops.limit].clone()
 
     def _reserve(self, extra: int) -> None:
         """Make room for `extra` more tokens of the longest row."""
@@ -193,9 +193,7 @@ class Text:
         """Put every column that no running row can change any more."""
         if self.streamer is None:
             return
-        upto = min(self.running_lengths(), default=self.stops.end)
-        if self.stops.end is not None:
-            upto = min(upto, self.stops.end)
+        upto = min([*self.running_lengths(), self.stops.limit])
         columns = self.ids[:, self.prompt_width + self.streamed : self.prompt_width + upto].cpu()
         for column in columns.unbind(dim=1):
             self.streamer.put(column)

@@ -124,7 +124,7 @@ def test_the_other_drafter_is_not_asked_where_copies_are_sure():
     copies = proposal.tokens[0].tolist()
     start = text.index(copies[0])
     assert copies == [text[(start + place) % 5] for place in range(4)]
-    assert torch.equal(proposal.confidences, drafter.rates.chances(drafter.matched, 4))
+    assert torch.equal(proposal.confidences, drafter.rates.chances(drafter.copied[1], 4))
 
 
 def test_under_rejection_nothing_is_copied():

@@ -9,10 +9,13 @@ TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 CPU_BUILDS := https://download.pytorch.org/whl/cpu
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-all test-oldest canary test-gpu bench-gpu kill lint clean
+.PHONY: demo demo-code test test-all test-oldest canary test-gpu bench-gpu kill lint clean
 
 demo: $(VENV)/ready
 	$(VENV)/bin/python -m specformer demo
+
+demo-code: $(VENV)/ready
+	$(VENV)/bin/python -m specformer demo --code
 
 test: lint
 	OMP_NUM_THREADS=1 $(VENV)/bin/python $(PYTEST) -m "not slow and not gpu"

@@ -13,6 +13,7 @@ class GenerationStatistics:
         rounds: target passes after the prompt's.
         target_passes_per_row: rounds in which each row of the batch was running.
         tokens_per_row: tokens generated per row, the one from the prompt pass included.
+        was_drafted: per row, of each of these tokens, whether it is a draft that the target accepted.
         drafted_per_slot: how often slot j was drafted for a running row. Rows with nothing to draft do not count.
         accepted_per_slot: how often it was accepted, the slots before it included.
         rounds_per_length: how many rounds verified so many drafts of each row.
@@ -24,6 +25,7 @@ class GenerationStatistics:
     rounds: int = 0
     target_passes_per_row: list[int] = field(default_factory=list)
     tokens_per_row: list[int] = field(default_factory=list)
+    was_drafted: list[list[bool]] = field(default_factory=list)
     drafted_per_slot: list[int] = field(default_factory=list)
     accepted_per_slot: list[int] = field(default_factory=list)
     rounds_per_length: dict[int, int] = field(default_factory=dict)
@@ -32,6 +34,7 @@ class GenerationStatistics:
     def __post_init__(self):
         self.target_passes_per_row = [0] * self.batch_size
         self.tokens_per_row = [0] * self.batch_size
+        self.was_drafted = [[] for _ in range(self.batch_size)]
         self._clock = perf_counter()
 
     def lap(self, part: str) -> None:
@@ -55,9 +58,15 @@ class GenerationStatistics:
             if added == 0:
                 continue  # stopped earlier and only carried along
             self.target_passes_per_row[row] += not is_prompt
+            self.was_drafted[row] += [place < accepted for place in range(added)]
             for slot in range(count):
                 self.drafted_per_slot[slot] += 1
                 self.accepted_per_slot[slot] += slot < accepted
+
+    def finish(self, tokens_per_row: list[int]) -> None:
+        """The text is complete. What a row was given in vain, when others had reached the end, does not count."""
+        self.tokens_per_row = tokens_per_row
+        self.was_drafted = [each[:count] for each, count in zip(self.was_drafted, tokens_per_row, strict=True)]
 
     @property
     def tokens_per_pass_per_row(self) -> list[float | None]:

@@ -94,7 +94,7 @@ def decode(
                 statistics.lap("draft")
 
         choice.finish()
-    statistics.tokens_per_row = text.stops.tokens_per_row
+    statistics.finish(text.stops.tokens_per_row)
     return statistics
 
 

@@ -55,6 +55,7 @@ def check(target, batch: dict, reference: Reference, drafter, k: int, seed: int 
     assert output.sequences.tolist() == reference.sequences.tolist()
     assert streamer.calls == reference.streamed
     assert torch.equal(torch.get_rng_state(), reference.generator_state)
+    assert [len(drafted) for drafted in output.statistics.was_drafted] == output.statistics.tokens_per_row
     return output.statistics
 
 

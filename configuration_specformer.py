@@ -66,7 +66,7 @@ REFUSED = (
 )
 """Fields by which a config.json makes transformers patch classes, take memory, or read other files or fields."""
 CODE = re.compile(r"(\w[\w.-]*(/\w[\w.-]*)?--)?\w+\.\w+")
-"""`module.Class`, behind `repository--` where transformers says whose module it is."""
+"""`module.Class`, after `repository--` where transformers says whose module it is."""
 
 
 class SpecFormerConfig(PreTrainedConfig):

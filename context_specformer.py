@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 POSITIONS_AT_ONCE = 16
 """Positions of one text whose slots share an attention call. More of them are fewer calls, but each also scores the
-slots of the others, in vain."""
+slots of the others, for nothing."""
 
 
 class SeenContext(NamedTuple):

@@ -96,7 +96,7 @@ class SpecFormerMLP(nn.Module):
 
 
 class DraftLayer(nn.Module):
-    """A draft layer behind the first: attention over the slots of one position, and SwiGLU."""
+    """A draft layer after the first: attention over the slots of one position, and SwiGLU."""
 
     def __init__(self, config: SpecFormerConfig):
         super().__init__()
@@ -119,7 +119,7 @@ class AnchorSlot(nn.Module):
 
 class PreviousTokenCorrection(nn.Module):
     """What a slot's state gains from the token in front of it: a small network that reads both, with a residual
-    connection. Slots are drafted at once and know nothing of one another's tokens; this comes behind them, where their
+    connection. Slots are drafted at once and know nothing of one another's tokens; this comes after them, where their
     tokens are chosen one after the other."""
 
     def __init__(self, config: SpecFormerConfig, rank: int):

@@ -160,7 +160,7 @@ def shards_of(index: str) -> list[str]:
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{index} names no shards ({error}). Download the drafter again, or save it again.") from error
     if not all(isinstance(shard, str) and re.fullmatch(r"\w[\w.-]*\.safetensors", shard) for shard in shards):
-        raise ValueError(f"{index} names files that are not safetensors beside it. Do not use this drafter.")
+        raise ValueError(f"{index} names files that are not safetensors next to it. Do not use this drafter.")
     if not shards:
         raise ValueError(f"{index} names no shards (it is empty). Download the drafter again, or save it again.")
     return sorted(shards)

@@ -49,7 +49,7 @@ from .target_specformer import BorrowedTarget, final_norm_scale, some_embeddings
 
 # transformers imports remote code without setting the module on its package. dill, by which `datasets` fingerprints the
 # functions that it maps, then does not find this class by its name, and takes it apart, down to a function of
-# huggingface_hub that it never comes to an end with.
+# huggingface_hub that it never finishes with.
 setattr(import_module(__package__), __name__.rpartition(".")[2], sys.modules[__name__])
 
 HOW_TO_GENERATE = (
@@ -210,14 +210,14 @@ class SpecFormerModel(PreTrainedModel):
             context = SeenContext(
                 layer.keys[:, :, :width], layer.values[:, :, :width], attention_mask[:, :, 0], positions_per_row
             )
-            slot_ids = position_ids + 1 + slot_ids  # (N, D), behind the context; without it only distances count
+            slot_ids = position_ids + 1 + slot_ids  # (N, D), after the context; without it only distances count
         layers = self.draft_layers
 
         def run_layer(slots: torch.Tensor, number: int) -> torch.Tensor:
             attention, mlp = layers[number]
             slots = attention(slots, slot_ids, is_causal=self.config.causal_draft_attention, context=context)
             if number == len(layers) - 1:
-                slots = slots[:, -self.config.num_draft_tokens :]  # nobody will see the anchor's any more
+                slots = slots[:, -self.config.num_draft_tokens :]  # the anchor's is not read any more
             return mlp(slots)
 
         for number in range(len(layers)):

@@ -1,7 +1,7 @@
 """A drafter's folder as a complete Hub repository: what `save_pretrained` adds to weights and config, and the push.
 
 transformers copies the files that config.json's `auto_map` names. A drafter is of no use without its generation
-strategy (`custom_generate/`), and a repository without a model card is found by nobody.
+strategy (`custom_generate/`), and a repository without a model card is hard to find.
 """
 
 from __future__ import annotations
@@ -75,8 +75,8 @@ def short_card(config: SpecFormerConfig) -> str:
 
 # SpecFormer drafter for {target}
 
-Drafts tokens for `generate` of {target}, which verifies them: the text does not change. How it was trained and what it
-comes to has not been written down.
+Drafts tokens for `generate` of {target}, which verifies them: the text does not change. How it was trained, and how
+many of its drafts are accepted, is not documented.
 
 ```python
 drafter = AutoModel.from_pretrained("{HERE}", trust_remote_code=True)

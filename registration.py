@@ -24,6 +24,6 @@ RegisteredConfig.__name__ = SpecFormerConfig.__name__  # by which transformers l
 
 
 def register() -> None:
-    """For this process. To do it again, or for another copy of the package, is well: the last one counts."""
+    """For this process. To do it again, or for another copy of the package, is fine: the last one counts."""
     AutoConfig.register(SpecFormerConfig.model_type, RegisteredConfig, exist_ok=True)
     AutoModel.register(SpecFormerConfig, SpecFormerModel, exist_ok=True)

@@ -39,7 +39,7 @@ class BorrowedTarget:
             "num_hidden_layers": config.target_num_hidden_layers,
         }
         sizes = {name: getattr(text_config, name) for name in made_for}
-        # tokens that were added to the target, or that pad its embeddings, are behind those of the drafter
+        # tokens that were added to the target, or that pad its embeddings, are after those of the drafter
         sizes["vocab_size"] = min(sizes["vocab_size"], config.vocab_size)
         differences = [
             f"{name} is {sizes[name]} there and {size} here" for name, size in made_for.items() if sizes[name] != size
@@ -60,7 +60,7 @@ class BorrowedTarget:
 
     @property
     def device(self) -> torch.device:
-        """Where the drafter computes: beside the LM head that it shares."""
+        """Where the drafter computes: on the device of the LM head that it shares."""
         return device_of(self.head)
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:

@@ -2,8 +2,8 @@
 
 Prefix-free ones map each row of scores on its own and run once over all drafted positions. Every other one is called
 as plain generate() calls it: with the whole original batch in its original order, all rows at one length, since some
-are bound to the batch they were made for. The library's own that remember their earlier calls are refused; what nobody
-knows is watched (`text_in_step`).
+are bound to the batch they were made for. The library's own that remember their earlier calls are refused; those of
+other people are watched (`text_in_step`).
 """
 
 from __future__ import annotations

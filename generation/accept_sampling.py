@@ -70,7 +70,7 @@ def reject_and_resample(
         noise: numbers from Exp(1), (N, V).
 
     Returns:
-        Tokens (N, q), those behind a row's first rejection meaning nothing, and which drafts were accepted (N, q).
+        Tokens (N, q), those after a row's first rejection meaning nothing, and which drafts were accepted (N, q).
     """
     rows = torch.arange(len(drafts), device=drafts.device)
     p = scores.softmax(dim=-1)

@@ -113,8 +113,8 @@ class TokenChoice:
         return drafts.clamp(min=0, max=self.vocab_size - 1)
 
     def of_target(self, logits: torch.Tensor, drafts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The target's tokens (R, k + 1) from its logits (R, k + 1, V) behind `drafts` (R, k), and how many drafts it
-        accepts (R,): they are the first of its tokens. Tokens behind a wrong draft mean nothing.
+        """The target's tokens (R, k + 1) from its logits (R, k + 1, V) after `drafts` (R, k), and how many drafts it
+        accepts (R,): they are the first of its tokens. Tokens after a wrong draft mean nothing.
         """
         # generate() casts before processors and argmax, on the device of the text
         logits = logits.to(device=drafts.device, dtype=torch.float32)

@@ -21,7 +21,7 @@ MORE = 16
 
 
 def rounding(width: int) -> float:
-    """Twice as far as two ways of summing up probabilities of `width` tokens in float32 can come apart, relatively: a
+    """Twice as far as two ways of summing up probabilities of `width` tokens in float32 can differ, relatively: a
     rounding for each token in either sum, and those of exponentials, which vector instructions get less exact."""
     return 4 * (width + 64) * torch.finfo(torch.float32).eps
 
@@ -37,7 +37,7 @@ class FewScores:
 
 
 class TopK:
-    """A call's processors, if they are top_k, with or without temperature, and top_p behind it."""
+    """A call's processors, if they are top_k, with or without temperature, and top_p after it."""
 
     def __init__(self, processors: LogitsProcessorList, k: int):
         self.processors, self.k = processors, k
@@ -71,7 +71,7 @@ class TopK:
 
 
 def top_p_is_sure(processor: TopPLogitsWarper, before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
-    """Whether it makes the same scores `after` of those `before`, (..., C), beside impossible ones: bool (...)."""
+    """Whether it makes the same scores `after` of those `before`, (..., C), among impossible ones: bool (...)."""
     sums = before.sort(dim=-1).values.softmax(dim=-1).cumsum(dim=-1)[..., : -processor.min_tokens_to_keep]
     clear = ((sums - (1 - processor.top_p)).abs() > rounding(before.shape[-1]) * sums).all(dim=-1)
     gone = after.isneginf()

@@ -30,7 +30,7 @@ def cache_argument(model, cache) -> dict:
 
 
 def prepared_inputs(model, input_ids, cache, **kwargs) -> dict:
-    """What generate() would hand to the forward of `model` for `input_ids` behind `cache`."""
+    """What generate() would hand to the forward of `model` for `input_ids` after what `cache` holds."""
     wanted = cache_name(model.forward)
     cached: dict = {cache_name(model.prepare_inputs_for_generation) or wanted: cache}
     inputs = model.prepare_inputs_for_generation(input_ids, **cached, **kwargs)

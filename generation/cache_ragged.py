@@ -1,7 +1,7 @@
 """A key/value cache in which every row has its own length, and the masks that go with it.
 
 Row b's real tokens occupy slots 0..lengths[b]-1 of one buffer per layer, so that a slot's number is the token's
-position. New keys and values are scattered behind each row's length; those of rejected tokens are overwritten by the
+position. New keys and values are scattered after each row's length; those of rejected tokens are overwritten by the
 next pass. Nothing is cropped, shifted or padded again: cached data moves only when the buffer grows or rows leave.
 
 Layers with a sliding window keep a ring of slots: position p is in slot p modulo its size. With window - 1 slots for
@@ -129,7 +129,7 @@ class RaggedCache(Cache):
         capacity: slots to start with. They double when the longest row needs more.
         max_length: positions at or past it are never kept. They go to the spare slot, and their position ids are
             clamped below it, since models with a position table fail past its end.
-        ring: most slots of the layers that are rings: their window - 1, and the most tokens that are written behind a
+        ring: most slots of the layers that are rings: their window - 1, and the most tokens that are written after a
             row's length before it is known which of them are kept.
         ring_layers: indices of these layers.
 
@@ -165,7 +165,7 @@ class RaggedCache(Cache):
         """Take over the states of a prompt pass over `rows` (N,), and leave none in `prompt_cache`.
 
         Args:
-            columns: where that pass had position p of the n-th row, (N, P). Positions behind a row's length may be
+            columns: where that pass had position p of the n-th row, (N, P). Positions after a row's length may be
                 anywhere.
         """
         width = prompt_cache.get_seq_length()
@@ -241,7 +241,7 @@ class RaggedCache(Cache):
         visible = slot <= query
         if window is not None:
             if self.ring is not None:
-                newest = position_ids[:, -1:]  # of this pass; what is behind it was rejected before
+                newest = position_ids[:, -1:]  # of this pass; what comes after it was rejected before
                 slot = positions_held(newest, min(self.kv_length, self.ring), self.ring)[:, None, None]
                 visible = (slot >= 0) & (slot <= query)
             visible = visible & (slot > query - window)

@@ -20,7 +20,7 @@ from .drafter_specformer import SpecFormerDrafter
 from .target_refusals import unwrapped
 
 MOST_WITHOUT_NUMBER = 16
-"""A drafter without an end of its own, such as a causal LM, drafts no more than this where nobody names a number."""
+"""A drafter without an end of its own, such as a causal LM, drafts no more than this where no number is given."""
 
 
 @dataclass
@@ -29,8 +29,8 @@ class DraftSettings:
 
     Attributes:
         assistant_model: a SpecFormer network, a causal LM, an object that is a `Drafter` already, or `None`.
-        num_assistant_tokens: to draft each round: a number, "auto", or `None` where nobody says.
-        prompt_lookup_num_tokens: to copy from the text; `None` where nobody says, 0: none.
+        num_assistant_tokens: to draft each round: a number, "auto", or `None` if not given.
+        prompt_lookup_num_tokens: to copy from the text; `None` if not given, 0: none.
         max_matching_ngram_size: of what has to be found in the text before it is copied.
         prefill_chunk_size: tokens of one pass over prompts, for a causal LM.
     """

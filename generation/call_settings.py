@@ -18,7 +18,7 @@ class CallSettings:
         self.configs = [config for config in configs if config is not None]
 
     def get(self, name: str) -> Any:
-        """The value that this call gives the parameter, `None` where nobody says."""
+        """The value that this call gives the parameter, `None` if not given."""
         if name in self.kwargs:
             return self.kwargs[name]
         return next((value for config in self.configs if (value := getattr(config, name, None)) is not None), None)

@@ -64,7 +64,7 @@ class GenerationStatistics:
                 self.accepted_per_slot[slot] += slot < accepted
 
     def finish(self, tokens_per_row: list[int]) -> None:
-        """The text is complete. What a row was given in vain, when others had reached the end, does not count."""
+        """The text is complete. Tokens that a row was given after the others had reached the end do not count."""
         self.tokens_per_row = tokens_per_row
         self.was_drafted = [each[:count] for each, count in zip(self.was_drafted, tokens_per_row, strict=True)]
 

@@ -39,7 +39,7 @@ class DraftLength:
 
 
 def checked_draft_length(value) -> int | str | None:
-    """`num_assistant_tokens` as a Python integer, or "auto", or `None`: nobody asked.
+    """`num_assistant_tokens` as a Python integer, or "auto", or `None` if not given.
 
     Raises:
         ValueError: a negative number, or none at all.
@@ -50,7 +50,7 @@ def checked_draft_length(value) -> int | str | None:
 
 
 def checked_count(value, name: str, otherwise: str = "") -> int | None:
-    """`value`, the argument `name`, as a Python integer, or `None`: nobody asked.
+    """`value`, the argument `name`, as a Python integer, or `None` if not given.
 
     Args:
         otherwise: what it may be besides, for the message.

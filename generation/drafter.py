@@ -44,12 +44,12 @@ STEPS = ("begin", "propose", "update", "select_rows")
 
 @dataclass
 class Prompts:
-    """What a drafter begins with: the target has read the prompts and taken a token behind each.
+    """What a drafter begins with: the target has read the prompts and taken a token after each.
 
     Attributes:
         input_ids: prompts with their padding, (B, P).
         layout: where in them the tokens are.
-        first_tokens: the token behind each prompt, (B, 1).
+        first_tokens: the token after each prompt, (B, 1).
         max_length: tokens, prompt and padding included, at which generate() stops.
         hidden_states: of the layers that the drafter reads, (N, width, S, d) for each of `layout.groups`.
     """
@@ -66,7 +66,7 @@ class Verified:
     """What the target made of a round: it has read each row's newest token and drafts.
 
     Attributes:
-        tokens: row r's text goes on with tokens[r, : counts[r]]; (R, q), q = 1 where nothing was drafted. Those behind
+        tokens: row r's text goes on with tokens[r, : counts[r]]; (R, q), q = 1 where nothing was drafted. Those after
             may be NO_TOKEN.
         counts: (R,), 0 in rows that have finished or wait for others.
         longest: tokens of the longest row that the target has read.

@@ -106,5 +106,5 @@ class AssistantDrafter(Drafter):
         self.newest = self.newest[index]
 
     def _known(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Tokens as the assistant can read them: behind a wrong draft there may be none."""
+        """Tokens as the assistant can read them: after a wrong draft there may be none."""
         return tokens.to(self.device).clamp(min=0, max=self.config.vocab_size - 1)

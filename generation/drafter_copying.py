@@ -10,7 +10,7 @@ from .drafter_prompt_lookup import PromptLookupDrafter
 from .proposal import NO_TOKEN, Proposal
 
 MOST_COPIED = 8
-"""Tokens that are copied each round where nobody names a number."""
+"""Tokens that are copied each round where no number is given."""
 
 
 class CopyRates:
@@ -33,7 +33,7 @@ class CopyRates:
         return self
 
     def chances(self, matched: torch.Tensor, num_tokens: int) -> torch.Tensor:
-        """For copies behind `matched` tokens (R,) that stood there before: (R, num_tokens), 0 behind none."""
+        """For copies after `matched` tokens (R,) that stood there before: (R, num_tokens), 0 after none."""
         return (self.right / self.seen)[self._lengths(matched, num_tokens)] * (matched > 0)[:, None]
 
     def count(self, matched: torch.Tensor, copies: torch.Tensor, tokens: torch.Tensor, counts: torch.Tensor) -> None:

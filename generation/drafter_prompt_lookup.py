@@ -16,7 +16,7 @@ class PromptLookupDrafter(Drafter):
     """Prompt lookup (Saxena 2023; `prompt_lookup_num_tokens` of transformers), for every row of a batch at once.
 
     The longest suffix of a row, of at most `max_matching_ngram_size` tokens, that occurs earlier in the same row is
-    looked up, the latest occurrence of several, and the tokens behind it are drafted. Where the copy reaches the end of
+    looked up, the latest occurrence of several, and the tokens after it are drafted. Where the copy reaches the end of
     the row it goes on with itself, as a repeating text does. Rows without an occurrence draft nothing.
     """
 
@@ -53,7 +53,7 @@ class PromptLookupDrafter(Drafter):
             extra = max(width, 2 * self.ids.shape[1], FIRST_WIDTH) - self.ids.shape[1]
             self.ids = functional.pad(self.ids, (0, extra))
         columns = self.lengths[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
-        self.ids.scatter_(1, columns, tokens.clamp(min=0))  # those behind `counts` are written over, or never read
+        self.ids.scatter_(1, columns, tokens.clamp(min=0))  # those after `counts` are written over, or never read
         self.lengths = self.lengths + verified.counts
         self.longest = verified.longest + 1  # the newest token, which the target has not read
 
@@ -62,14 +62,14 @@ class PromptLookupDrafter(Drafter):
 
 
 def find_repetition(ids: torch.Tensor, lengths: torch.Tensor, max_ngram_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where the text goes on behind the latest earlier occurrence of each row's longest repeated suffix.
+    """Where the text goes on after the latest earlier occurrence of each row's longest repeated suffix.
 
     Args:
         ids: tokens (R, T), of which the first `lengths` (R,) count.
         max_ngram_size: longest suffix to look for.
 
     Returns:
-        Index of the token behind the occurrence (R,), and the length of the suffix (R,): 0 where not even the last
+        Index of the token after the occurrence (R,), and the length of the suffix (R,): 0 where not even the last
         token occurs earlier.
     """
     size, width = min(max_ngram_size, ids.shape[1]), ids.shape[1]

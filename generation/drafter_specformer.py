@@ -101,7 +101,7 @@ class SpecFormerDrafter(Drafter):
 
     def begin_behind(self, cache: RaggedCache, context: torch.Tensor, newest: torch.Tensor) -> None:
         """Begin with what was read already: the context layer's cache of B rows, their context states (B, d), and the
-        tokens behind (B, 1)."""
+        tokens after (B, 1)."""
         self.cache, self.context, self.newest = cache, context, newest
         self.rows = torch.arange(len(newest), device=newest.device)
         self.longest = cache.longest
@@ -176,7 +176,7 @@ class SpecFormerDrafter(Drafter):
         self.cache.advance(counts, self.longest)
 
     def _take_unread(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Hidden states (R, q, S, d), the tokens behind them (R, q), and how many of each row count (R,): the first."""
+        """Hidden states (R, q, S, d), the tokens after them (R, q), and how many of each row count (R,): the first."""
         blocks, self.unread = self.unread, []
         if len(blocks) == 1:
             return blocks[0]
@@ -194,7 +194,7 @@ class SpecFormerDrafter(Drafter):
 def choose_drafts(
     network, borrowed, states: torch.Tensor, newest: torch.Tensor, choose
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Draft tokens (R, k) for the states (R, k, d) of the slots behind the `newest` tokens (R, 1), and how likely each
+    """Draft tokens (R, k) for the states (R, k, d) of the slots after the `newest` tokens (R, 1), and how likely each
     is accepted once those in front of it are (R, k), where the network has a head for it.
 
     With `previous_token_rank` slot by slot: the best candidates of each are scored again, knowing the token in front.
@@ -220,4 +220,4 @@ def choose_drafts(
 
 
 def embed(borrowed, tokens: torch.Tensor) -> torch.Tensor:
-    return borrowed.embed(tokens.clamp(min=0))  # behind a wrong draft there may be no token
+    return borrowed.embed(tokens.clamp(min=0))  # after a wrong draft there may be no token

@@ -90,7 +90,7 @@ class PromptLayout:
             width = max(host_widths)
             rows = torch.tensor(rows, device=self.columns.device)
             lengths, dropped = self.lengths[rows], self.columns.shape[1] - width
-            # a row's tokens stay, and of its padding, which is behind them, the first columns go
+            # a row's tokens stay, and of its padding, which comes after them, the first columns go
             index = torch.arange(width, device=rows.device)
             index = index + dropped * (index >= lengths[:, None])  # (N, width)
             columns = self.columns[rows].gather(1, index) - dropped

@@ -57,7 +57,7 @@ def first_path(proposal: Proposal, device: torch.device) -> Proposal:
     path = path[:, : int((path < width).sum(dim=1).amax())]  # as deep as the deepest
 
     def along(values: torch.Tensor, filling: float) -> torch.Tensor:
-        """Those of the path, and `filling` behind it: (R, n, ...) -> (R, depth, ...)."""
+        """Those of the path, and `filling` after it: (R, n, ...) -> (R, depth, ...)."""
         filled = functional.pad(values, (0, 0) * (values.ndim - 2) + (0, 1), value=filling)
         here = path.to(values.device)
         return filled[torch.arange(rows, device=here.device)[:, None], here]

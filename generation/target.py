@@ -1,4 +1,4 @@
-"""The two passes of the target: the prompt, and a block of drafted tokens behind it."""
+"""The two passes of the target: the prompt, and a block of drafted tokens after it."""
 
 from __future__ import annotations
 

@@ -30,13 +30,13 @@ _probed: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # model -> att
 
 
 MOST_SLOTS = 4096
-"""That are shown beside those in use: more than any number of the config up to here."""
+"""That are shown in addition to those in use: more than any number of the config up to here."""
 MOST_TOKENS = 2**24
 BY_NUMBER_OF_KEYS = "its attention goes by the number of keys, masked ones included, and not by each token's position"
 
 
 class StretchedLayer(CacheLayerMixin):
-    """A layer of a ragged cache that seems to hold more: `slots` of zeros behind its own, and `tokens` in all."""
+    """A layer of a ragged cache that seems to hold more: `slots` of zeros after its own, and `tokens` in all."""
 
     is_compileable = False
     is_sliding = False
@@ -96,7 +96,7 @@ def numbers_of(value) -> Iterator[int]:
 @torch.no_grad()
 @recorded_passes(False)
 def probe_target(model) -> None:
-    """Once per model and attention: verify three tokens of two rows that have got apart, beside plain forwards.
+    """Once per model and attention: verify three tokens of two rows of different lengths, against plain forwards.
 
     The tolerance is what the model's own cached decoding differs by, which is much in half precision, and never less
     than float32's: families compute their routing or rotary embeddings in it, in float64 as well.

@@ -1,6 +1,6 @@
 """What a target's layers compute in one pass, as results of that pass.
 
-State i is what enters layer i; the last one, L, is what the head reads, behind the final norm. Hooks take them, which
+State i is what enters layer i; the last one, L, is what the head reads, after the final norm. Hooks take them, which
 are there for the pass alone, and see the passes of their own thread only. Compiled code does not call hooks that it was
 not compiled with. A target that is compiled as a whole captures the states itself, as transformers has it with
 `output_hidden_states`, if a trial shows that it can; others run as they are written in passes whose states are read.
@@ -25,7 +25,7 @@ _captures: WeakKeyDictionary = WeakKeyDictionary()
 
 
 class Outputs(Protocol):
-    """What is read of a model's outputs, whatever their class, beside states and a cache where they have them."""
+    """What is read of a model's outputs, whatever their class, besides states and a cache where they have them."""
 
     logits: torch.Tensor
 

@@ -82,7 +82,7 @@ class Text:
         self.ids[rows, columns] = drafts[places, ahead]
 
     def positions(self, width: int, ahead: int = 0) -> Positions:
-        """The `width` positions of each carried row from `ahead` tokens behind its text on, (R, width)."""
+        """The `width` positions of each carried row from `ahead` tokens after its text on, (R, width)."""
         oldest = min(self.running_lengths())  # rows that have finished are only carried along: any step will do
         steps = [max(self.generated[row], oldest) + ahead for row in self.rows]
         rows, steps, offsets = (torch.tensor(numbers, device="cpu") for numbers in (self.rows, steps, range(width)))
@@ -99,7 +99,7 @@ class Text:
     def append(
         self, tokens: torch.Tensor, accepted: torch.Tensor, drafted: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, list[tuple[int, int]], list[int]]:
-        """Add each row's accepted drafts and the token behind them, as far as its stopping rules let it.
+        """Add each row's accepted drafts and the token after them, as far as its stopping rules let it.
 
         Args:
             tokens: the target's tokens, (R, q).
@@ -174,7 +174,7 @@ class Text:
             self.ids = torch.cat([self.ids, filling], dim=1)
 
     def pad_behind(self, row: int, generated: int) -> None:
-        """Take back what a row has behind `generated` new tokens."""
+        """Take back what a row has after `generated` new tokens."""
         self.ids[row, self.prompt_width + generated :] = self.pad_token_id
 
     def _retire(self) -> None:

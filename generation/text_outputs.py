@@ -10,7 +10,7 @@ from .text_positions import Positions
 class StepOutputs:
     """One tensor (B, V) per generated token, filled row by row as each row gets there.
 
-    Rows write all the positions of a block, those behind a rejected draft included: when the row really gets there it
+    Rows write all the positions of a block, those after a rejected draft included: when the row really gets there it
     writes over them.
     """
 

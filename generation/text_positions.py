@@ -22,7 +22,7 @@ class Positions:
 
     @classmethod
     def at(cls, rows: list[int], step: int) -> Positions:
-        """One position of each of `rows`, all behind `step` tokens: (N, 1)."""
+        """One position of each of `rows`, all after `step` tokens: (N, 1)."""
         return cls(
             torch.tensor(rows, dtype=torch.long, device="cpu")[:, None], torch.full((len(rows), 1), step, device="cpu")
         )

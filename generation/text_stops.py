@@ -72,7 +72,7 @@ class RowStops:
 
     @property
     def tokens_per_row(self) -> list[int]:
-        """New tokens of each row of a complete text, padding behind its end left out."""
+        """New tokens of each row of a complete text, padding after its end left out."""
         assert self.end is not None
         if self.rules.pads:
             return [self.end if at is None else min(at, self.end) for at in self.stopped_at]

@@ -188,7 +188,7 @@ def make_loss(arguments: DrafterTrainingArguments, config: SpecFormerConfig) -> 
     if smoothing is not None and (not 0 <= smoothing <= 1 or decay != 1):
         raise ValueError(
             f"--acceptance-weights is {smoothing} and --slot-decay {decay}; expected a number from 0 to 1, and no "
-            "--slot-decay beside it."
+            "--slot-decay as well."
         )
     for option, share in {"--distance-loss": arguments.distance_loss, "--base-loss": arguments.base_loss}.items():
         if share is not None and not 0 <= share <= 1:
@@ -201,7 +201,7 @@ def make_loss(arguments: DrafterTrainingArguments, config: SpecFormerConfig) -> 
     if arguments.base_loss and config.previous_token_rank is None:
         raise ValueError(
             f"--base-loss is {arguments.base_loss} and previous_token_rank null; expected --config "
-            "previous_token_rank=256 or the like beside it: the base is what that corrects."
+            "previous_token_rank=256 or the like as well: the base is what that corrects."
         )
     weigh = partial(decaying_weights, decay=decay)
     if smoothing is not None:

@@ -105,8 +105,8 @@ def adapter(folder: Path) -> None:
 PICKLES = {
     "instead of safetensors": (leave_only("pytorch_model.bin"), OSError, "safetensors"),
     "under the name of safetensors": (lambda folder: None, ValueError, "no drafter's has more than"),
-    "as a shard": (sharded("shard.bin"), ValueError, "not safetensors beside it"),
-    "as a shard elsewhere": (sharded("../shard.safetensors"), ValueError, "not safetensors beside it"),
+    "as a shard": (sharded("shard.bin"), ValueError, "not safetensors next to it"),
+    "as a shard elsewhere": (sharded("../shard.safetensors"), ValueError, "not safetensors next to it"),
     "as an adapter": (adapter, ValueError, "no adapters"),
     "as transformers_weights": (
         lambda folder: edit_config(folder, transformers_weights="adapter_model.bin"),

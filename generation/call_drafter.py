@@ -85,7 +85,12 @@ def choose_drafter(model, drafts: DraftSettings, rule: AcceptanceRule) -> Drafte
                 "assistant_model and prompt_lookup_num_tokens were both given, and only a SpecFormer drafter goes "
                 "together with copies from the text; pass one of them."
             )
-        return PromptLookupDrafter(drafts.max_matching_ngram_size or 2, copied) if copied else NoDrafter()
+        if not copied:
+            return NoDrafter()
+        if drafts.num_assistant_tokens == AUTO and not rule.text_depends_on_drafts:
+            rates = experience_of(model, model, CopyingDrafter, CopyRates)
+            return CopyingDrafter(NoDrafter(), copied, rates, drafts.max_matching_ngram_size)
+        return PromptLookupDrafter(drafts.max_matching_ngram_size or 2, copied)
     if is_drafter(assistant_model):
         return assistant_model
     if isinstance(assistant_model, GenerationMixin):

@@ -143,6 +143,7 @@ class NoDrafter(Drafter):
     """Plain decoding through the same loop."""
 
     max_draft_tokens = default_num_assistant_tokens = 0
+    proposes_known_tokens = True
 
 
 def is_drafter(thing) -> TypeGuard[Drafter]:

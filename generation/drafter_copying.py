@@ -66,7 +66,8 @@ class CopyingDrafter(Drafter):
     other drafter says, so this is for rules whose text does not depend on the drafts.
 
     Args:
-        drafter: the other one. It must not mind that others are verified than it proposed.
+        drafter: the other one. It must not mind that others are verified than it proposed. With a `NoDrafter` all
+            drafts are copies.
         num_tokens: that a round copies at most, if that is more than the other drafter drafts.
         rates: of the calls before; this one adds to them.
         max_matching_ngram_size: longest run of newest tokens that is looked for.
@@ -103,9 +104,9 @@ class CopyingDrafter(Drafter):
         copies, matched = self.lookup.find(num_tokens)  # (R, k), (R,)
         chances = self.rates.chances(matched, num_tokens)  # (R, k)
         own = min(num_tokens, self.drafter.max_draft_tokens)
-        if self._needs_no_other(chances[:, :own]):
+        if not own or self._needs_no_other(chances[:, :own]):
             self.copied = copies, matched
-            return Proposal(copies, chances)
+            return Proposal(copies.masked_fill(matched[:, None] == 0, NO_TOKEN), chances)
         proposal = self.drafter.propose(own, choose)
         drafts, confidences = proposal.tokens.to(copies.device), proposal.confidences
         drafted, self.knows_confidence = drafts.shape[1], confidences is not None

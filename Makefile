@@ -72,9 +72,11 @@ bench-gpu:
 lint: $(VENV)/ready
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	@mkdir -p $(VENV)/checkout && ln -sfn ../.. $(VENV)/checkout/specformer
+	$(VENV)/bin/mypy
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(CANARY) build *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(OLDEST) $(CANARY) build *.egg-info .mypy_cache .pytest_cache .ruff_cache
 
 # environment, folder: a fresh one
 define environment

@@ -34,6 +34,7 @@ CONFIG.read(ROOT / "setup.cfg", encoding="utf-8")
 SCRIPT_FOLDERS = [ROOT / "scripts", *(folder for folder in (ROOT / "scripts").iterdir() if folder.is_dir())]
 INDIRECT = {
     "gguf": "transformers reads the default target with it, as PyPI has it",
+    "mypy": "a command",
     "ruff": "a command",
     "pytest-xdist": "an option of pytest",
 }

@@ -19,7 +19,7 @@ import itertools
 import json
 import statistics
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -27,14 +27,17 @@ import torch
 
 from specformer.generation.call_statistics import GenerationStatistics
 from specformer.scripts.fetch_target import find_target
-from specformer.scripts.parts.contenders import PLAIN, Way, ways
+from specformer.scripts.parts.contenders import PLAIN, KnownText, Way, ways
 from specformer.scripts.parts.peak_memory import PeakMemory
 from specformer.scripts.parts.prompt_rows import Prompt
 from specformer.scripts.parts.prompts import encode, encode_each, read_prompts, template_arguments
 from specformer.scripts.parts.provenance import provenance
 
 ROOT = Path(__file__).resolve().parents[1]
-DECODING = {"greedy": dict(do_sample=False), "sampling": dict(do_sample=True, temperature=0.7, top_k=50, top_p=0.9)}
+DECODING: dict[str, dict] = {
+    "greedy": dict(do_sample=False),
+    "sampling": dict(do_sample=True, temperature=0.7, top_k=50, top_p=0.9),
+}
 
 
 def timed(device: torch.device, way: Way, batch: dict):
@@ -118,10 +121,12 @@ def rounds_of(counted: list[GenerationStatistics], seconds: float) -> dict:
     `seconds` together."""
     passes = sum(sum(counts.target_passes_per_row) for counts in counted)
     tokens = sum(sum(counts.tokens_per_row) - counts.batch_size for counts in counted)
-    lengths, parts = Counter(), Counter()
+    lengths: Counter[int] = Counter()
+    parts: defaultdict[str, float] = defaultdict(float)
     for counts in counted:
         lengths.update(counts.rounds_per_length)
-        parts.update(counts.seconds)
+        for part, spent in counts.seconds.items():
+            parts[part] += spent
     shares = {part: spent / seconds for part, spent in parts.items()}
     return {
         "tokens_per_pass": tokens / passes if passes else None,
@@ -152,8 +157,8 @@ def make_batches(
             [(turn + turns * row) * len(prompts) // (batch_size * turns) for row in range(batch_size)]
             for turn in range(turns)
         ]
-        batches = [encode(tokenizer, [prompts[place] for place in row], template_kwargs) for row in spread]
-        return [dict(batch.to(device)) for batch in batches]
+        encoded = [encode(tokenizer, [prompts[place] for place in row], template_kwargs) for row in spread]
+        return [dict(batch.to(device)) for batch in encoded]
     texts = [
         prompt if isinstance(prompt, str) else "\n\n".join(message["content"] for message in prompt)
         for prompt in prompts
@@ -187,7 +192,8 @@ def main(arguments: argparse.Namespace) -> None:
     from tqdm import tqdm
     from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-    prompts, known = read_prompts(arguments.prompts), {}
+    prompts = read_prompts(arguments.prompts)
+    known: dict[str, KnownText] = {}
     name, identity = find_target(arguments.target)
     tokenizer, template_kwargs = AutoTokenizer.from_pretrained(name), arguments.chat_template_kwargs
     encode_each(tokenizer, prompts, arguments.prompts, template_kwargs)  # refuses what it must before the work begins

@@ -192,7 +192,7 @@ def main(arguments: argparse.Namespace) -> int:
         if has_colours():
             text = coloured(tokenizer, ids[: len(was_drafted)].tolist(), was_drafted)
         else:
-            text = tokenizer.decode(ids, skip_special_tokens=True)
+            text = str(tokenizer.decode(ids, skip_special_tokens=True))  # of one text it is no list
         print(f"> {textwrap.shorten(prompt, 100)}")
         print(textwrap.indent(text.strip(), "    "))
         verdict = "identical to plain generate" if same else "DIFFERENT from plain generate"

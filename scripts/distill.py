@@ -17,7 +17,7 @@ import argparse
 import hashlib
 import json
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -74,12 +74,12 @@ class Answering:
         self.eos_token_ids = set(eos if isinstance(eos, list) else [eos])
 
     @torch.no_grad()
-    def run(self, prompts: Iterator[Answer]) -> Iterator[Answer]:
+    def run(self, prompts: Iterator[Answer]) -> Generator[Answer, None, None]:
         """Yield answers as they are complete."""
         with usable_attention(self.target), fast_linears(self.target):
             probe_target(self.target)
             waiting = deque(prompts)
-            self.cache, self.rows = None, []  # rows: the Answer in each row of the batch, None where it is complete
+            self.rows: list[Answer | None] = []  # the one in each row of the batch, None where it is complete
             while waiting or any(self.rows):
                 free = [place for place, answer in enumerate(self.rows) if answer is None]
                 if waiting and (not any(self.rows) or len(free) >= max(1, self.batch_size // 8)):
@@ -105,7 +105,7 @@ class Answering:
         most = max(limit, width + self.max_new_tokens)
         logits, cache, _ = prefill(self.target, input_ids, layout, most, 1, arguments)
         places = free[: len(answers)]
-        if self.cache is None or not self.rows:
+        if not self.rows:
             self.cache, self.rows, places = cache, list(answers), list(range(len(answers)))
             self.last = torch.zeros(len(answers), 1, dtype=torch.long, device=self.device)
         else:

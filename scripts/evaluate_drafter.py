@@ -22,6 +22,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -77,8 +78,8 @@ def parameters_at_work(drafter, target) -> dict[str, int]:
     if drafter.config.confidence_head:
         once, each = once - size(drafter.confidence_head), each + size(drafter.confidence_head)
     once += (layers - size(last_mlp)) * drafter.config.anchor_slot  # the anchor's slot ends at the last attention
-    unread = 0 if target.config.get_text_config(decoder=True).tie_word_embeddings else target.get_input_embeddings()
-    of_target = target.num_parameters() - (unread and unread.weight.numel())
+    is_tied = target.config.get_text_config(decoder=True).tie_word_embeddings
+    of_target = target.num_parameters() - (0 if is_tied else target.get_input_embeddings().weight.numel())
     return {"target_parameters": of_target, "shared_parameters": once + slots * each, "slot_parameters": 0}
 
 
@@ -102,7 +103,8 @@ def main(arguments: argparse.Namespace) -> None:
         encode_each(tokenizer, prompts, arguments.prompts, arguments.chat_template_kwargs)
     target = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, arguments.dtype), **trusted).eval()
     target.to("cuda" if torch.cuda.is_available() else "cpu")
-    k, at_work = arguments.num_assistant_tokens, {}
+    k = arguments.num_assistant_tokens
+    at_work: dict[str, Any] = {}
     if arguments.prompt_lookup:
         drafter_name, drafting = "prompt lookup", {"prompt_lookup_num_tokens": arguments.prompt_lookup}
         k = arguments.prompt_lookup

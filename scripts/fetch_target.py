@@ -57,7 +57,7 @@ class KnownTarget:
         return self.hub_id.split("/")[1]
 
 
-QWEN_STOPS = {"eos_token_id": [151645, 151643], "pad_token_id": 151643}
+QWEN_STOPS: dict[str, int | list[int]] = {"eos_token_id": [151645, 151643], "pad_token_id": 151643}
 PIECES = r".*/data/part(\d+)\.bin"
 KNOWN = (
     KnownTarget(
@@ -201,7 +201,7 @@ def build_from_hub(workspace: Path, target: KnownTarget):
             etag_timeout=HUB_TIMEOUT_SECONDS,
         )
     )
-    for file in info.siblings:
+    for file in info.siblings or ():
         path = snapshot / file.rfilename
         if file.lfs is not None and path.exists() and sha256(path) != file.lfs["sha256"]:
             raise RuntimeError(f"{file.rfilename} arrived damaged: its SHA-256 is not the one that the Hub states.")

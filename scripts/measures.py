@@ -75,7 +75,7 @@ def paper_measures(
             f"draft_length is {draft_length}, and {drafted:g} tokens were drafted per pass; expected the length of the "
             "longest branch, more than 0 and not more than that. Leave it out where the draft is a chain."
         )
-    measures = {
+    measures: dict[str, float | list[float | None]] = {
         "kappa": kappa,
         "r2": drafted,
         "acceptance_per_slot": [
@@ -83,19 +83,26 @@ def paper_measures(
             for accepted, drafted in zip(accepted_per_slot, drafted_per_slot, strict=True)
         ],
     }
-    if _all_given(
+    if parameters := _all_given(
         "p and r1",
         target_parameters=target_parameters,
         shared_parameters=shared_parameters,
         slot_parameters=slot_parameters,
     ):
-        measures["p"] = 1 + (shared_parameters + draft_length * slot_parameters) / target_parameters
-        measures["r1"] = accepted_length / measures["p"]
-    if _all_given("rho and r2_limit", peak_flops=peak_flops, memory_bandwidth=memory_bandwidth, batch_size=batch_size):
-        measures["rho"] = peak_flops / memory_bandwidth
-        measures["r2_limit"] = measures["rho"] / batch_size
-    if _all_given("theta", tokens_per_second=tokens_per_second, plain_tokens_per_second=plain_tokens_per_second):
-        measures["theta"] = kappa / (tokens_per_second / plain_tokens_per_second)
+        of_target, shared, of_slot = parameters
+        measures["p"] = p = 1 + (shared + draft_length * of_slot) / of_target
+        measures["r1"] = accepted_length / p
+    if device := _all_given(
+        "rho and r2_limit", peak_flops=peak_flops, memory_bandwidth=memory_bandwidth, batch_size=batch_size
+    ):
+        flops, bandwidth, rows = device
+        measures["rho"] = rho = flops / bandwidth
+        measures["r2_limit"] = rho / rows
+    if speeds := _all_given(
+        "theta", tokens_per_second=tokens_per_second, plain_tokens_per_second=plain_tokens_per_second
+    ):
+        ours, plain = speeds
+        measures["theta"] = kappa / (ours / plain)
     return measures
 
 
@@ -122,16 +129,15 @@ def _check_counts(tokens: int, passes: int, drafted_per_slot: list[int], accepte
         )
 
 
-def _all_given(what: str, **values: float | None) -> bool:
-    """Whether all of `values` are there, and in range; some of them alone are an error."""
-    missing = [name for name, value in values.items() if value is None]
-    if len(missing) == len(values):
-        return False
-    if missing:
+def _all_given(what: str, **values: float | None) -> list[float]:
+    """All of `values`, in range, or none where none is there; some of them alone are an error."""
+    given = {name: value for name, value in values.items() if value is not None}
+    missing = [name for name in values if name not in given]
+    if given and missing:
         raise ValueError(f"{what}: {', '.join(missing)} missing. Give all of {', '.join(values)}, or none of them.")
-    for name, value in values.items():
+    for name, value in given.items():
         if name in MAY_BE_ZERO and not value >= 0:
             raise ValueError(f"{name} is {value}; expected a number from 0 up.")
         if name not in MAY_BE_ZERO and not value > 0:
             raise ValueError(f"{name} is {value}; expected a positive number.")
-    return True
+    return list(given.values())

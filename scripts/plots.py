@@ -58,10 +58,10 @@ def acceptance(results: list[dict], path: Path) -> None:
 def speeds(result: dict, path: Path) -> None:
     """Speed-up of every contender over plain generate(), by batch size: medians, and bars from the lowest turn to the
     highest."""
-    from matplotlib import pyplot
+    from matplotlib import color_sequences, pyplot
 
     figure, axes = pyplot.subplots(figsize=(9, 5), layout="constrained")
-    axes.set_prop_cycle(color=pyplot.get_cmap("tab20").colors)  # ten colours are not enough
+    axes.set_prop_cycle(color=color_sequences["tab20"])  # ten colours are not enough
     contests = result["contests"]
     for name in dict.fromkeys(name for contest in contests for name in contest["contenders"]):
         points = [

@@ -45,7 +45,9 @@ def commands(arguments: argparse.Namespace) -> list[list[str]]:
     count = len(read_prompts(arguments.prompts, recipe["train"][-1].get("prompts", EVERY)[1]))
     stages = [each for each in recipe["train"] if each.get("prompts", EVERY)[0] < count]
     measuring = options_of(recipe["evaluate"])
-    drafter, begin, steps = str(arguments.output / "drafter"), [], []
+    drafter = str(arguments.output / "drafter")
+    begin: list[str] = []
+    steps: list[list[str]] = []
     for number, training in enumerate(stages, 1):
         first, end = training.get("prompts", EVERY)
         train = options_of({name: value for name, value in training.items() if name != "prompts"})

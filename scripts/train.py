@@ -21,6 +21,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -85,7 +86,8 @@ class DrafterTrainer(Trainer):
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
         """Offline figures over the held-out answers, each process taking its share."""
-        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        dataset: Any = self.eval_dataset if eval_dataset is None else eval_dataset
+        assert self.model is not None
         share = torch.utils.data.Subset(
             dataset, range(self.accelerator.process_index, len(dataset), self.accelerator.num_processes)
         )
@@ -103,7 +105,7 @@ class DrafterTrainer(Trainer):
 
     def _save_checkpoint(self, model, trial):
         """Mark the checkpoint when all of it is there, and only then remove those that are neither it nor the best."""
-        folder, newest = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
+        folder, newest = Path(self.args.output_dir or "."), f"checkpoint-{self.state.global_step}"
         with writing(folder / newest):
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
@@ -158,6 +160,7 @@ def make_config(arguments: DrafterTrainingArguments) -> SpecFormerConfig:
         for key in ("num_draft_tokens", "default_num_assistant_tokens", "draft_vocab_size")
         if getattr(arguments, key) is not None
     }
+    assert arguments.target is not None  # it has been looked for
     target_config = AutoConfig.from_pretrained(arguments.target, trust_remote_code=arguments.trust_remote_code or None)
     if (arguments.draft_vocab_size or 0) >= target_config.get_text_config(decoder=True).vocab_size:
         del overrides["draft_vocab_size"]  # all of them are drafted: a recipe suits small vocabularies too
@@ -309,7 +312,8 @@ def main(arguments: DrafterTrainingArguments) -> None:
     if trainer.is_world_process_zero():
         state = trainer.state
         names = {"data": arguments.data.name, "start_from": arguments.start_from and Path(arguments.start_from).name}
-        memory = peak_memory()
+        memory, last = peak_memory(), last_whole_checkpoint(output)
+        assert last is not None  # training ends with one
         log = {
             **provenance("specformer.scripts.train"),
             "settings": {**settings, **names, "target": config.target_name_or_path},
@@ -318,7 +322,7 @@ def main(arguments: DrafterTrainingArguments) -> None:
             "answer_tokens": answers.num_answer_tokens,
             "held_out_answers": held_out,
             "steps": state.global_step,
-            "minutes": minutes_between(output / SETTINGS, last_whole_checkpoint(output) / WHOLE),
+            "minutes": minutes_between(output / SETTINGS, last / WHOLE),
             "peak_memory_gib": None if memory is None else memory / 2**30,
             "best": {"step": state.best_global_step, "tokens_per_pass": state.best_metric},
             "before": training_of(arguments.start_from),

@@ -70,7 +70,7 @@ class Answers(torch.utils.data.Dataset):
                 f"{self.source} answers prompts {unknown[:3]}, and the prompts that were given are 0 to "
                 f"{len(values) - 1}. Were the answers made by `specformer distill` from these prompts?"
             )
-        return [values[index] for index in self.prompt_ids]
+        return [values[index] for index in self.prompt_ids if isinstance(index, int)]
 
     def token_counts(self, vocab_size: int) -> torch.Tensor:
         """How often each token occurs in the answers, (vocab_size,)."""
@@ -85,10 +85,10 @@ class Answers(torch.utils.data.Dataset):
         pad = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
         tokens, labels, *hidden_states = zip(*rows, strict=True)
         return {
-            "input_ids": pad(tokens),
-            "labels": pad(labels, padding_value=IGNORED),
+            "input_ids": pad(list(tokens)),
+            "labels": pad(list(labels), padding_value=IGNORED),
             "attention_mask": pad([torch.ones_like(row) for row in tokens]),
-            **({"hidden_states": pad(hidden_states[0])} if hidden_states else {}),
+            **({"hidden_states": pad(list(hidden_states[0]))} if hidden_states else {}),
         }
 
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-from torch import nn
 from torch.nn import functional
 
+from specformer.layers_specformer import ConfidenceHead
 from specformer.scripts.parts.losses import IGNORED
 
 BINS = 20
@@ -32,7 +32,7 @@ def confidence_loss(logits: torch.Tensor, right: torch.Tensor, labels: torch.Ten
 
 
 @torch.no_grad()
-def calibrate(head: nn.Module, outcomes: Iterable[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]) -> None:
+def calibrate(head: ConfidenceHead, outcomes: Iterable[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]) -> None:
     """Fit `scale` and `shift` of every slot of a confidence head, one after the other (Platt scaling).
 
     A slot that was never or always right, or hardly ever reached, keeps what it learnt.

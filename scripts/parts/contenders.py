@@ -156,7 +156,7 @@ def ways(
     for name, is_right in knowledge(answer).items():
         every[name] = known.setdefault(name, KnownText(drafter.config.num_draft_tokens))
         every[name].know(answer, is_right)
-    paths = {"": {}} | ({RECORDED: dict(cuda_graphs=True)} if on_gpu else {})
+    paths: dict[str, dict] = {"": {}} | ({RECORDED: dict(cuda_graphs=True)} if on_gpu else {})
     for name, one in every.items():
         # in step or ragged: at one length, so that only that differs
         for length in lengths if "7 of 10" not in name else [length for length in lengths if length != "auto"]:

@@ -55,9 +55,12 @@ def evaluate_decoding(
 
     # the other rules give another text of the same distribution
     same_text = not arguments.sample or arguments.acceptance == "match"
-    rows, mismatches = {"tokens": [], "passes": []}, []
-    seconds, by_task = Counter(), defaultdict(Counter)
-    drafted, accepted = Counter(), Counter()
+    rows: dict[str, list[int]] = {"tokens": [], "passes": []}
+    mismatches: list[dict] = []
+    seconds: defaultdict[str, float] = defaultdict(float)
+    by_task: defaultdict[str, Counter[str]] = defaultdict(Counter)
+    drafted: Counter[int] = Counter()
+    accepted: Counter[int] = Counter()
     progress = tqdm(total=len(prompts), unit="prompt")
     for start in range(0, len(prompts), arguments.batch_size):
         batch = encode(tokenizer, prompts[start : start + arguments.batch_size], template_kwargs).to(target.device)

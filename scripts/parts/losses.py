@@ -131,11 +131,11 @@ def drafter_loss(
     """
     dtype, precise = borrowed.target.dtype, torch.promote_types(draft_hidden_states.dtype, torch.float32)
     states, labels = draft_hidden_states.flatten(0, -3), borrowed.draft_labels(labels).flatten(0, -2)
-    places = verifiers.places.flatten(0, -2) if distance_share else None
 
-    def target_chances(places: torch.Tensor) -> torch.Tensor:
-        """What the target gives the drafted tokens: (M,) -> (M, V')."""
-        places, back = places.unique(return_inverse=True)  # up to D slots of a chunk have the same one
+    def target_chances(verifiers: Verifiers, slots: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """What the target gives the drafted tokens in some slots: (M, V')."""
+        # up to D slots of a chunk have the same place
+        places, back = verifiers.places.flatten(0, -2)[slots].unique(return_inverse=True)
         chances = borrowed.target_logits(verifiers.states[places].to(dtype)).to(precise).softmax(dim=-1)
         return (chances if borrowed.draft_token_ids is None else chances[:, borrowed.draft_token_ids])[back]
 
@@ -144,8 +144,9 @@ def drafter_loss(
         entropies = functional.cross_entropy(logits, labels[slots], reduction="none")
         if not distance_share:
             return entropies, entropies
+        assert verifiers is not None  # needed for the distance
         with torch.no_grad():
-            chances = target_chances(places[slots])
+            chances = target_chances(verifiers, slots)
         return entropies, (1 - distance_share) * entropies + distance_share * distances(logits, chances)
 
     total, weight = ChunkedLoss.apply(states, labels != IGNORED, weigh, losses_of, chunk_size)

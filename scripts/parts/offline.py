@@ -6,7 +6,7 @@ can be read off: accept slots while they match, add the target's own token, go o
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -15,15 +15,20 @@ from torch.nn import functional
 from specformer.configuration_specformer import SpecFormerConfig
 from specformer.generation.accept_sampling import best_tokens
 from specformer.generation.backend_linear import fast_linears
-from specformer.generation.target_states import HiddenStates
+from specformer.generation.target_states import HiddenStates, stacked
 from specformer.scripts.parts.answers import Answers
 from specformer.scripts.parts.confidence import BINS, calibration, count_by_confidence
 from specformer.scripts.parts.losses import IGNORED, Verifiers, drafter_loss, slot_labels
 from specformer.target_specformer import BorrowedTarget
 
 
+def network_of(drafter: nn.Module) -> Any:
+    """The SpecFormerModel in what accelerate may have wrapped it in."""
+    return getattr(drafter, "module", drafter)
+
+
 def drafter_config(drafter: nn.Module) -> SpecFormerConfig:
-    return getattr(drafter, "module", drafter).config
+    return network_of(drafter).config
 
 
 @torch.no_grad()
@@ -33,7 +38,7 @@ def target_states(borrowed: BorrowedTarget, batch: dict[str, torch.Tensor]) -> t
         borrowed.target.base_model(
             input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
         )
-    return hidden.result(borrowed.device)
+    return stacked(borrowed.target, borrowed.layer_ids, hidden.seen, borrowed.device)
 
 
 class Drafts(NamedTuple):
@@ -105,10 +110,10 @@ def confidences(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Logits of a drafter's confidences, whether the drafts are right, and the labels, (N, D) each; of every so many of
     the positions. No gradient of them reaches the drafts: these are not bent to please them."""
-    some = Drafts(*(part[::every].detach() for part in drafts[:3]))
+    states, labels, first = (part[::every].detach() for part in drafts[:3])
+    some = Drafts(states, labels, first)
     right, logits = choices(some, borrowed, drafter_config(drafter))
-    head = getattr(drafter, "module", drafter).confidence_head
-    return head(some.states, logits), right, some.labels
+    return network_of(drafter).confidence_head(some.states, logits), right, some.labels
 
 
 def walk(matches: list[int], first: int, length: int, num_assistant_tokens: int) -> list[int]:
@@ -153,7 +158,10 @@ def evaluate_answers(
     figures = {task: summarise(each, lengths) for task, each in sums.items()}
     for task, each in figures.items():
         each["answers"] = tasks.count(task)
-    return {"all": {**summarise(sum(sums.values()), lengths), "answers": len(tasks)}, "tasks": figures}
+    return {
+        "all": {**summarise(sum(sums.values(), torch.zeros((), device="cpu")), lengths), "answers": len(tasks)},
+        "tasks": figures,
+    }
 
 
 @torch.no_grad()

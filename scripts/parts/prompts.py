@@ -6,7 +6,7 @@ import argparse
 import inspect
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 from pathlib import Path
 from reprlib import repr as shown
@@ -106,7 +106,7 @@ def template_arguments(text: str) -> dict:
     return arguments
 
 
-def encode(tokenizer, prompts: list[Prompt], arguments: dict | None = None):
+def encode(tokenizer, prompts: Sequence[Prompt], arguments: dict | None = None):
     """Chat-templated (where the tokenizer has a template), left-padded tensors: input_ids and attention_mask.
 
     Args:

@@ -110,7 +110,7 @@ class DrafterTrainingArguments(TrainingArguments):
 
     num_train_epochs: float = option("passes over the texts", default=3.0, aliases=["--epochs"])
     per_device_train_batch_size: int = option("texts per step and process", default=8, aliases=["--batch-size"])
-    per_device_eval_batch_size: int | None = option("as many as in training by default", default=None)
+    per_device_eval_batch_size: int = option("as many as in training by default", default=None)
     gradient_accumulation_steps: int = option("micro-batches per step", default=1, aliases=["--accumulation"])
     learning_rate: float = option("the highest, after the warm-up", default=1e-3)
     lr_scheduler_type: str = option("how it falls", default="cosine")
@@ -182,7 +182,7 @@ class DrafterTrainingArguments(TrainingArguments):
 def make_parser(description: str) -> HfArgumentParser:
     """Shows the arguments of `DrafterTrainingArguments` alone, and takes all others of `TrainingArguments` as well."""
     parser = HfArgumentParser(
-        DrafterTrainingArguments,
+        DrafterTrainingArguments,  # type: ignore[arg-type]  # annotated as a class that does not exist
         usage="%(prog)s [RECIPE.yaml] --data DATA --output OUTPUT [options]",
         description=description,
         epilog=OTHERS,
@@ -197,7 +197,7 @@ def make_parser(description: str) -> HfArgumentParser:
             action.option_strings = [name for name in action.option_strings if "_" not in name]
             action.metavar = action.metavar or METAVARS.get(action.type)
             if action.default not in (None, False, []) and not action.required:
-                action.help += f" (default: {action.default})"
+                action.help = f"{action.help} (default: {action.default})"
     parser._optionals._group_actions.sort(key=lambda action: action.dest in shown and shown.index(action.dest))
     return parser
 

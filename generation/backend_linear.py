@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import threading
 import time
+from collections.abc import Callable
 from contextlib import contextmanager
 from weakref import WeakKeyDictionary
 
@@ -196,7 +197,7 @@ def _gain(rows: int, num_weights: int, num_channels: int) -> float:
     """How many times faster oneDNN multiplies states (rows, 1024) with so many weights (num_channels, 1024). 0 where
     it cannot, or is wrong. It takes one or two tenths of a second to find out."""
     with torch.inference_mode(), torch.device("cpu"):
-        seconds = {product: [], functional.linear: []}
+        seconds: dict[Callable, list[float]] = {product: [], functional.linear: []}
         try:
             weights = torch.full((num_weights, num_channels, 1024), 0.5, dtype=torch.float32)
             states = torch.full((rows, 1024), 0.5, dtype=torch.float32)

@@ -34,7 +34,8 @@ class Experience:
     def __init__(self):
         self.times: dict = defaultdict(RoundTimes)
         self.rates: list[float] = []
-        self.allowance, self.lost, self.catching_up = 0.0, Counter(), 0.0
+        self.allowance, self.catching_up = 0.0, 0.0
+        self.lost: Counter[int] = Counter()
         self.expectations: deque[tuple[list[float], float]] = deque(maxlen=self.REMEMBERED)
         self.predicted = self.accepted = self.FIRST_TRUST
 

@@ -69,6 +69,7 @@ bench-gpu:
 	$(COST) --shape Llama-3.1-8B --output $(RESULTS)/cost_llama3_8b.json
 	$(COST) --shape Qwen3-8B --cuda-graphs --output $(RESULTS)/cost_qwen3_8b_graphs.json
 
+# mypy finds a package by the name of its folder, and a checkout may have any: it has the right one by a link.
 lint: $(VENV)/ready
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from specformer.generation.backend_linear import FEW, fast_linears, faster_layers, plain_linears
+from specformer.generation.backend_linear import fast_linears
 from specformer.generation.call_statistics import GenerationStatistics
 from specformer.generation.drafter import Drafter, Prompts, Verified
 from specformer.generation.generate import generate
@@ -141,9 +141,9 @@ def ways(
     """
     batch_size, on_gpu = len(answer), target.device.type == "cuda"
     found = {PLAIN: plain_way(target)}
-    faster = faster_layers(plain_linears(target)).values()
-    if None in faster or (FEW in faster and batch_size in FEW):  # otherwise plain generate() has no such products
-        found[PLAIN_ONEDNN] = onednn_way(target)
+    with fast_linears(target) as faster:
+        if any(batch_size in forward.rows for forward in faster):  # otherwise plain generate() has no such products
+            found[PLAIN_ONEDNN] = onednn_way(target)
     if on_gpu:
         found[STATIC] = plain_way(target, cache_implementation="static")
         found[CONTINUOUS] = continuous_way(target)

@@ -73,25 +73,34 @@ class Answering:
         eos = target.generation_config.eos_token_id
         self.eos_token_ids = set(eos if isinstance(eos, list) else [eos])
 
-    @torch.no_grad()
     def run(self, prompts: Iterator[Answer]) -> Generator[Answer, None, None]:
-        """Yield answers as they are complete."""
-        with usable_attention(self.target), fast_linears(self.target):
-            probe_target(self.target)
-            waiting = deque(prompts)
-            self.rows: list[Answer | None] = []  # the one in each row of the batch, None where it is complete
-            while waiting or any(self.rows):
-                free = [place for place, answer in enumerate(self.rows) if answer is None]
-                if waiting and (not any(self.rows) or len(free) >= max(1, self.batch_size // 8)):
-                    count = len(free) if self.rows else self.batch_size
-                    admitted = [waiting.popleft() for _ in range(min(count, len(waiting)))]
-                    yield from self._admit(admitted, free)
-                elif len(free) > len(self.rows) // 2:
-                    self._drop(free)
-                if any(self.rows):
-                    yield from self._step()
+        """Yield answers as they are complete. In between the target is as it was, for whatever the caller does."""
+        waiting = deque(prompts)
+        self.rows: list[Answer | None] = []  # the one in each row of the batch, None where it is complete
+        is_probed = False
+        while waiting or any(self.rows):
+            with torch.no_grad(), usable_attention(self.target), fast_linears(self.target):
+                if not is_probed:
+                    probe_target(self.target)
+                    is_probed = True
+                complete: list[Answer] = []
+                while not complete and (waiting or any(self.rows)):
+                    complete = self._refill(waiting)
+                    if any(self.rows):
+                        complete += self._step()
+            yield from complete
 
-    def _admit(self, answers: list[Answer], free: list[int]) -> Iterator[Answer]:
+    def _refill(self, waiting: deque[Answer]) -> list[Answer]:
+        """Give free rows to prompts that wait, or drop them. Returns answers of one token."""
+        free = [place for place, answer in enumerate(self.rows) if answer is None]
+        if waiting and (not any(self.rows) or len(free) >= max(1, self.batch_size // 8)):
+            count = len(free) if self.rows else self.batch_size
+            return self._admit([waiting.popleft() for _ in range(min(count, len(waiting)))], free)
+        if len(free) > len(self.rows) // 2:
+            self._drop(free)
+        return []
+
+    def _admit(self, answers: list[Answer], free: list[int]) -> list[Answer]:
         """Read prompts into free rows, or into a new batch, and take their first tokens."""
         width = max(len(answer.prompt_ids) for answer in answers)
         missing = [width - len(answer.prompt_ids) for answer in answers]
@@ -112,16 +121,17 @@ class Answering:
             for place, answer in zip(places, answers, strict=True):
                 self.rows[place] = answer
             self.cache.replace_rows(torch.tensor(places, device=self.device), cache, self._longest())
-        yield from self._take(logits[:, -1], places)
+        return self._take(logits[:, -1], places)
 
-    def _step(self) -> Iterator[Answer]:
+    def _step(self) -> list[Answer]:
         """One more token for every row."""
         logits = verify(self.target, self.cache, self.last)[0][:, -1]
         running = torch.tensor([answer is not None for answer in self.rows], device=self.device)
         self.cache.advance(running.long(), self._longest())
-        yield from self._take(logits, list(range(len(self.rows))))
+        return self._take(logits, list(range(len(self.rows))))
 
-    def _take(self, logits: torch.Tensor, places: list[int]) -> Iterator[Answer]:
+    def _take(self, logits: torch.Tensor, places: list[int]) -> list[Answer]:
+        """The next token of the rows at `places`. Returns the answers that it completes."""
         scores = logits.to(self.device, torch.float32)
         if self.temperature:
             answers = [self.rows[place] or Answer(0, []) for place in places]  # complete ones are only carried along
@@ -132,6 +142,7 @@ class Answering:
         else:
             tokens = scores.argmax(-1)
         self.last[places, 0] = tokens
+        complete = []
         for place, token in zip(places, tokens.tolist(), strict=True):
             if (answer := self.rows[place]) is None:
                 continue
@@ -139,7 +150,8 @@ class Answering:
             answer.finished = token in self.eos_token_ids
             if answer.finished or len(answer.response_ids) == self.max_new_tokens:
                 self.rows[place] = None
-                yield answer
+                complete.append(answer)
+        return complete
 
     def _drop(self, free: list[int]) -> None:
         """There is nothing left to fill rows with: carry on the running ones alone."""

@@ -16,6 +16,9 @@ from exactness import choose_eos
 from tiny import EOS, VOCAB, llama
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from specformer.generation import backend_linear
+from specformer.generation.backend_linear import plain_linears
+from specformer.generation.target_attention import attention_of
 from specformer.scripts import distill
 from specformer.scripts.distill import Answer, Answering, read_answers
 from specformer.scripts.parts.runs import begin_or_go_on
@@ -83,6 +86,25 @@ def test_rows_are_refilled(monkeypatch):
     assert len(carried) < waited
     assert carried[0] == 8
     assert carried == sorted(carried, reverse=True)  # rows leave at the end only
+
+
+@pytest.mark.filterwarnings("ignore:This target was loaded with attn_implementation")
+def test_between_answers_the_target_is_as_it_was(monkeypatch):
+    """Layers, attention and gradients are other ones while it answers, and its own in what the caller does then."""
+    target, seen = llama(torch.float32), []
+    target.set_attn_implementation("flex_attention")
+    verify = distill.verify
+
+    def state() -> tuple:
+        forwards = sum("forward" in vars(module) for module in target.modules())
+        return forwards, attention_of(target), torch.is_grad_enabled()
+
+    monkeypatch.setattr(backend_linear, "gain", lambda rows, num_threads: 2.0)
+    monkeypatch.setattr(distill, "verify", lambda *args: seen.append(state()) or verify(*args))
+    texts, before = prompts(), state()
+    for _ in Answering(target, 4, 5).run(Answer(index, ids) for index, ids in enumerate(texts)):
+        assert state() == before
+    assert set(seen) == {(len(plain_linears(target)), "sdpa", False)}
 
 
 # ---- the folder

@@ -293,6 +293,19 @@ def loop_section() -> str:
     )
 
 
+def verifying_section() -> str:
+    """What a pass over several tokens a row costs, by the way to multiply."""
+    from benchmarks import verifying_pass  # of a checkout, as the results are
+
+    result = result_of("verifying_pass_cpu")
+    return section(
+        *verifying_pass.table(result["passes"]),
+        "",
+        f"Behind {result['regime']['context']} tokens, medians of {result['regime']['turns']} turns; a call takes "
+        f"{result['taken_here']} here; {machine_of(result)}, {software_of(result)}, {result['date']}.",
+    )
+
+
 def costs_section() -> str:
     """What drafting would cost a larger target."""
     from benchmarks import cost_model  # of a checkout, as the results are

@@ -29,6 +29,7 @@ from specformer.scripts.speed_tables import (
     section,
     software_of,
     speed_section,
+    verifying_section,
 )
 
 REAL_DECODING = [
@@ -195,6 +196,7 @@ SECTIONS = {
         "demo": demo_section,
         "profile": profile_section,
         "loop": loop_section,
+        "verifying": verifying_section,
         "lengths": lengths_section,
         "same prompt": same_prompt_section,
         "costs": costs_section,

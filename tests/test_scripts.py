@@ -18,7 +18,7 @@ from test_callers import tiny_tokenizer
 from tiny import PRESETS, llama, ragged_batch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from benchmarks import ablations, cost_model, half_precision, loop_overhead, variants
+from benchmarks import ablations, before_after, cost_model, half_precision, loop_overhead, variants, verifying_pass
 from specformer import SpecFormerConfig, SpecFormerModel
 from specformer.scripts import benchmark, distill, evaluate_drafter, model_card, plots, reproduce, train
 from specformer.scripts.parts import contenders, peak_memory
@@ -255,6 +255,43 @@ def test_cost_model(folder: Path, monkeypatch):
         with torch.device("meta"):
             target = AutoModelForCausalLM.from_config(shape())
         assert target.num_parameters() == pytest.approx(1e9 * float(name.split("-")[-1].rstrip("B")), rel=0.03)
+
+
+def test_verifying_pass(folder: Path, monkeypatch):
+    output = folder / "verifying.json"
+    arguments = ["--target", folder / "target", "--batch-sizes", 1, 3, "--most", 2, "--context", 8, "--turns", 1]
+    run(verifying_pass, monkeypatch, *arguments, "--dtype", "bfloat16", "--output", output)
+    for _ in range(2):  # the second takes the place of the first
+        run(verifying_pass, monkeypatch, *arguments, "--output", output)
+    result = json.loads(output.read_text())
+    places = [(each["dtype"], each["batch_size"], each["tokens"]) for each in result["passes"]]
+    assert places == [(kind, size, n) for kind in ("bfloat16", "float32") for size in (1, 3) for n in (1, 2)]
+    ways = {verifying_pass.TORCH, *verifying_pass.WAYS}
+    assert all(each[way] > 0 for each in result["passes"][4:] for way in ways) and result["taken_here"] in ways
+    assert len(verifying_pass.table(result["passes"])) == 2 + 2 + 2 * 3
+    with pytest.raises(ValueError, match=r"'turns': 1}, and .*'turns': 2} was asked for"):
+        run(verifying_pass, monkeypatch, *arguments, "--turns", 2, "--output", output)
+
+
+def test_before_after(folder: Path, monkeypatch):
+    """This version compared with itself: it goes on where it was stopped, and writes the same texts."""
+    output, root = folder / "before_after.json", Path(train.__file__).resolve().parents[1]
+    monkeypatch.setattr(before_after, "commit_of", lambda checkout: "a1b2c3d")
+    arguments = ["--before", root, "--prompts", folder / "prompts.jsonl", "--target", folder / "target"]
+    arguments += ["--drafter", folder / "drafter", "--max-new-tokens", 11, "--turns", 2, "--output", output]
+    run(before_after, monkeypatch, *arguments, "--batch-sizes", 1)
+    first = json.loads(output.read_text())["turns"]
+    run(before_after, monkeypatch, *arguments, "--batch-sizes", 1, 2)
+    result = json.loads(output.read_text())
+    assert result["turns"][:2] == first
+    assert [(turn["batch_size"], turn["turn"]) for turn in result["turns"]] == [(1, 0), (1, 1), (2, 0), (2, 1)]
+    for turn in result["turns"]:
+        answers = [turn["answers"][way][side] for way in before_after.WAYS for side in before_after.SIDES]
+        assert len({answer["text"] for answer in answers}) == 1 and min(answer["seconds"] for answer in answers) > 0
+        assert turn["answers"]["always right, k = 4"]["after"]["tokens_per_pass"] == 5
+    assert [line.split(" | ")[6] for line in before_after.table(result)[2:]] == ["6 of 6", "6 of 6"]
+    with pytest.raises(ValueError, match=r"'max_new_tokens': 11.*'max_new_tokens': 12.* was asked for"):
+        run(before_after, monkeypatch, *arguments, "--max-new-tokens", 12)
 
 
 def test_half_precision(folder: Path, monkeypatch):

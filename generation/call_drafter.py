@@ -11,7 +11,6 @@ from .argument import whole_number
 from .call_settings import CallSettings
 from .draft_length import AUTO, DraftLength, checked_count, checked_draft_length
 from .draft_length_auto import AutoDraftLength, experience_of
-from .draft_length_confident import ConfidentDraftLength
 from .drafter import Drafter, NoDrafter, is_drafter
 from .drafter_assistant import AssistantDrafter
 from .drafter_copying import MOST_COPIED, CopyingDrafter, CopyRates
@@ -128,10 +127,10 @@ def choose_draft_length(
     if most == 0:
         return DraftLength(0)
     start = drafter.default_num_assistant_tokens or most
-    kind = AutoDraftLength if rule.text_depends_on_drafts else ConfidentDraftLength
     source = model if drafts.assistant_model is None else drafts.assistant_model
-    experience = experience_of(model, source, (type(drafter), most))
-    return kind(most, start, experience, (model.device, model.dtype, cuda_graphs))
+    may_cut = not rule.text_depends_on_drafts
+    way = type(drafter), most, may_cut, model.device, model.dtype, cuda_graphs  # what times and drafts depend on
+    return AutoDraftLength(most, start, experience_of(model, source, way), may_cut)
 
 
 def requested_length(drafts: DraftSettings, drafter: Drafter) -> int | str | None:

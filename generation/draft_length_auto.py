@@ -1,52 +1,52 @@
-"""How many tokens to draft when the caller names no number: what pays, measured while it runs ("auto")."""
+"""How many tokens to draft when the caller names no number: what gives the most expected tokens per second ("auto")."""
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict, deque
+from collections import Counter, deque
 from collections.abc import Hashable
 from itertools import accumulate
 from operator import mul
 from statistics import NormalDist
+from time import perf_counter
 from weakref import WeakKeyDictionary
 
+import torch
+
 from .draft_length import DraftLength
-from .draft_length_times import RoundTimes, lasting_share
+from .draft_length_times import RoundTimes
 
 
 class Experience:
     """What is known of one way to draft for a model, from call to call.
 
     Attributes:
-        times: `RoundTimes` by the regime, such as the device.
-        rates: how likely slot j was accepted in the last call once the slots before it were; none at first.
-        allowance: seconds that the next turn of another length than the best known one may lose.
-        lost: seconds that turns of each length were expected to lose; fading.
-        catching_up: by how many plain rounds a round takes longer for reading what plain ones in front of it added.
-        expectations: of the last rounds of a drafter that knows how likely its drafts are accepted: the tokens that it
-            expected of verifying 0, 1, ... of them, and how long drafting took, in units of a plain round.
-        predicted, accepted: how many drafts it expected to be accepted of those verified, and how many were. That
-            fades, as does what both begin with: it is taken to be right at first.
+        drafting: seconds of drafting 0, 1, ... tokens a row.
+        passes: seconds of the rest of a round, which verifies 0, 1, ... of them.
+        promises: of the last rounds that drafted, per slot, how likely its draft and all in front of it were said to be
+            accepted; means over the rows. A drafter that does not tell how sure it is promises all of its drafts.
+        trust: per slot, how many drafts are accepted of a promised one, where those in front of it are.
+        tried: the round that verified 0, 1, ... drafts last; `rounds` counts them.
+        allowance: seconds that the next trial may lose.
     """
 
     REMEMBERED = 32
-    FIRST_TRUST = 32.0  # drafts
 
     def __init__(self):
-        self.times: dict = defaultdict(RoundTimes)
-        self.rates: list[float] = []
-        self.allowance, self.catching_up = 0.0, 0.0
-        self.lost: Counter[int] = Counter()
-        self.expectations: deque[tuple[list[float], float]] = deque(maxlen=self.REMEMBERED)
-        self.predicted = self.accepted = self.FIRST_TRUST
+        self.drafting, self.passes = RoundTimes(), RoundTimes()
+        self.promises: deque[list[float]] = deque(maxlen=self.REMEMBERED)
+        self.trust: list[float] = []
+        self.tried: Counter[int] = Counter()
+        self.rounds, self.allowance = 0, 0.0
 
 
 class AutoDraftLength(DraftLength):
     """Each round, the length of the most expected tokens per second, 0 included: plain decoding where nothing pays.
 
-    A round's time is that of the last ones of its kind, or told from others (`RoundTimes`). Acceptance of each slot is
-    counted, and fades. Now and then another length has a turn: a time may have changed, and what is not drafted is not
-    seen to be right again. What such turns are expected to lose is a small share of all time, so that a length which
-    seems nearly as good has them often, and a useless drafter seldom.
+    Tokens are expected as the last rounds' promises say, as far as promises are kept; times are those measured. Once a
+    round's own promises are there, as many of its drafts are verified as are worth the time of the pass, which could
+    give tokens elsewhere at the speed that was expected. Now and then another length is tried, whatever is promised: a
+    time may have changed, and what is not drafted is not seen to be right again. What trials are expected to lose is a
+    small share of all time, so that a length which seems nearly as good is tried often, and a useless drafter seldom.
 
     Rows gain unevenly, and a batch lasts as long as its slowest row: what drafting adds to several rows counts as much
     as it shortens the batch (`worth_of_drafts`).
@@ -55,144 +55,161 @@ class AutoDraftLength(DraftLength):
         most: tokens that a round drafts at most.
         start: tokens to draft while nothing is known, from 1 on.
         experience: of earlier calls; this one adds to it.
-        regime: what the time of a round depends on besides its rows and drafts.
+        may_cut: whether how many drafts are verified may follow from the drafts: not where the text depends on them.
     """
 
-    TRIED = 8  # all lengths up to it have turns, others only beside the best: more rows are not always slower
-    LOST = 0.02  # share of the time that turns of other lengths may lose
-    LEAST_LOSS = 0.3  # of such a turn, in rounds: however good a length seems, the best known one has most rounds
-    FADING_LOSS = 0.9  # weight of what turns have lost, a turn later
-    MOST_LATE, FOLLOWED_LATE = 2.0, 0.2  # of a round that catches up: in plain rounds, and how much of it is followed
+    LOST = 0.02  # share of the time that trials may lose
+    LEAST_LOSS = 0.3  # of a trial, in rounds: however good a length seems, the best known one has most rounds
     FADING = 0.995  # weight of what was seen before, one row's drafts later
-    LEAST_GAIN = 1.03  # what drafting must promise beside plain decoding: a hundred drafts in vain promise no more
-    MOST_ASKED = 4  # rounds in which a drafter may draft nothing at first
-    FIRST_RATE, FIRST_WEIGHT = 0.6, 4.0  # acceptance to begin with, and how many drafts experience is worth
+    FIRST_TRUST, WEIGHT = 0.6, 4.0  # trust to begin with, and how many promises experience is worth
 
-    def __init__(self, most: int, start: int, experience: Experience, regime=()):
+    def __init__(self, most: int, start: int, experience: Experience, may_cut: bool = True):
         super().__init__(most)
-        self.start, self.experience, self.regime = min(start, most), experience, regime
-        self.first_rates = list(experience.rates)
-        self.drafted, self.accepted = [0.0] * most, [0.0] * most  # per slot, where the slots before it were accepted
-        self.worth = 1.0  # of an accepted draft, beside a token that every row gets
-        self.planned: list[int] = []
-        self.asked = 0
-        self.is_trial = True  # whether a round is there to learn of, and not the best known
+        self.start, self.experience, self.may_cut = min(start, most), experience, may_cut
+        self.first_trust = list(experience.trust)
+        self.promised, self.kept = [0.0] * most, [0.0] * most  # per slot, where those in front are accepted; fading
+        self.length, self.more_trials = 0, 0  # what this round drafts, and how many more rounds try that
+        self.is_trial = True  # whether a round is there to learn of, and verifies all that it drafts
+        self.speed = 0.0  # expected tokens per second of a row
+        self.drafting: list[float] = []  # expected seconds of drafting 0, 1, ... tokens
+        self.passes: list[float] = []  # and of the rest of a round that verifies 0, 1, ... of them
+        self.worth: list[float] = []  # of a promised draft of each slot, in tokens that every row gets
+        self.promises: list[float] = []  # of this round
+        self.seconds: float | None = None  # of this round's drafting
         self.is_behind = False  # whether the drafter has yet to read what plain rounds added
-        self.is_in_vain = False  # whether this round's drafter was asked and drafted nothing
-
-    def rates(self) -> list[float]:
-        """How likely each slot is accepted once the slots before it are."""
-        rates, rate = [], self.FIRST_RATE
-        for slot, (drafted, accepted) in enumerate(zip(self.drafted, self.accepted, strict=True)):
-            # a slot that nothing is known of is taken to be like the one before it
-            first = self.first_rates[slot] if slot < len(self.first_rates) else rate
-            rate = (accepted + self.FIRST_WEIGHT * first) / (drafted + self.FIRST_WEIGHT)
-            rates.append(rate)
-        return rates
-
-    def expected_tokens(self) -> list[float]:
-        """What a round of 0, 1, ..., `most` drafts adds to a row, in tokens that all rows get."""
-        accepted = accumulate(self.rates(), mul)
-        return list(accumulate((self.worth * chance for chance in accepted), initial=1.0))
-
-    def speeds(self, seconds: list[float]) -> list[float]:
-        """Expected tokens per second of a row, of rounds of 0, 1, ..., `most` drafts that take `seconds`."""
-        return [tokens / max(time, 1e-9) for tokens, time in zip(self.expected_tokens(), seconds, strict=True)]
 
     def next(self, num_rows: int) -> int:
-        self.is_trial = True
-        times = self.experience.times[self.regime]
-        if not times.knows(drafting=True) and self.asked < self.MOST_ASKED:
-            self.asked += 1
-            return self.start
-        if not times.knows(drafting=False):
-            return 0
-        if self.planned:
-            return self.planned.pop()
-        seconds = times.estimate(num_rows, self.most)
-        self.worth = worth_of_drafts(num_rows, lasting_share(times.known(), num_rows), self.rates()[0])
-        speeds = self.speeds(seconds)
-        speeds[0] *= self.LEAST_GAIN
-        best, speed = self.best(speeds)
-        rounds = {length: self.rounds_of_turn(num_rows, length, best) for length in self.others(best)}
-        known = self.experience
-        behind = known.catching_up * seconds[0] if best == 0 else 0.0
-        losses = {
-            length: max(count * seconds[length] * (1 - speeds[length] / speed), self.LEAST_LOSS * seconds[best])
-            + behind
-            for length, count in rounds.items()
-        }
-        # each length may lose as much as any other, so that cheap turns come more often than dear ones
-        other = min(losses, key=lambda length: known.lost[length] + losses[length])
+        known, self.is_trial, self.seconds = self.experience, True, None
+        if not known.promises or not known.drafting.known():
+            self.length = self.start
+        elif all(verified > 0 for _, verified in known.passes.known()):
+            self.length = 0
+        elif self.more_trials:
+            self.more_trials -= 1
+        else:
+            self._choose(num_rows)
+        return self.length
+
+    def _choose(self, num_rows: int) -> None:
+        known, lengths = self.experience, range(self.most + 1)
+        self.passes = known.passes.estimate(num_rows, self.most)
+        self.drafting = [0.0, *known.drafting.estimate(num_rows, self.most)[1:]]
+        self.worth = self._worth(num_rows)
+        self.speed = max(self.speed, 1 / self.passes[0])
+        recent = [self._expected(promises) for promises in list(known.promises)]  # another thread may add to them
+        tokens, seconds = [0.0] * len(lengths), [0.0] * len(lengths)  # of a round that drafts so many
+        for expected in recent:
+            verified = 0
+            for drafted in lengths:
+                if not self.may_cut or self._gain(expected, drafted) > self._gain(expected, verified):
+                    verified = drafted
+                tokens[drafted] += expected[verified] / len(recent)
+                seconds[drafted] += (self.drafting[drafted] + self.passes[verified]) / len(recent)
+        # a drafter that was tried with few tokens may take as long for each of many
+        likely = lengths[: 2 * max(1, *(verified for _, verified in known.passes.known())) + 1]
+        best = max(likely, key=lambda drafted: tokens[drafted] / seconds[drafted])
+        self.speed, self.length, self.is_trial = tokens[best] / seconds[best], best, False
         known.allowance += self.LOST * seconds[best]
-        if known.allowance < losses[other]:
-            self.is_trial = False
-            return best
-        known.allowance = 0.0
-        known.lost = Counter({length: self.FADING_LOSS * lost for length, lost in known.lost.items()})
-        known.lost[other] += losses[other]
-        self.planned = [other] * (rounds[other] - 1)
-        return other
+        losses = {}  # of verifying all that are drafted, in seconds
+        for drafted in {*lengths} - {best}:
+            whole = sum(expected[drafted] for expected in recent) / len(recent)
+            loss = self.drafting[drafted] + self.passes[drafted] - whole / self.speed
+            rounds = max(1, RoundTimes.LEAST - known.passes.count(num_rows, drafted))
+            losses[drafted] = rounds * max(loss, self.LEAST_LOSS * seconds[best]), rounds
+        # each may lose as much as any other, so that cheap trials come more often than dear ones
+        other = max(losses, key=lambda drafted: (known.rounds - known.tried[drafted]) / losses[drafted][0])
+        loss, rounds = losses[other]
+        if known.allowance >= loss:
+            known.allowance = 0.0
+            self.length, self.more_trials, self.is_trial = other, rounds - 1, True
 
-    def rounds_of_turn(self, num_rows: int, length: int, best: int) -> int:
-        """As many as it takes to know its time. The first round behind plain ones catches up, and is not timed."""
-        times = self.experience.times[self.regime]
-        return max(1, times.LEAST - times.count(num_rows, length)) + (best == 0)
+    def _worth(self, num_rows: int) -> list[float]:
+        known, trust = self.experience, self._trust()
+        first = trust[0] * sum(promises[0] for promises in list(known.promises) if promises) / len(known.promises)
+        lasting = min(known.passes.estimate(1, 0)[0] / self.passes[0], 1.0)
+        worth = worth_of_drafts(num_rows, lasting, min(first, 1.0))
+        return [worth * share for share in accumulate(trust, mul)]
 
-    def best(self, speeds: list[float]) -> tuple[int, float]:
-        """The best length, and its speed."""
-        best = max(range(self.most + 1), key=speeds.__getitem__)
-        return best, speeds[best]
+    def _trust(self) -> list[float]:
+        trust, before = [], self.FIRST_TRUST
+        for slot, (promised, kept) in enumerate(zip(self.promised, self.kept, strict=True)):
+            # a slot that nothing is known of is taken to be like the one before it
+            first = self.first_trust[slot] if slot < len(self.first_trust) else before
+            before = (kept + self.WEIGHT * first) / (promised + self.WEIGHT)
+            trust.append(before)
+        return trust
 
-    def others(self, best: int) -> list[int]:
-        """The lengths that have turns beside the best one."""
-        lengths = (best + 1, best - 1, *range(min(self.most, self.TRIED) + 1))
-        return [length for length in dict.fromkeys(lengths) if 0 <= length <= self.most and length != best]
+    def _expected(self, promises: list[float]) -> list[float]:
+        """Tokens of a round that verifies 0, 1, ..., `most` drafts. Slots that were not drafted are taken to go on as
+        those in front of them did."""
+        expected, before, promise = [1.0], 1.0, 0.0
+        for slot, worth in enumerate(self.worth):
+            if slot < len(promises):
+                before, promise = (promise if slot else 1.0), promises[slot]
+            else:
+                before, promise = promise, promise * promise / max(before, 1e-9)
+            expected.append(expected[-1] + worth * promise)
+        return expected
 
-    def keep(self, drafts, confidences, idle, started) -> int:
-        self.is_in_vain = not drafts.shape[1]
-        return drafts.shape[1]
+    def _gain(self, expected: list[float], verified: int) -> float:
+        """Of a pass, in tokens beside those that its time is worth elsewhere."""
+        return expected[verified] - self.speed * self.passes[verified]
+
+    def keep(self, drafts: torch.Tensor, confidences: torch.Tensor | None, idle: torch.Tensor, started: float) -> int:
+        width, rows = drafts.shape[1], 1.0
+        self.promises = [1.0] * width
+        if confidences is not None and width and self.may_cut:
+            running = ~idle.to(confidences.device)[:, None]  # (R, 1)
+            # of a drafter whose numbers are broken nothing is expected
+            chances = confidences.nan_to_num(0.0).cumprod(dim=1).masked_fill(~running, 0.0)
+            # the one wait of a round that the drafter's confidences cost
+            *promised, rows = torch.cat([chances, running.to(chances)], dim=1).sum(dim=0).tolist()
+            self.promises = [chance / max(rows, 1.0) for chance in promised]
+        self.seconds = perf_counter() - started
+        if not rows:
+            return 0
+        self.experience.promises.append(self.promises)
+        if self.is_trial or not self.may_cut:
+            return width
+        expected = self._expected(self.promises)
+        return max(range(width + 1), key=lambda verified: self._gain(expected, verified))
 
     def record(self, num_rows: int, drafted: int, outcome: list[tuple[int, int]], seconds: float) -> None:
-        asked, self.is_in_vain = drafted > 0 or self.is_in_vain, False
-        times = self.experience.times[self.regime]
-        # the time of a round that was asked for drafts in vain is neither a plain round's nor that of a length
-        if not asked or (drafted and not self.is_behind):
-            times.add(num_rows, drafted, seconds)
-        elif drafted and times.count(num_rows, drafted) >= times.LEAST:
-            usual = times.estimate(num_rows, drafted)
-            late = min(max((seconds - usual[drafted]) / max(usual[0], 1e-9), 0.0), self.MOST_LATE)
-            self.experience.catching_up += self.FOLLOWED_LATE * (late - self.experience.catching_up)
-        self.is_behind = not asked
-        if not asked:
+        known = self.experience
+        known.rounds += 1
+        known.tried[drafted] = known.rounds
+        known.passes.add(num_rows, drafted, seconds - (self.seconds or 0.0))
+        if self.seconds is None:
+            self.is_behind = True
             return
+        if self.is_behind and self.drafting:  # which is no time of drafting, and yet lost
+            known.allowance -= max(self.seconds - self.drafting[self.length], 0.0)
+        else:
+            known.drafting.add(num_rows, self.length, self.seconds)
+        self.is_behind = False
         verified = [accepted for accepted, added in outcome if added]  # others stopped earlier and are carried along
-        for counts in (self.drafted, self.accepted):
-            counts[:] = [self.FADING ** len(verified) * count for count in counts]
-        for accepted in verified:
-            for slot in range(min(accepted + 1, max(drafted, 1))):  # what was not drafted is as good as wrong
-                self.drafted[slot] += 1
-                self.accepted[slot] += slot < accepted
-        self.experience.rates = self.rates()
-
-
-SPREAD = 0.9
-"""By how much the drafts that are accepted each round differ between texts: their standard deviation in parts of their
-mean, where hardly a draft is accepted. It was 0.45 in answers to MT-Bench, of 64 and of 256 tokens, with copies and
-without, where half of the first drafts are; where all are, texts cannot differ."""
+        fading, before = self.FADING ** len(verified), 1.0
+        for slot, promise in enumerate(self.promises[:drafted]):
+            reached = sum(accepted >= slot for accepted in verified)
+            self.promised[slot] = fading * self.promised[slot] + reached * promise / max(before, 1e-9)
+            self.kept[slot] = fading * self.kept[slot] + sum(accepted > slot for accepted in verified)
+            before = promise
+        known.trust = self._trust()
 
 
 def worth_of_drafts(num_rows: int, lasting: float, rate: float) -> float:
     """By how much a draft that is accepted in a row shortens a batch, where one for every row shortens it by 1.
 
     The slowest of many rows has fewer of them than the mean row, and until it is through, the share `lasting` of a
-    round's time goes on that does not depend on the rows. What the other rows' own share of it is, they save.
+    round's time goes on that does not depend on the rows. What the other rows' own share of it is, they save. Texts
+    differ the more the fewer drafts are accepted: by a standard deviation of (1 - rate)**2 in parts of the mean, as in
+    answers to MT-Bench with copies alone and with a drafter that is right at half of the first slots.
 
     Args:
         rate: how likely the first draft is accepted.
     """
     expected_slowest = NormalDist().inv_cdf((num_rows - 0.375) / (num_rows + 0.25))  # standard deviations from the mean
-    slowest = max(1 - SPREAD * (1 - rate) * expected_slowest, 0.0)
+    slowest = max(1 - (1 - rate) ** 2 * expected_slowest, 0.0)
     return 1 - lasting * (1 - slowest)
 
 

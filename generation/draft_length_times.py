@@ -1,44 +1,42 @@
-"""How long a round takes, by its rows and by how many tokens each of them drafts: measured, or told from others."""
+"""How long something takes, by rows and by tokens that each of them drafts: measured, or told from what was."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import pairwise
 from math import exp, log
 from threading import Lock
 
 Shape = tuple[int, int]
-"""Rows of a round, and tokens that each row drafts."""
+"""Rows, and tokens that each row drafts."""
 
 
 class RoundTimes:
-    """How many seconds rounds of every shape take, from the rounds so far.
-
-    A shape is known once it was timed twice: the first round of a new shape may be one that compiles. Others are told
-    from a straight line over the tokens of a pass, through all that are known; where shapes of as many rows are, by how
-    far these are off it.
+    """Seconds of every shape: known once it was timed twice, since the first time may be one that compiles. Others are
+    told from a straight line over the tokens of a pass, through all that are known, and from how far the nearest of
+    these is off it.
 
     A machine is now faster and now slower, and longer texts take longer whatever is drafted: `pace` follows that, and
-    times are kept relative to it. So shapes that were timed at different moments can be compared. What a round is off
-    is the pace's where its shape was timed a moment ago, and the shape's own where that is long ago.
+    times are kept relative to it. So shapes that were timed at different moments can be compared.
+
+    What a time is off is the pace's where its shape was timed a moment ago, and the shape's own where that is long ago.
 
     Attributes:
         shapes: how often each was timed, the mean of the logarithm of its seconds beside the pace, and the number of
-            the round that timed it last; in that order.
-        pace: by how much rounds take longer than at the beginning, as a logarithm.
+            the time that was its last; in that order.
+        pace: by how much everything takes longer than at the beginning, as a logarithm.
     """
 
     LEAST = 2
     REMEMBERED = 128  # shapes, the last ones
-    MOST_OFF = 0.25  # how far from what is known a round counts: what else the machine does makes some much longer
-    WELL_KNOWN = 8  # times that a shape was timed, from which on a round that is off may be the machine's doing
+    MOST_OFF = 0.25  # how far from what is known a time counts: what else the machine does makes some much longer
+    WELL_KNOWN = 8  # times that a shape was timed, from which on a time that is off may be the machine's doing
     FOLLOWED = 0.1  # how much of that is followed, by the pace and by the shape together
-    OWN = 0.01  # how much of it by the shape, for every round since it was last timed
+    OWN = 0.01  # how much of it by the shape, for every time of any shape since its last one
     MOST_OWN = 0.3
 
     def __init__(self):
         self.shapes: dict[Shape, tuple[int, float, int]] = {}
-        self.pace, self.rounds = 0.0, 0
+        self.pace, self.times = 0.0, 0
         self._lock = Lock()  # threads that generate with the same models share their experience
 
     def count(self, num_rows: int, drafted: int) -> int:
@@ -51,49 +49,35 @@ class RoundTimes:
                 shape: exp(mean + self.pace) for shape, (count, mean, _) in self.shapes.items() if count >= self.LEAST
             }
 
-    def knows(self, drafting: bool) -> bool:
-        """Whether rounds that draft something are known, or such that draft nothing, of any number of rows."""
-        return any((drafted > 0) is drafting for _, drafted in self.known())
-
     def add(self, num_rows: int, drafted: int, seconds: float) -> None:
         with self._lock:
-            self.rounds += 1
+            self.times += 1
             relative = log(max(seconds, 1e-9)) - self.pace
-            count, mean, last = self.shapes.pop((num_rows, drafted), (0, relative, self.rounds))
+            count, mean, last = self.shapes.pop((num_rows, drafted), (0, relative, self.times))
             off = min(relative - mean, self.MOST_OFF)
             if count < self.LEAST:
                 mean = min(mean, relative)
             elif count < self.WELL_KNOWN:
                 mean += 2 / (count + 2) * off
             else:
-                off, own = max(off, -self.MOST_OFF), min(self.OWN * (self.rounds - last), self.MOST_OWN)
+                off, own = max(off, -self.MOST_OFF), min(self.OWN * (self.times - last), self.MOST_OWN)
                 mean += own * off
                 self.pace += max(self.FOLLOWED - own, 0.0) * off
-            self.shapes[num_rows, drafted] = count + 1, mean, self.rounds  # behind all others
+            self.shapes[num_rows, drafted] = count + 1, mean, self.times  # behind all others
             if len(self.shapes) > self.REMEMBERED:
                 del self.shapes[next(iter(self.shapes))]
 
     def estimate(self, num_rows: int, most: int) -> list[float]:
-        """Seconds of a round of `num_rows` rows that draft 0, 1, ..., `most`, at the present pace. Something must be
-        known."""
-        known = self.known().items()
-        line = straight_line([(rows * (drafted + 1), seconds) for (rows, drafted), seconds in known])
-        expected = [line(num_rows * (drafted + 1)) for drafted in range(most + 1)]
-        off = sorted(
-            (drafted, seconds / line(rows * (drafted + 1))) for (rows, drafted), seconds in known if rows == num_rows
-        )
-        times = [seconds * interpolate(off or [(0, 1.0)], drafted) for drafted, seconds in enumerate(expected)]
-        return [max(times[0], seconds) for seconds in times]  # drafting makes no round shorter: such a time was noise
-
-
-def lasting_share(known: dict[Shape, float], num_rows: int) -> float:
-    """The share of a plain round of `num_rows` rows that goes on as long as any row runs: what a round of one row
-    takes. Told from plain rounds of several numbers of rows, else from all rounds that are `known`."""
-    points = [(rows, seconds) for (rows, drafted), seconds in known.items() if drafted == 0]
-    if len(points) < 2:
-        points = [(rows * (drafted + 1), seconds) for (rows, drafted), seconds in known.items()]
-    line = straight_line(points)
-    return min(line(1) / max(line(num_rows), 1e-9), 1.0)
+        """Seconds of `num_rows` rows that draft 0, 1, ..., `most`, at the present pace. Something must be known."""
+        known = self.known()
+        line = straight_line([(rows * (drafted + 1), seconds) for (rows, drafted), seconds in known.items()])
+        near = min((rows for rows, _ in known), key=lambda rows: abs(log(rows / num_rows)))
+        off = {
+            drafted: seconds / line(rows * (drafted + 1)) for (rows, drafted), seconds in known.items() if rows == near
+        }
+        nearest = [min(off, key=lambda known: abs(known - drafted)) for drafted in range(most + 1)]
+        times = [off[length] * line(num_rows * (drafted + 1)) for drafted, length in enumerate(nearest)]
+        return [max(times[0], seconds) for seconds in times]  # drafting makes nothing shorter: such a time was noise
 
 
 def straight_line(points: list[tuple[int, float]]) -> Callable[[int], float]:
@@ -109,11 +93,3 @@ def straight_line(points: list[tuple[int, float]]) -> Callable[[int], float]:
         if base < 0:
             base, slope = 0.0, v / vv
     return lambda tokens: base + slope * tokens
-
-
-def interpolate(points: list[tuple[int, float]], place: int) -> float:
-    """Straight lines between `points`, which are in order, and level outside."""
-    for (left, before), (right, after) in pairwise(points):
-        if left <= place <= right:
-            return before + (after - before) * (place - left) / (right - left)
-    return points[0][1] if place < points[0][0] else points[-1][1]

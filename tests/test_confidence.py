@@ -15,7 +15,6 @@ from tiny import llama, ragged_batch
 
 from specformer import SpecFormerConfig, SpecFormerModel, generate
 from specformer.generation.draft_length_auto import AutoDraftLength, Experience
-from specformer.generation.draft_length_confident import ConfidentDraftLength
 from specformer.scripts.parts.answers import Answers
 from specformer.scripts.parts.confidence import BINS, calibrate, calibration, confidence_loss, count_by_confidence
 from specformer.scripts.parts.losses import IGNORED
@@ -170,7 +169,7 @@ class UnevenWorld:
     knows: bool = True  # whether confidences are those chances; otherwise they are all high
 
 
-def live_confidently(length: ConfidentDraftLength, world: UnevenWorld, rounds: int, most: int) -> tuple[float, Counter]:
+def live_confidently(length: AutoDraftLength, world: UnevenWorld, rounds: int, most: int) -> tuple[float, Counter]:
     """Tokens per second and row, and how often each (drafted, verified) was chosen."""
     chance, tokens, seconds, chosen = random.Random(0), 0, 0.0, Counter()
     for _ in range(rounds):
@@ -211,7 +210,7 @@ def test_beside_the_best_fixed_length(name: str):
         if any(world.rates) else 0.0 for slot in range(most)
     ]  # fmt: skip
     fixed = World(mean, world.slope, world.draft).best()
-    length = ConfidentDraftLength(most, 2, Experience())
+    length = AutoDraftLength(most, 2, Experience())
     live_confidently(length, world, 100, most)
     speed, chosen = live_confidently(length, world, 1500, most)
     assert speed > least * fixed, (speed, fixed, chosen)
@@ -221,24 +220,17 @@ def test_beside_the_best_fixed_length(name: str):
         assert chosen[0, 0] > 1300
 
 
-def test_without_confidences_it_is_the_length_that_counts():
-    world = World([0.6, 0.5, 0.4, 0.3], 0.05, 0.1)
-    lengths = [ConfidentDraftLength(4, 2, Experience()), AutoDraftLength(4, 2, Experience())]
-    assert live(lengths[0], world, 300) == live(lengths[1], world, 300)
-
-
-def test_times_may_be_known_before_confidences():
-    """As after calls with "rejection", which do not look at these."""
+def test_a_drafter_may_begin_to_tell():
+    """It is asked again, although it was not sure the first time that it told."""
     experience, world = Experience(), World([0.9] * 4, 0.01, 0.05)
     live(AutoDraftLength(4, 2, experience), world, 50)
-    experience.allowance = 0.0  # no turn of another length
-    length = ConfidentDraftLength(4, 2, experience)
+    experience.allowance = 0.0  # no trial
+    length = AutoDraftLength(4, 2, experience)
     assert length.next(world.rows) == 4
     assert not length.is_trial
-    assert (
-        length.keep(torch.zeros(8, 4), torch.full((8, 4), 0.01), torch.zeros(8, dtype=torch.bool), perf_counter()) == 4
-    )
-    length.record(8, 4, [(4, 5)] * 8, world.seconds(4))
+    none = torch.zeros(8, dtype=torch.bool)
+    assert length.keep(torch.zeros(8, 4), torch.full((8, 4), 0.01), none, perf_counter()) == 0
+    length.record(8, 0, [(0, 1)] * 8, world.seconds(0))
     asked = 0
     for _ in range(20):
         asked += length.next(world.rows) == 4
@@ -250,48 +242,48 @@ def test_times_may_be_known_before_confidences():
 @pytest.mark.parametrize("rates", [(0.7, 0.6), (0.1, 0.0)], ids=["pays", "never pays"])
 def test_every_length_is_timed(rates: tuple):
     """What confidences are worth depends on the times of all lengths, so each is verified now and then, whatever they
-    say, and the next turn is that of a length whose time is not known."""
-    length, world = ConfidentDraftLength(4, 2, Experience()), UnevenWorld(slope=0.1, draft=0.1, rates=rates)
+    say."""
+    length, world = AutoDraftLength(4, 2, Experience()), UnevenWorld(slope=0.1, draft=0.1, rates=rates)
     live_confidently(length, world, 400, 4)
-    assert {drafted for _, drafted in length.experience.times[()].known()} == {0, 1, 2, 3, 4}
+    assert {drafted for _, drafted in length.experience.passes.known()} == {0, 1, 2, 3, 4}
 
 
 def test_rows_that_are_carried_along_do_not_count():
-    length = ConfidentDraftLength(2, 1, Experience())
+    length = AutoDraftLength(2, 1, Experience())
     confidences = torch.tensor([[0.5, 0.5], [1.0, 1.0], [0.25, 1.0]])
     length.keep(torch.zeros(3, 2), confidences, torch.tensor([False, True, False]), perf_counter())
-    assert length.expected == pytest.approx([1, 1.375, 1.625])
+    assert length.promises == pytest.approx([0.375, 0.25])
 
 
 def test_a_broken_row_is_expected_to_have_nothing_accepted():
-    length = ConfidentDraftLength(2, 1, Experience())
+    length = AutoDraftLength(2, 1, Experience())
     confidences = torch.tensor([[0.5, 0.5], [torch.nan, 1.0], [torch.nan, torch.nan]])
     length.keep(torch.zeros(3, 2), confidences, torch.tensor([False, True, False]), perf_counter())
-    assert length.expected == pytest.approx([1, 1.25, 1.375])
+    assert length.promises == pytest.approx([0.25, 0.125])
 
 
 GOOD = UnevenWorld(slope=0.01, draft=0.05, rates=(0.9, 0.8))
 
 
 def test_a_round_of_which_no_row_counts_leaves_nothing_behind():
-    world, length = World([0.9] * 4, 0.01, 0.05), ConfidentDraftLength(4, 2, Experience())
+    world, length = World([0.9] * 4, 0.01, 0.05), AutoDraftLength(4, 2, Experience())
     live_confidently(length, GOOD, 50, 4)
     known = length.experience
-    before = known.predicted, list(known.expectations), known.times[()].rounds
+    before = known.trust, list(known.promises)
     for _ in range(20):
         if length.next(8):
             assert (
                 length.keep(torch.zeros(8, 4), torch.full((8, 4), 0.5), torch.tensor([True] * 8), perf_counter()) == 0
             )
             length.record(8, 0, [(0, 0)] * 8, world.seconds(4))
-    assert before == (known.predicted, list(known.expectations), known.times[()].rounds)
+    assert before == (pytest.approx(known.trust), list(known.promises))
 
 
 @pytest.mark.parametrize("told", [torch.nan, None], ids=["not a number", "nothing"])
 @pytest.mark.parametrize("begin", [0, 50], ids=["from the start", "later"])
 def test_a_drafter_that_tells_nothing_useful_and_is_wrong_is_left_alone(told: float | None, begin: int):
     """It gives confidences that are no numbers, or none any more."""
-    world, length = World([0.0] * 4, 0.05, 0.1), ConfidentDraftLength(4, 2, Experience())
+    world, length = World([0.0] * 4, 0.05, 0.1), AutoDraftLength(4, 2, Experience())
     if begin:
         live_confidently(length, GOOD, begin, 4)
     asked = []
@@ -325,21 +317,25 @@ def test_the_text_does_not_depend_on_what_is_verified(sampling: dict, monkeypatc
     target, batch = llama(), ragged_batch()
     config = SpecFormerConfig.from_target_config(target.config, confidence_head=True, previous_token_rank=4)
     torch.manual_seed(0)
-    drafter, chance, cuts = SpecFormerModel(config).double().eval(), random.Random(0), Counter()
+    drafter, chance, cuts, whole = SpecFormerModel(config).double().eval(), random.Random(0), Counter(), []
+    real = AutoDraftLength.keep
 
     def keep(self, drafts, confidences, stopped, started):
         assert confidences.shape == drafts.shape
+        if not self.may_cut:
+            whole.append(real(self, drafts, confidences, stopped, started) == drafts.shape[1])
+            return drafts.shape[1]
         assert ((confidences > 0) & (confidences < 1)).all()
         cuts[width := chance.randint(0, drafts.shape[1])] += 1
         return width
 
-    monkeypatch.setattr(ConfidentDraftLength, "keep", keep)
-    monkeypatch.setattr(ConfidentDraftLength, "next", lambda self, num_rows: self.most)
+    monkeypatch.setattr(AutoDraftLength, "keep", keep)
+    monkeypatch.setattr(AutoDraftLength, "next", lambda self, num_rows: self.most)
     settings = dict(max_new_tokens=30, eos_token_id=None, num_assistant_tokens="auto")
     torch.manual_seed(3)
     output = generate(target, drafter, **batch, **{"do_sample": True, **sampling}, **settings)
     if "acceptance" in sampling:
-        assert not cuts
+        assert not cuts and whole and all(whole)
         return
     settings.pop("num_assistant_tokens")
     assert output.tolist() == plain(target, batch, **sampling, **settings).sequences.tolist()

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from specformer.generation.draft_length_times import RoundTimes, interpolate, lasting_share, straight_line
+from specformer.generation.draft_length_times import RoundTimes, straight_line
 
 
 def times_of(seconds: dict[tuple[int, int], float], count: int = 2) -> RoundTimes:
@@ -22,7 +22,7 @@ def times_of(seconds: dict[tuple[int, int], float], count: int = 2) -> RoundTime
 def test_a_first_round_does_not_count():
     times = times_of({(8, 0): 1.0})
     times.add(8, 2, 99.0)
-    assert times.knows(drafting=False) and not times.knows(drafting=True) and times.count(8, 2) == 1
+    assert times.known() == {(8, 0): 1.0} and times.count(8, 2) == 1
     times.add(8, 2, 3.0)
     assert times.known() == {(8, 0): 1.0, (8, 2): pytest.approx(3.0)} and times.count(8, 2) == 2
 
@@ -66,8 +66,8 @@ def test_threads_share_times():
     def work():
         try:
             for number in range(3000):
-                times.add(number % 30, number % 3, 1.0)
-                times.knows(drafting=False)
+                times.add(1 + number % 30, number % 3, 1.0)
+                times.known()
                 times.estimate(8, 4)
         except Exception as error:
             errors.append(error)
@@ -77,7 +77,7 @@ def test_threads_share_times():
         thread.start()
     for thread in threads:
         thread.join()
-    assert not errors and times.rounds == 9002
+    assert not errors and times.times == 9002
 
 
 def test_a_wrong_time_does_not_become_the_pace():
@@ -96,7 +96,8 @@ def test_one_slow_round_is_no_pace():
 
 
 def test_no_round_that_drafts_is_shorter_than_one_that_does_not():
-    assert times_of({(8, 0): 1.0, (8, 2): 0.8, (8, 4): 1.2}).estimate(8, 4)[:3] == pytest.approx([1.0, 1.0, 1.0])
+    estimate = times_of({(8, 0): 1.0, (8, 2): 0.8, (8, 4): 1.2}).estimate(8, 4)
+    assert [estimate[0], estimate[2], estimate[4]] == pytest.approx([1.0, 1.0, 1.2])
 
 
 def test_shapes_that_were_not_seen_for_long_are_forgotten():
@@ -143,17 +144,3 @@ def test_rows_that_are_slower_than_others_are_so_at_every_length():
     others = times_of({(1, 0): 1.0, (1, 4): 1.4})
     factor = times.estimate(8, 4)[0] / others.estimate(8, 4)[0]
     assert factor == pytest.approx(3.4 / 1.7)
-
-
-def test_what_lasts_is_told_from_plain_rounds():
-    """Where there are two of them: what drafting takes is no part of it."""
-    known = {(1, 4): 2.0, (8, 4): 6.0, (8, 0): 1.2}
-    assert lasting_share(known, 8) == pytest.approx(0.42, abs=0.1)
-    assert lasting_share(known | {(4, 0): 1.1}, 8) == pytest.approx(1.025 / 1.2)
-    assert lasting_share({(8, 0): 1.2}, 8) == 1.0
-    assert lasting_share({(2, 0): 1.0, (8, 0): 4.0}, 8) == pytest.approx(0.125)
-
-
-def test_interpolate():
-    points = [(1, 2.0), (3, 4.0), (4, 0.0)]
-    assert [interpolate(points, place) for place in range(6)] == [2.0, 2.0, 3.0, 4.0, 0.0, 0.0]

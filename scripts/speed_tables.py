@@ -306,6 +306,21 @@ def verifying_section() -> str:
     )
 
 
+def before_after_section() -> str:
+    """How this version compares with an earlier one."""
+    from benchmarks import before_after  # of a checkout, as the results are
+
+    result = result_of("before_after")
+    regime = result["regime"]
+    return section(
+        *before_after.table(result),
+        "",
+        f"{regime['target']}, greedy, {regime['max_new_tokens']} new tokens, MT-Bench prompts, medians of the turns: "
+        f"commit {regime['commits']['after']} over {regime['commits']['before']}; {machine_of(result)}, "
+        f"{software_of(result)}, {result['date']}.",
+    )
+
+
 def costs_section() -> str:
     """What drafting would cost a larger target."""
     from benchmarks import cost_model  # of a checkout, as the results are

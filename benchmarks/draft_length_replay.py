@@ -28,7 +28,7 @@ from specformer.generation.draft_length import DraftLength, round_draft_length
 from specformer.generation.draft_length_auto import AutoDraftLength, Experience
 from specformer.generation.proposal import NO_TOKEN
 from specformer.scripts.benchmark import make_batches
-from specformer.scripts.fetch_target import HUB_ID, fetch_target
+from specformer.scripts.fetch_target import find_target
 from specformer.scripts.parts.prompts import read_prompts
 from specformer.scripts.parts.provenance import provenance
 
@@ -183,7 +183,7 @@ def speeds(replay: Replay, most: int, start: int, batch_size: int, fixed: list[i
 
 
 def main(arguments: argparse.Namespace) -> None:
-    prompts, folder = read_prompts(arguments.prompts), arguments.target or str(fetch_target())
+    prompts, (folder, identity) = read_prompts(arguments.prompts), find_target(arguments.target)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     target = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
     drafter = None if arguments.target else AutoModel.from_pretrained(ROOT)
@@ -199,7 +199,7 @@ def main(arguments: argparse.Namespace) -> None:
                 drafts = "always wrong" if is_wrong else "copies" if drafter is None else "default drafter"
                 table.append({"drafts": drafts, "machine": machine, "batch_size": batch_size, "speed": found})
                 print(drafts, machine, batch_size, {name: round(value, 3) for name, value in found.items()}, flush=True)
-    name = arguments.name or arguments.target or HUB_ID
+    name = arguments.name or identity
     before = json.loads(arguments.output.read_text(encoding="utf-8"))["targets"] if arguments.output.exists() else {}
     result = {**provenance("benchmarks.draft_length_replay"), "texts": len(texts), "targets": {**before, name: table}}
     arguments.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

@@ -20,7 +20,7 @@ import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from specformer.scripts.benchmark import make_batches, save, timed
-from specformer.scripts.fetch_target import HUB_ID, fetch_target
+from specformer.scripts.fetch_target import find_target
 from specformer.scripts.parts.contenders import PLAIN, KnownText, Way, our_way, plain_way
 from specformer.scripts.parts.prompts import read_prompts
 from specformer.scripts.parts.provenance import provenance
@@ -83,7 +83,7 @@ def summary(turns: list[dict[str, dict]]) -> dict[str, dict]:
 
 
 def main(arguments: argparse.Namespace) -> None:
-    prompts, folder = read_prompts(arguments.prompts), arguments.target or str(fetch_target())
+    prompts, (folder, identity) = read_prompts(arguments.prompts), find_target(arguments.target)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     target = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, arguments.dtype)).eval()
     drafter = None if arguments.target else AutoModel.from_pretrained(ROOT)
@@ -94,7 +94,7 @@ def main(arguments: argparse.Namespace) -> None:
     result = {**provenance("benchmarks.draft_length_rules"), "contests": contests}
     for batch_size in arguments.batch_sizes:
         regime = {
-            "target": arguments.name or arguments.target or HUB_ID,
+            "target": arguments.name or identity,
             "dtype": arguments.dtype,
             "batch_size": batch_size,
             "max_new_tokens": arguments.max_new_tokens,

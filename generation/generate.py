@@ -87,7 +87,7 @@ def generate(
             decodes plainly.
         acceptance: when sampling, "match" gives the same tokens as plain generate() with the same torch seed;
             "coupled" gives each row a text that depends on its own seed alone; "rejection" accepts most drafts, and
-            gives a text with the same distribution. see `accept_rules`.
+            gives a text with the same distribution. See `accept_rules`.
         seed: for "coupled", an integer (row b of the expanded batch has seed + b) or one integer per row; `None` draws
             one from torch's generator.
         cuda_graphs: on one CUDA GPU, record the passes of target and drafter and replay them, which saves the time in

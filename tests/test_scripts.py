@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import json
 import os
 import subprocess
@@ -671,6 +672,17 @@ def opens_text_without_encoding(call: ast.Call) -> bool:
 
 
 FOLDERS = ("", "generation", "scripts", "scripts/parts", "benchmarks")
+
+
+@pytest.mark.parametrize("folder", ["scripts", "scripts/parts", "benchmarks"])
+def test_every_module_can_be_imported(folder: str):
+    """What one of them takes from another is still there, also where no test runs it."""
+    package = folder if folder == "benchmarks" else f"specformer.{folder}".replace("/", ".")
+    root = Path(train.__file__).resolve().parents[1]
+    modules = [path.stem for path in (root / folder).glob("*.py") if path.stem != "__init__"]
+    assert len(modules) > 5
+    for name in modules:
+        importlib.import_module(f"{package}.{name}")
 
 
 def test_text_is_utf_8_everywhere():

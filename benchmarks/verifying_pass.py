@@ -1,9 +1,9 @@
-"""What a verifying pass takes by its tokens, with each way to multiply float32 matrices that `backend_linear` may take.
+"""What a verifying pass takes by its tokens, with each way to multiply matrices that `backend_linear` may take.
 
     python -m benchmarks.verifying_pass --target <folder> --output benchmarks/results/verifying_pass_cpu.json
 
-Passes over 1 to --most tokens a row, behind --context tokens: with torch's own products; with large weights beside few
-rows through oneDNN; and with all of them through oneDNN. In half precision torch's alone. One turn has each of them
+Passes over 1 to --most tokens a row, behind --context tokens: with torch's own products; in float32 with large weights
+beside few rows through oneDNN, and with all of them through oneDNN; and with packed weights. One turn has each of them
 once. What a call takes on this machine is in the result as well. Targets, dtypes and numbers of rows add up in one
 file: what is there already is measured anew.
 """
@@ -24,15 +24,17 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.cost_model import full_cache
 from specformer.generation import backend_linear
-from specformer.generation.backend_linear import ANY, FEW, LARGE, fast_linears, faster_rows, gain
+from specformer.generation.backend_linear import ANY, FEW, LARGE, NONE, fast_linears, faster_rows, gain, packing_pays
 from specformer.generation.target import verify
 from specformer.scripts.fetch_target import find_target
 from specformer.scripts.parts.provenance import provenance
 
 TORCH, LARGE_AND_FEW, ALL = "torch's own products", "oneDNN for large weights and few rows", "oneDNN for all"
+PACKED = "packed weights"
 WAYS = {
-    LARGE_AND_FEW: lambda numbers_in_weight, num_threads: FEW if numbers_in_weight >= LARGE else None,
-    ALL: lambda numbers_in_weight, num_threads: ANY,
+    LARGE_AND_FEW: lambda weight, num_threads: FEW if weight.numel() >= LARGE else NONE,
+    ALL: lambda weight, num_threads: ANY,
+    PACKED: lambda weight, num_threads: NONE,
 }
 """What stands for `faster_rows` in each."""
 
@@ -42,29 +44,42 @@ def time_pass(target, batch_size: int, num_tokens: int, context: int, turns: int
     """Median seconds of a pass over (B, q) tokens, by the way to multiply."""
     tokens = torch.randint(target.config.vocab_size, (batch_size, num_tokens))
     cache = full_cache(target.config.num_hidden_layers, batch_size, context, num_tokens, target.device)
-    ways = {TORCH: None, **(WAYS if target.dtype == torch.float32 else {})}
+    ways = [TORCH, *WAYS] if target.dtype == torch.float32 else [TORCH, PACKED]
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     for _ in range(turns + 1):  # the first of each is not counted
-        for way, choice in ways.items():
-            with patch.object(backend_linear, "faster_rows", choice), fast_linears(target) if choice else nullcontext():
+        for way in ways:
+            with (
+                patch.object(backend_linear, "faster_rows", WAYS.get(way)),
+                patch.object(backend_linear, "packing_pays", lambda *_, way=way: way == PACKED),
+                nullcontext() if way == TORCH else fast_linears(target),
+            ):
                 start = time.perf_counter()
                 verify(target, cache, tokens)
                 seconds[way].append(time.perf_counter() - start)
     return {way: statistics.median(times[1:]) for way, times in seconds.items()}
 
 
-def taken_here() -> str:
+def taken_here(dtype: torch.dtype) -> str:
     """The way that a call takes on this machine."""
-    rows = faster_rows(LARGE, torch.get_num_threads())
+    num_threads = torch.get_num_threads()
+    if packing_pays(dtype, num_threads):
+        return PACKED
+    rows = faster_rows(torch.empty(1, LARGE, dtype=dtype), num_threads)
     return ALL if rows == ANY else LARGE_AND_FEW if rows == FEW else TORCH
+
+
+def gains(dtype: torch.dtype) -> dict[str, float]:
+    num_threads = torch.get_num_threads()
+    found = {f"packed, {rows}": gain(rows, num_threads, dtype, packed=True) for rows in (1, 5)}
+    return found | {str(rows): gain(rows, num_threads, dtype) for rows in (3, 10)}
 
 
 def main(arguments: argparse.Namespace) -> None:
     folder, name = find_target(arguments.target)
     name = Path(name).name
-    target = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, arguments.dtype)).eval()
+    dtype, before, there = getattr(torch, arguments.dtype), [], {}
+    target = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
     regime = {"context": arguments.context, "turns": arguments.turns}
-    before = []
     if arguments.output and arguments.output.exists():
         there = json.loads(arguments.output.read_text(encoding="utf-8"))
         if there["regime"] != regime:
@@ -74,8 +89,8 @@ def main(arguments: argparse.Namespace) -> None:
     result = {
         **provenance("benchmarks.verifying_pass"),
         "regime": regime,
-        "gains": {str(rows): gain(rows, torch.get_num_threads()) for rows in (3, 10)},
-        "taken_here": taken_here(),
+        "gains": there.get("gains", {}) | {arguments.dtype: gains(dtype)},
+        "taken_here": there.get("taken_here", {}) | {arguments.dtype: taken_here(dtype)},
         "passes": before,
     }
     wanted = [(size, num) for size in arguments.batch_sizes for num in range(1, arguments.most + 1)]

@@ -1,19 +1,23 @@
-"""Linear layers of float32 on a CPU, through oneDNN where that is faster than what torch takes by itself.
+"""Linear layers on a CPU, through oneDNN where that is faster than what torch takes by itself.
 
-torch multiplies float32 matrices with the library that it was built with, MKL as a rule, and carries oneDNN besides.
-MKL reads a large weight several times beside the few rows of a verifying pass. Milliseconds for a head of 49,152 tokens
-and 576 channels, two threads:
+Two things are gained, and whether a machine gains them is measured once in a process:
 
-| rows                   |   2 |   3 |  4 |  5 |   8 |  10 | 15 | 16 |
-|---|---|---|---|---|---|---|---|---|
-| AMD EPYC, MKL          |  23 |  35 | 17 | 17 |  18 |  25 | 20 | 20 |
-| AMD EPYC, oneDNN       | 6.4 | 6.8 |  7 |  7 |   8 | 8.5 | 10 | 10 |
-| Intel Xeon, MKL        | 5.5 |     | 11 | 12 |  18 |  24 | 31 | 12 |
-| Intel Xeon, oneDNN     | 8.6 |     |  9 |  9 |   9 |  10 | 11 | 11 |
+- In any precision, weights that are packed beforehand, see backend_packed.py.
+- In float32 torch takes the library that it was built with, MKL as a rule, though it carries oneDNN besides. MKL reads
+  a large weight several times beside the few rows of a verifying pass. Milliseconds for a head of 49,152 tokens and
+  576 channels, two threads, where nothing is packed:
 
-On the first, oneDNN is faster at any number of rows and for small weights too; on the second only between 4 and 15 rows
-of large weights. Which of both a machine is like is measured once in a process. In half precision torch takes oneDNN by
-itself. Sums are added up in another order: results differ as much as those of two batch shapes do.
+  | rows                   |   2 |   3 |  4 |  5 |   8 |  10 | 15 | 16 |
+  |---|---|---|---|---|---|---|---|---|
+  | AMD EPYC, MKL          |  23 |  35 | 17 | 17 |  18 |  25 | 20 | 20 |
+  | AMD EPYC, oneDNN       | 6.4 | 6.8 |  7 |  7 |   8 | 8.5 | 10 | 10 |
+  | Intel Xeon, MKL        | 5.5 |     | 11 | 12 |  18 |  24 | 31 | 12 |
+  | Intel Xeon, oneDNN     | 8.6 |     |  9 |  9 |   9 |  10 | 11 | 11 |
+
+  On the first, oneDNN is faster at any number of rows and for small weights too; on the second only between 4 and 15
+  rows of large weights.
+
+Sums are added up in another order: results differ as much as those of two batch shapes do.
 
 To switch it off: `torch.backends.mkldnn.enabled = False`, or `with torch.backends.mkldnn.flags(enabled=False):` around
 a call.
@@ -25,7 +29,7 @@ import functools
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 
 import torch
@@ -33,14 +37,18 @@ from torch import nn
 from torch.nn import functional
 
 from .backend_compiled import is_compiled
+from .backend_packed import can_pack, pack, packed_weights, state_of
 
 ANY = range(1, sys.maxsize)
+NONE = range(0)
 FEW = range(4, 16)
 LARGE = 2**21
 """Numbers in a weight that is large: more than a core keeps to itself."""
 LEAST_GAIN = 1.5
 """How many times faster oneDNN has to be. Both machines are far from it, on one side or the other: processes on one of
 them decide alike."""
+LEAST_GAIN_PACKED = 1.2
+"""The same of packed weights beside a few rows; beside a single one they have to be about as fast."""
 
 _lock = threading.Lock()
 
@@ -56,14 +64,19 @@ def fast_linears(*models: nn.Module | None):
         the forwards that the layers concerned have inside, whose `rows` are the numbers of rows concerned.
     """
     thread, entered = threading.get_ident(), []
+    layers = [layer for model in models if model is not None for layer in plain_linears(model)]
+    forwards = fast_forwards(dict.fromkeys(layer for layer in layers if not is_inside(layer, thread)))
     try:
-        for layer in [layer for model in models if model is not None for layer in plain_linears(model)]:
-            if rows := faster_rows(layer.weight.numel(), torch.get_num_threads()):
-                with _lock:
-                    forward = vars(layer).setdefault("forward", FastForward(layer, rows))  # setattr would be slow
-                    if isinstance(forward, FastForward):
-                        forward.threads.append(thread)
-                        entered.append(forward)
+        for layer in layers:
+            with _lock:
+                forward = vars(layer).get("forward")
+                if layer in forwards:
+                    forward = vars(layer).setdefault("forward", forwards[layer])  # setattr would be slow
+                if isinstance(forward, FastForward):
+                    if layer in forwards:
+                        forward.packed = forwards[layer].packed  # another thread's may be out of date
+                    forward.threads.append(thread)
+                    entered.append(forward)
         yield entered
     finally:
         for forward in entered:
@@ -71,24 +84,38 @@ def fast_linears(*models: nn.Module | None):
 
 
 class FastForward:
-    """The forward of a linear layer while some thread is inside `fast_linears` with it."""
+    """The forward of a linear layer while some thread is inside `fast_linears` with it.
 
-    def __init__(self, layer: nn.Linear, rows: range):
-        self.layer, self.rows = layer, rows
+    Args:
+        layer: the layer.
+        packed: its weight's state, and the weight as oneDNN reads it fastest; None if there is none.
+        unpacked_rows: numbers of rows beside which oneDNN is faster with the weight as it is.
+    """
+
+    def __init__(self, layer: nn.Linear, packed: tuple[tuple[int, int], torch.Tensor] | None, unpacked_rows: range):
+        self.layer, self.packed, self.unpacked_rows = layer, packed, unpacked_rows
         self.threads: list[int] = []  # those inside, as often as they have entered
+
+    @property
+    def rows(self) -> range:
+        return self.unpacked_rows if self.packed is None else ANY
 
     def __call__(self, input: torch.Tensor) -> torch.Tensor:
         weight, bias = self.layer.weight, self.layer.bias
         is_faster = (
             threading.get_ident() in self.threads
             and is_plain(input)
+            and input.dtype == weight.dtype
             and input.shape[-1:] == weight.shape[1:]
-            and input.shape[:-1].numel() in self.rows
             and not torch.is_autocast_enabled("cpu")
         )
-        if not is_faster:
-            return functional.linear(input, weight, bias)
-        return (OneDNNLinear.apply if torch.is_grad_enabled() else onednn_linear)(input, weight, bias)
+        if is_faster and self.packed is not None and not torch.is_grad_enabled():
+            state, packed = self.packed
+            if state == state_of(weight):
+                return onednn_linear(input, packed, bias)
+        if is_faster and input.shape[:-1].numel() in self.unpacked_rows:
+            return (OneDNNLinear.apply if torch.is_grad_enabled() else onednn_linear)(input, weight, bias)
+        return functional.linear(input, weight, bias)
 
     def leave(self, thread: int) -> None:
         with _lock:
@@ -97,19 +124,38 @@ class FastForward:
                 del vars(self.layer)["forward"]
 
 
+def fast_forwards(layers: Iterable[nn.Linear]) -> dict[nn.Linear, FastForward]:
+    """Forwards for those of `layers` that are faster with one."""
+    num_threads = torch.get_num_threads()
+    packed = packed_weights(
+        layer for layer in layers if can_pack(layer.weight) and packing_pays(layer.weight.dtype, num_threads)
+    )
+    forwards = {}
+    for layer in layers:
+        rows = faster_rows(layer.weight, num_threads)
+        if layer in packed or rows:
+            forwards[layer] = FastForward(layer, packed.get(layer), rows)
+    return forwards
+
+
+def is_inside(layer: nn.Linear, thread: int) -> bool:
+    forward = vars(layer).get("forward")
+    return isinstance(forward, FastForward) and thread in forward.threads
+
+
 def plain_linears(model: nn.Module) -> list[nn.Linear]:
     """The layers of `model` that `fast_linears` may change, unless they have a forward of their own."""
     return [
         module
         for module in ([] if is_compiled(model) else model.modules())
-        if type(module) is nn.Linear and is_plain(module.weight) and is_plain_bias(module.bias, module.out_features)
+        if type(module) is nn.Linear and is_plain(module.weight) and is_plain_bias(module.bias, module.weight)
     ]
 
 
 def is_plain(tensor: torch.Tensor) -> bool:
     """Whether oneDNN takes it, and torch may take something else."""
     return (
-        tensor.dtype == torch.float32
+        tensor.dtype in (torch.float32, torch.bfloat16, torch.float16)
         and tensor.device.type == "cpu"
         and tensor.layout == torch.strided
         and type(tensor) in (torch.Tensor, nn.Parameter)
@@ -117,9 +163,11 @@ def is_plain(tensor: torch.Tensor) -> bool:
     )
 
 
-def is_plain_bias(bias: torch.Tensor | None, length: int) -> bool:
-    """The same of a bias, whose strides oneDNN does not look at."""
-    return bias is None or (is_plain(bias) and bias.shape == (length,) and bias.is_contiguous())
+def is_plain_bias(bias: torch.Tensor | None, weight: torch.Tensor) -> bool:
+    """The same of the bias beside `weight`. oneDNN does not look at its strides."""
+    return bias is None or (
+        is_plain(bias) and bias.dtype == weight.dtype and bias.shape == weight.shape[:1] and bias.is_contiguous()
+    )
 
 
 def onednn_linear(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -149,28 +197,39 @@ class OneDNNLinear(torch.autograd.Function):
         )
 
 
-def faster_rows(numbers_in_weight: int, num_threads: int) -> range | None:
-    """Numbers of rows beside which oneDNN is faster for such a weight."""
-    if not torch.backends.mkldnn.enabled:
-        return None
+def faster_rows(weight: torch.Tensor, num_threads: int) -> range:
+    """Numbers of rows beside which oneDNN is faster with `weight` as it is."""
+    if weight.dtype != torch.float32 or not torch.backends.mkldnn.enabled:  # torch takes it by itself
+        return NONE
     if gain(3, num_threads) >= LEAST_GAIN:
         return ANY
-    return FEW if numbers_in_weight >= LARGE and gain(10, num_threads) >= LEAST_GAIN else None
+    return FEW if weight.numel() >= LARGE and gain(10, num_threads) >= LEAST_GAIN else NONE
+
+
+def packing_pays(dtype: torch.dtype, num_threads: int) -> bool:
+    """Whether oneDNN is faster with packed weights of `dtype`."""
+    return (
+        torch.backends.mkldnn.enabled
+        and gain(5, num_threads, dtype, packed=True) >= LEAST_GAIN_PACKED
+        and gain(1, num_threads, dtype, packed=True) >= 1 / LEAST_GAIN_PACKED
+    )
 
 
 @functools.cache
-def gain(rows: int, num_threads: int) -> float:
+def gain(rows: int, num_threads: int, dtype: torch.dtype = torch.float32, packed: bool = False) -> float:
     """How many times faster oneDNN multiplies so many rows with a large weight; 0 where it cannot. It takes a tenth of
-    a second or two to find out, and for a moment 128 MiB, more than a processor keeps to itself."""
-    seconds: dict[Callable, list[float]] = {functional.linear: [], onednn_linear: []}
+    a second or two to find out, and for a moment 128 MiB or 256, more than a processor keeps to itself."""
     with torch.inference_mode(), torch.device("cpu"):
         try:
-            states, weight = (torch.ones(number, 1024, dtype=torch.float32) for number in (rows, 32768))
+            states, weight = (torch.ones(number, 1024, dtype=dtype) for number in (rows, 32768))
+            ours = pack(weight) if packed else weight
+            products = {functional.linear: weight, onednn_linear: ours}
+            seconds: dict[Callable, list[float]] = {multiply: [] for multiply in products}
             for _ in range(4):
-                for multiply, times in seconds.items():
+                for multiply, factor in products.items():
                     started = time.perf_counter()
-                    multiply(states, weight)
-                    times.append(time.perf_counter() - started)
+                    multiply(states, factor)
+                    seconds[multiply].append(time.perf_counter() - started)
         except (AttributeError, NotImplementedError, RuntimeError):  # this torch lacks the op, or memory is short
             return 0.0
     return min(seconds[functional.linear]) / max(min(seconds[onednn_linear]), 1e-9)

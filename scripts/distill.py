@@ -265,7 +265,7 @@ def main(arguments: argparse.Namespace) -> None:
     tokens = 0
     try:
         answers = answering.run(Answer(index, encoded[index]) for index in mine)
-        with open(path, "a", encoding="utf-8") as file, closing(answers):
+        with open(path, "a", encoding="utf-8") as file, closing(answers), fast_linears(target):
             for answer in answers:
                 file.write(answer.to_json() + "\n")
                 file.flush()

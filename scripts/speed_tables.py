@@ -298,11 +298,12 @@ def verifying_section() -> str:
     from benchmarks import verifying_pass  # of a checkout, as the results are
 
     result = result_of("verifying_pass_cpu")
+    taken = " and ".join(f"{way} in {dtype}" for dtype, way in result["taken_here"].items())
     return section(
         *verifying_pass.table(result["passes"]),
         "",
         f"Behind {result['regime']['context']} tokens, medians of {result['regime']['turns']} turns; a call takes "
-        f"{result['taken_here']} here; {machine_of(result)}, {software_of(result)}, {result['date']}.",
+        f"{taken} here; {machine_of(result)}, {software_of(result)}, {result['date']}.",
     )
 
 

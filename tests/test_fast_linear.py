@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
+import sys
 import threading
 import time
+import weakref
 
 import pytest
 import torch
@@ -14,34 +17,47 @@ from torch import nn
 from torch.nn import functional
 
 from specformer import generate
-from specformer.generation import backend_linear
-from specformer.generation.backend_linear import ANY, FEW, LARGE, fast_linears, faster_rows, gain, plain_linears
+from specformer.generation import backend_linear, backend_packed
+from specformer.generation.backend_linear import ANY, FEW, LARGE, NONE, fast_linears, faster_rows, gain, plain_linears
 
 needs_onednn = pytest.mark.skipif(
     not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="torch was built without oneDNN"
 )
 
 
-@pytest.fixture
-def products(monkeypatch) -> list[tuple[int, ...]]:
-    """oneDNN is taken to be faster for any number of rows; the shapes of the states of all its products."""
+@pytest.fixture(params=["as they lie", "packed"])
+def products(request, monkeypatch) -> list[tuple[int, ...]]:
+    """oneDNN is taken to be faster for any number of rows, with weights as they lie or with packed ones too; the
+    shapes of the states of all its products."""
     seen, multiply = [], backend_linear.onednn_linear
+    is_packed = request.param == "packed"
 
     def counted(states, *args):
         seen.append(tuple(states.shape))
         return multiply(states, *args)
 
-    monkeypatch.setattr(backend_linear, "gain", lambda rows, num_threads: 2.0)
+    def gain(rows, num_threads, dtype=torch.float32, packed=False):
+        return 2.0 if is_packed or not packed else 0.0
+
+    monkeypatch.setattr(backend_linear, "gain", gain)
     monkeypatch.setattr(backend_linear, "onednn_linear", counted)
     return seen
 
 
 @pytest.fixture
-def only_few_rows(products, monkeypatch) -> list[tuple[int, ...]]:
+def packed_only(monkeypatch) -> None:
+    """oneDNN is taken to be faster with packed weights, and only with those."""
+    monkeypatch.setattr(backend_linear, "gain", lambda *_, packed=False: 2.0 if packed else 0.0)
+
+
+@pytest.fixture
+def only_few_rows(monkeypatch) -> list[tuple[int, ...]]:
     """oneDNN is taken to be faster for few rows and large weights, of 2,000 numbers here."""
-    monkeypatch.setattr(backend_linear, "gain", lambda rows, num_threads: 2.0 if rows in FEW else 1.0)
+    seen, multiply = [], backend_linear.onednn_linear
+    monkeypatch.setattr(backend_linear, "gain", lambda rows, *_, packed=False: 2.0 if rows in FEW and not packed else 0)
+    monkeypatch.setattr(backend_linear, "onednn_linear", lambda *given: seen.append(given[0].shape) or multiply(*given))
     monkeypatch.setattr(backend_linear, "LARGE", 2000)
-    return products
+    return seen
 
 
 def forwards(model: nn.Module) -> int:
@@ -71,9 +87,11 @@ def test_same_products(shape: tuple[int, ...], has_bias: bool, products):
 @needs_onednn
 def test_parts_that_are_not_contiguous(products):
     states, layer = torch.randn(6, 24, 5).transpose(1, 2)[:, ::2], nn.Linear(24, 40)
+    torch.testing.assert_close(multiplied(layer, states), layer(states), rtol=1e-5, atol=1e-5)
+    assert len(products) == 1
     layer.weight = nn.Parameter(torch.randn(24, 40).t())
     torch.testing.assert_close(multiplied(layer, states), layer(states), rtol=1e-5, atol=1e-5)
-    assert products
+    assert len(products) == 2
 
 
 @pytest.mark.filterwarnings("ignore:Sparse CSR")
@@ -81,7 +99,6 @@ def test_parts_that_are_not_contiguous(products):
     "change",
     [
         lambda layer: layer.double(),
-        lambda layer: layer.bfloat16(),
         lambda layer: layer.to("meta"),
         lambda layer: setattr(layer, "weight", nn.Parameter(layer.weight.detach().to_sparse_csr())),
         lambda layer: setattr(layer, "bias", nn.Parameter(torch.arange(80.0)[::2])),
@@ -89,7 +106,7 @@ def test_parts_that_are_not_contiguous(products):
         lambda layer: setattr(layer, "bias", nn.Parameter(torch.full((1,), 2.0).expand(40))),
         lambda layer: setattr(layer, "forward", torch.relu),
     ],
-    ids=["float64", "bfloat16", "meta", "sparse", "strided bias", "one bias", "expanded bias", "its own forward"],
+    ids=["float64", "meta", "sparse", "strided bias", "one bias", "expanded bias", "its own forward"],
 )
 def test_other_layers_stay_as_they_are(change, products):
     layer = nn.Linear(24, 40)
@@ -156,6 +173,129 @@ def test_same_gradients(frozen: str | None, shape: tuple[int, ...], products):
         assert (gradient is None) == (name == frozen) == (found[name] is None)
         if gradient is not None:
             torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-4)
+
+
+# ---- packed weights
+
+
+HALVES = [torch.bfloat16, torch.float32]
+
+
+@needs_onednn
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("shape", [(40, 24), (7, 3), (33, 5), (1, 1), (64, 64), (300, 130)])
+@pytest.mark.parametrize("rows", [1, 2, 5, 17, 200])
+@torch.no_grad()
+def test_packed_weights_multiply_as_they_lie(dtype: torch.dtype, shape: tuple[int, int], rows: int, packed_only):
+    layer = nn.Linear(*reversed(shape), dtype=dtype)
+    states = torch.randn(rows, shape[1], dtype=dtype)
+    with fast_linears(layer) as entered:
+        found = layer(states)
+    assert entered[0].packed is not None
+    torch.testing.assert_close(found.double(), layer.double()(states.double()), rtol=0.02, atol=0.02)
+
+
+CHANGES = {
+    "in place": lambda layer: layer.weight.mul_(2),
+    "uncounted": lambda layer: layer.weight.data.mul_(2),
+    "one number, uncounted": lambda layer: layer.weight.data[-1].fill_(3),
+    "two rows, uncounted": lambda layer: layer.weight.data.copy_(layer.weight.data.flip(0)),
+    "loaded": lambda layer: layer.load_state_dict({name: 2 * value for name, value in layer.state_dict().items()}),
+    "another parameter": lambda layer: setattr(layer, "weight", nn.Parameter(2 * layer.weight.detach())),
+    "other data": lambda layer: setattr(layer.weight, "data", 2 * layer.weight.detach()),
+}
+
+
+@needs_onednn
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+@torch.no_grad()
+def test_a_changed_weight_is_packed_again(change, dtype: torch.dtype, packed_only):
+    layer, states = nn.Linear(24, 40, dtype=dtype), torch.randn(3, 24, dtype=dtype)
+    with fast_linears(layer) as entered:
+        layer(states)
+        first = entered[0].packed[1]
+    with fast_linears(layer) as entered:
+        assert entered[0].packed[1] is first  # kept from call to call
+    change(layer)
+    with fast_linears(layer) as entered:
+        found = layer(states)
+        assert entered[0].packed[1] is not first
+    torch.testing.assert_close(found, layer(states), rtol=0.02, atol=0.02)
+
+
+@needs_onednn
+@torch.no_grad()
+def test_a_weight_that_changes_in_a_call(packed_only):
+    """Training steps and merged adapters between two passes."""
+    layer, states = nn.Linear(24, 40), torch.randn(3, 24)
+    with fast_linears(layer):
+        for change in [CHANGES["in place"], CHANGES["another parameter"], CHANGES["other data"]]:
+            change(layer)
+            assert torch.equal(layer(states), functional.linear(states, layer.weight, layer.bias))
+
+
+@needs_onednn
+@torch.no_grad()
+def test_another_thread_brings_the_newest_weight(packed_only):
+    layer, states = nn.Linear(24, 40), torch.randn(3, 24)
+    with fast_linears(layer):
+        layer.weight.data.mul_(2)
+        found = []
+        thread = threading.Thread(target=lambda: found.append(multiplied(layer, states)))
+        thread.start()
+        thread.join()
+    torch.testing.assert_close(found[0], layer(states))
+
+
+@needs_onednn
+def test_packed_weights_go_with_their_layer(packed_only):
+    layer = nn.Linear(24, 40)
+    with fast_linears(layer):
+        pass
+    assert layer in backend_packed._packed
+    gone, many = weakref.ref(backend_packed._packed[layer][2]), len(backend_packed._packed)
+    del layer
+    gc.collect()
+    assert gone() is None and len(backend_packed._packed) < many
+
+
+@needs_onednn
+@torch.no_grad()
+def test_short_of_memory_nothing_is_packed(packed_only, monkeypatch):
+    model, states = nn.Sequential(nn.Linear(24, 40), nn.Linear(40, 24)), torch.randn(3, 24)
+    size = sum(layer.weight.nbytes for layer in model)
+    monkeypatch.setattr(backend_packed, "free_memory", lambda: backend_packed.KEPT_FREE + size - 1)
+    with fast_linears(model) as entered:
+        assert entered == [] and torch.equal(model(states), model[1](model[0](states)))
+    monkeypatch.setattr(backend_packed, "free_memory", lambda: backend_packed.KEPT_FREE + size)
+    with fast_linears(model) as entered:
+        assert [forward.layer for forward in entered] == list(model)
+
+
+def test_memory_that_is_free(monkeypatch, tmp_path):
+    limit, statistics = tmp_path / "max", tmp_path / "stat"
+    monkeypatch.setattr(backend_packed, "CONTAINERS", [(str(limit), str(statistics), "anon")])
+    free = backend_packed.free_memory()
+    assert free > 0
+    statistics.write_text("anon 3000\nfile 70000\n")
+    limit.write_text("max\n")
+    assert backend_packed.free_memory() > 5000
+    limit.write_text("5000\n")
+    assert backend_packed.free_memory() == 2000
+    monkeypatch.setitem(sys.modules, "psutil", None)
+    assert backend_packed.free_memory() == 0
+
+
+@needs_onednn
+@pytest.mark.parametrize("dtype", HALVES)
+def test_weights_that_are_not_packed(dtype: torch.dtype, packed_only):
+    strided, inference = nn.Linear(24, 40, dtype=dtype), nn.Linear(24, 40, dtype=dtype)
+    strided.weight = nn.Parameter(torch.randn(24, 40, dtype=dtype).t())
+    with torch.inference_mode():
+        inference.weight = nn.Parameter(torch.randn(40, 24, dtype=dtype))
+    with fast_linears(strided, inference) as entered:
+        assert entered == []
 
 
 # ---- nothing is left behind
@@ -309,16 +449,17 @@ def test_same_text_where_only_few_rows_are_faster(only_few_rows):
     ("gains", "small", "large"),
     [
         ({3: 4.0, 10: 3.0}, ANY, ANY),
-        ({3: 0.9, 10: 2.4}, None, FEW),
-        ({3: 0.9, 10: 1.1}, None, None),
-        ({3: 0.0, 10: 0.0}, None, None),
+        ({3: 0.9, 10: 2.4}, NONE, FEW),
+        ({3: 0.9, 10: 1.1}, NONE, NONE),
+        ({3: 0.0, 10: 0.0}, NONE, NONE),
     ],
     ids=["AMD EPYC", "Intel Xeon", "neither", "no oneDNN"],
 )
-def test_kinds_of_machines(gains: dict, small: range | None, large: range | None, monkeypatch):
+def test_kinds_of_machines(gains: dict, small: range, large: range, monkeypatch):
     monkeypatch.setattr(backend_linear, "gain", lambda rows, num_threads: gains[rows])
-    assert faster_rows(LARGE - 1, 2) == small
-    assert faster_rows(LARGE, 2) == large
+    assert faster_rows(torch.empty(1, LARGE - 1), 2) == small
+    assert faster_rows(torch.empty(1, LARGE), 2) == large
+    assert faster_rows(torch.empty(1, LARGE, dtype=torch.bfloat16), 2) == NONE
 
 
 @pytest.mark.parametrize(("seconds", "faster"), [(0.0, True), (0.02, False)])
@@ -343,6 +484,6 @@ def test_torch_without_the_product(error: type[Exception], monkeypatch):
 
 
 def test_where_it_does_not_pay_nothing_is_touched(monkeypatch):
-    monkeypatch.setattr(backend_linear, "gain", lambda rows, num_threads: 1.0)
+    monkeypatch.setattr(backend_linear, "gain", lambda *_, **__: 1.0)
     with fast_linears(llama(torch.float32)) as entered:
         assert entered == []

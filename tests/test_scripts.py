@@ -268,8 +268,9 @@ def test_verifying_pass(folder: Path, monkeypatch):
     places = [(each["dtype"], each["batch_size"], each["tokens"]) for each in result["passes"]]
     assert places == [(kind, size, n) for kind in ("bfloat16", "float32") for size in (1, 3) for n in (1, 2)]
     ways = {verifying_pass.TORCH, *verifying_pass.WAYS}
-    assert all(each[way] > 0 for each in result["passes"][4:] for way in ways) and result["taken_here"] in ways
-    assert len(verifying_pass.table(result["passes"])) == 2 + 2 + 2 * 3
+    assert all(each[way] > 0 for each in result["passes"][4:] for way in ways)
+    assert set(result["taken_here"]) == {"float32", "bfloat16"} and set(result["taken_here"].values()) <= ways
+    assert len(verifying_pass.table(result["passes"])) == 2 + 2 * 2 + 2 * 4
     with pytest.raises(ValueError, match=r"'turns': 1}, and .*'turns': 2} was asked for"):
         run(verifying_pass, monkeypatch, *arguments, "--turns", 2, "--output", output)
 

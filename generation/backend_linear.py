@@ -209,7 +209,7 @@ def faster_rows(weight: torch.Tensor, num_threads: int) -> range:
 def packing_pays(dtype: torch.dtype, num_threads: int) -> bool:
     """Whether oneDNN is faster with packed weights of `dtype`."""
     return (
-        torch.backends.mkldnn.enabled
+        bool(torch.backends.mkldnn.enabled)
         and gain(5, num_threads, dtype, packed=True) >= LEAST_GAIN_PACKED
         and gain(1, num_threads, dtype, packed=True) >= 1 / LEAST_GAIN_PACKED
     )

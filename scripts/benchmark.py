@@ -2,12 +2,12 @@
 
     specformer bench --prompts prompts.jsonl --output benchmarks/results/benchmark_cpu.json
 
-Contenders are in contenders.py. Besides the default drafter (or --drafter) there are some that know the text and cost
-nothing: always right and always wrong, what drafting could give and what it costs; right at 7 of 10 tokens, the same
-ones in all rows, which then advance in step, or each row's own: what raggedness costs. Every row writes exactly
---max-new-tokens tokens, so that all do the same work. Each turn has a batch of its own, spread over the prompts, and
-runs every contender once, in an order that moves on. Times and ratios are medians over the turns, and ratios are taken
-within a turn.
+Contenders are in contenders.py. Besides the default drafter (or --drafter), copies and an --assistant there are some
+that know the text and cost nothing: always right and always wrong, what drafting could give and what it costs; right at
+7 of 10 tokens, the same ones in all rows, which then advance in step, or each row's own: what raggedness costs. Every
+row writes exactly --max-new-tokens tokens, so that all do the same work. Each turn has a batch of its own, spread over
+the prompts, and runs every contender once, in an order that moves on. Times and ratios are medians over the turns, and
+ratios are taken within a turn.
 
 The output is written after every turn. A stopped run goes on where it was when the same command is given again.
 """
@@ -34,6 +34,7 @@ from specformer.scripts.parts.prompts import encode, encode_each, read_prompts, 
 from specformer.scripts.parts.provenance import provenance
 
 ROOT = Path(__file__).resolve().parents[1]
+NO_DRAFTER = "none"
 DECODING: dict[str, dict] = {
     "greedy": dict(do_sample=False),
     "sampling": dict(do_sample=True, temperature=0.7, top_k=50, top_p=0.9),
@@ -42,6 +43,8 @@ DECODING: dict[str, dict] = {
 
 def timed(device: torch.device, way: Way, batch: dict):
     """Token ids, statistics, and seconds."""
+    if way.prepare is not None:
+        way.prepare(**batch)
     torch.manual_seed(0)
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
@@ -199,7 +202,9 @@ def main(arguments: argparse.Namespace) -> None:
     encode_each(tokenizer, prompts, arguments.prompts, template_kwargs)  # refuses what it must before the work begins
     target = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, arguments.dtype)).eval()
     target.to("cuda" if torch.cuda.is_available() else "cpu")
-    drafter = AutoModel.from_pretrained(arguments.drafter, trust_remote_code=True)
+    drafter = None
+    if arguments.drafter != NO_DRAFTER:
+        drafter = AutoModel.from_pretrained(arguments.drafter, trust_remote_code=True)
     assistant = None
     if arguments.assistant:
         assistant = AutoModelForCausalLM.from_pretrained(arguments.assistant, dtype=target.dtype).to(target.device)
@@ -285,7 +290,9 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", required=True, help="jsonl file or datasets id")
     parser.add_argument("--target", help="folder or Hub id; default: the one of `specformer fetch`")
-    parser.add_argument("--drafter", default=str(ROOT), help="SpecFormer folder or Hub id; default: this checkout")
+    parser.add_argument(
+        "--drafter", default=str(ROOT), help=f"SpecFormer folder or Hub id, or {NO_DRAFTER!r}; default: this checkout"
+    )
     parser.add_argument("--assistant", help="a smaller causal LM for transformers' assisted decoding: folder or Hub id")
     parser.add_argument(
         "--chat-template-kwargs",

@@ -311,15 +311,45 @@ def before_after_section() -> str:
     """How this version compares with an earlier one."""
     from benchmarks import before_after  # of a checkout, as the results are
 
-    result = result_of("before_after")
-    regime = result["regime"]
+    lines: list[str] = []
+    for result in map(result_of, ("before_after", "before_after_32")):
+        regime = result["regime"]
+        lines += [
+            *before_after.table(result),
+            "",
+            f"{regime['target']}, greedy, {regime['max_new_tokens']} new tokens, MT-Bench prompts, medians of the "
+            f"turns: commit {regime['commits']['after']} over {regime['commits']['before']}; {machine_of(result)}, "
+            f"{software_of(result)}, {result['date']}.",
+            "",
+        ]
+    return section(*lines[:-1])
+
+
+def rules_section() -> str:
+    """What "auto" makes of the draft length, beside fixed numbers."""
+    result = result_of("draft_length_rules")
+    ways = ["always wrong, auto", "default, auto", "default, k = 2", "default, k = 4", "copies, auto", "copies, k = 10"]
+    lines = [f"| target | dtype | batch | {' | '.join(ways)} |", "|---" * (3 + len(ways)) + "|"]
+    for contest in result["contests"]:
+        regime, summary = contest["regime"], contest["summary"]
+        cells = [
+            f"{summary[way]['speed']:.2f} ({summary[way]['tokens_per_pass']:.2f})" if way in summary else ""
+            for way in ways
+        ]
+        target = regime["target"].rpartition("/")[2]
+        lines.append(f"| {target} | {regime['dtype']} | {regime['batch_size']} | {' | '.join(cells)} |")
+    turns = {len(contest["turns"]) for contest in result["contests"]}
+    new_tokens = {contest["regime"]["max_new_tokens"] for contest in result["contests"]}
     return section(
-        *before_after.table(result),
+        *lines,
         "",
-        f"{regime['target']}, greedy, {regime['max_new_tokens']} new tokens, MT-Bench prompts, medians of the turns: "
-        f"commit {regime['commits']['after']} over {regime['commits']['before']}; {machine_of(result)}, "
-        f"{software_of(result)}, {result['date']}.",
+        f"Speeds in times of plain `generate`, and tokens per target pass. Greedy, {span(new_tokens)} new tokens, "
+        f"MT-Bench prompts, medians of {span(turns)} turns; {machine_of(result)}, {software_of(result)}, {result['date']}.",
     )
+
+
+def span(numbers: set[int]) -> str:
+    return " to ".join(map(str, sorted({min(numbers), max(numbers)})))
 
 
 def costs_section() -> str:

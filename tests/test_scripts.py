@@ -89,6 +89,21 @@ def test_benchmark(folder: Path, monkeypatch):
             assert sum(figures.get("share_of_time", {"other": 1}).values()) == pytest.approx(1)
 
 
+def test_benchmark_in_half_precision_without_a_drafter(folder: Path, monkeypatch):
+    """Copies, an assistant, and a drafter that knows what its own calls write, which plain generate() does not."""
+    output, most = folder / "benchmark.json", contenders.MOST_COPIED
+    arguments = ["--prompts", folder / "prompts.jsonl", "--target", folder / "target", "--drafter", "none"]
+    options = ["--assistant", folder / "target", "--dtype", "bfloat16", "--num-assistant-tokens", 4]
+    run(benchmark, monkeypatch, *arguments, *options, *BENCHMARK[:5], "--repeats", 1, "--output", output)
+    for contest in json.loads(output.read_text())["contests"]:
+        table = contest["contenders"]
+        assert not any("default" in name for name in table)
+        assert {"copies, auto", "prompt lookup", "assistant, auto", "always wrong, k = 4"} <= set(table)
+        assert ("transformers' assisted decoding" in table) == (contest["batch_size"] == 1)
+        assert table["always right, k = 4"]["tokens_per_pass"] == 5
+        assert max(map(int, table["copies, auto"]["rounds_per_length"])) <= most
+
+
 def test_a_stopped_benchmark_keeps_what_it_measured_and_goes_on(folder: Path, monkeypatch, capsys):
     output = folder / "benchmark.json"
     arguments = ["--prompts", folder / "prompts.jsonl", "--target", folder / "target", "--drafter", folder / "drafter"]

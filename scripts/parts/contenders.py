@@ -22,6 +22,12 @@ CONTINUOUS_BLOCK = 256
 THEIR_LOOKUP = "transformers' prompt lookup"
 THEIR_ASSISTANT = "transformers' assisted decoding"
 LOOKUP = "prompt lookup"
+RIGHT = "always right"
+COPIES = "copies, auto"
+MOST_COPIED = 10
+"""Tokens that copies alone draft at most where "auto" decides, and that a drafter which knows the text does where there is
+no default one."""
+OWN_TEXT_TRIES = 3
 RECORDED = ", CUDA graphs"
 """Behind the name of a contender of this package whose passes are recorded."""
 
@@ -65,10 +71,12 @@ class Way:
     Attributes:
         call: from generate()'s arguments to token ids (B, P + T), and statistics where there are some.
         is_plain: whether it drafts nothing, so that others are compared with it.
+        prepare: what comes before a call and is not timed, given the same arguments.
     """
 
     call: Callable[..., tuple[torch.Tensor, GenerationStatistics | None]]
     is_plain: bool = False
+    prepare: Callable[..., None] | None = None
 
 
 def plain_way(target, **settings) -> Way:
@@ -119,11 +127,26 @@ def our_way(target, assistant, k: int | str | None, **more) -> Way:
     return Way(call)
 
 
+def right_way(target, one: KnownText, k: int | str, **more) -> Way:
+    """Always right: in half precision a text depends on how many tokens a pass carries, so it learns what its own calls
+    write before they are timed."""
+    way = our_way(target, one, k, **more)
+
+    def prepare(input_ids, **batch):
+        for _ in range(OWN_TEXT_TRIES):
+            answer = way.call(input_ids=input_ids, **batch)[0][:, input_ids.shape[1] :]
+            if torch.equal(answer, one.drafts):
+                break
+            one.know(answer, torch.ones_like(answer, dtype=torch.bool))
+
+    return Way(way.call, prepare=prepare if target.dtype in (torch.bfloat16, torch.float16) else None)
+
+
 def knowledge(answer: torch.Tensor) -> dict[str, torch.Tensor]:
     """Where drafters know `answer` (B, T): everywhere, nowhere, and at 7 of 10 tokens: the same for all rows, which
     then advance together, or each row's own."""
     everywhere = torch.ones_like(answer, dtype=torch.bool)
-    found = {"always right": everywhere, "always wrong": ~everywhere}
+    found = {RIGHT: everywhere, "always wrong": ~everywhere}
     if len(answer) > 1:
         mostly = torch.rand(answer.shape, generator=torch.Generator().manual_seed(0)).to(answer.device) < 0.7
         found |= {"7 of 10 right, in step": mostly[:1].expand(answer.shape), "7 of 10 right, ragged": mostly}
@@ -152,17 +175,21 @@ def ways(
         if assistant is not None:
             found[THEIR_ASSISTANT] = Way(lambda **batch: (target.generate(**batch, assistant_model=assistant), None))
     found[LOOKUP] = our_way(target, None, None, prompt_lookup_num_tokens=4)
-    every = {"default": drafter}
+    found[COPIES] = our_way(target, None, "auto", prompt_lookup_num_tokens=MOST_COPIED)
+    if assistant is not None:
+        found["assistant, auto"] = our_way(target, assistant, "auto")
+    every = {} if drafter is None else {"default": drafter}
     for name, is_right in knowledge(answer).items():
-        every[name] = known.setdefault(name, KnownText(drafter.config.num_draft_tokens))
+        most = MOST_COPIED if drafter is None else drafter.config.num_draft_tokens
+        every[name] = known.setdefault(name, KnownText(most))
         every[name].know(answer, is_right)
     paths: dict[str, dict] = {"": {}} | ({RECORDED: dict(cuda_graphs=True)} if on_gpu else {})
     for name, one in every.items():
+        make = right_way if name == RIGHT else our_way
         # in step or ragged: at one length, so that only that differs
         for length in lengths if "7 of 10" not in name else [length for length in lengths if length != "auto"]:
             for path, more in paths.items():
-                found[f"{name}, {'' if length == 'auto' else 'k = '}{length}{path}"] = our_way(
-                    target, one, length, **more
-                )
-    found["default alone, auto"] = our_way(target, drafter, "auto", prompt_lookup_num_tokens=0)
+                found[f"{name}, {'' if length == 'auto' else 'k = '}{length}{path}"] = make(target, one, length, **more)
+    if drafter is not None:
+        found["default alone, auto"] = our_way(target, drafter, "auto", prompt_lookup_num_tokens=0)
     return found

@@ -88,8 +88,8 @@ def free_memory() -> int:
     free = psutil.virtual_memory().available
     for limit, statistics, name in CONTAINERS:
         try:
-            used = dict(line.split() for line in Path(statistics).read_text().splitlines())[name]
-            free = min(free, int(Path(limit).read_text()) - int(used))
+            used = dict(line.split() for line in Path(statistics).read_text(encoding="utf-8").splitlines())[name]
+            free = min(free, int(Path(limit).read_text(encoding="utf-8")) - int(used))
         except (KeyError, OSError, ValueError):  # no such limit, or "max"
             continue
     return free

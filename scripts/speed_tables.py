@@ -332,10 +332,7 @@ def rules_section() -> str:
     lines = [f"| target | dtype | batch | {' | '.join(ways)} |", "|---" * (3 + len(ways)) + "|"]
     for contest in result["contests"]:
         regime, summary = contest["regime"], contest["summary"]
-        cells = [
-            f"{summary[way]['speed']:.2f} ({summary[way]['tokens_per_pass']:.2f})" if way in summary else ""
-            for way in ways
-        ]
+        cells = [f"{summary[way]['speed']:.2f}" if way in summary else "" for way in ways]
         target = regime["target"].rpartition("/")[2]
         lines.append(f"| {target} | {regime['dtype']} | {regime['batch_size']} | {' | '.join(cells)} |")
     turns = {len(contest["turns"]) for contest in result["contests"]}
@@ -343,8 +340,8 @@ def rules_section() -> str:
     return section(
         *lines,
         "",
-        f"Speeds in times of plain `generate`, and tokens per target pass. Greedy, {span(new_tokens)} new tokens, "
-        f"MT-Bench prompts, medians of {span(turns)} turns; {machine_of(result)}, {software_of(result)}, {result['date']}.",
+        f"Speeds in times of plain `generate`. Greedy, {span(new_tokens)} new tokens, MT-Bench prompts, medians of "
+        f"{span(turns)} turns; {machine_of(result)}, {software_of(result)}, {result['date']}.",
     )
 
 

@@ -25,8 +25,8 @@ LOOKUP = "prompt lookup"
 RIGHT = "always right"
 COPIES = "copies, auto"
 MOST_COPIED = 10
-"""Tokens that copies alone draft at most where "auto" decides, and that a drafter which knows the text does where there is
-no default one."""
+"""Tokens that copies alone draft at most where "auto" decides; so does a drafter that knows the text where there is no
+default one."""
 OWN_TEXT_TRIES = 3
 RECORDED = ", CUDA graphs"
 """Behind the name of a contender of this package whose passes are recorded."""

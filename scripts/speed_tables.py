@@ -14,8 +14,15 @@ from specformer.scripts.parts.contenders import PLAIN, PLAIN_ONEDNN
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 
-HEADLINE, HEADLINE_LONG = "benchmark_cpu", "benchmark_cpu_256"
-HEADLINE_ROWS = {"default drafter": "default, auto", "drafter that is always wrong": "always wrong, auto"}
+HEADLINE = "benchmark_cpu"
+NAMES_OF_WAYS = {
+    "specformer, copies, auto": "SpecFormer, copies of up to 10 tokens",
+    "specformer, prompt lookup": "SpecFormer, copies of 4 tokens",
+    "economize, lookup": "economize, copies of 4 tokens",
+    "transformers, prompt lookup": "transformers' prompt lookup, 4 tokens",
+    "specformer, drafter": "SpecFormer, drafter and copies",
+}
+KINDS_OF_PROMPTS = {"mt_bench": "chat (MT-Bench)", "mbpp": "code (MBPP)", "edit": "editing code"}
 """What the README calls a contender, and its name in the result file."""
 OTHER_SPEEDS = [f"benchmark_cpu_{regime}" for regime in ("256", "sampling", "long", "8k", "64", "128")]
 """Other regimes: long answers, sampling, long prompts, large batches."""
@@ -70,7 +77,8 @@ def batch_titles(contests: list[dict]) -> list[str]:
 
 def machine_of(result: dict) -> str:
     machine = result["machine"]
-    return f"{machine['torch_threads']} threads of {machine['device']} ({machine['cpu']})"
+    known = ", ".join([machine["cpu"], *machine.get("cpu_flags", [])[:1]])  # the first flag says most
+    return f"{machine['torch_threads']} threads of {machine['device']} ({known})"
 
 
 def software_of(result: dict) -> str:
@@ -105,23 +113,62 @@ def section(*lines: str) -> str:
 
 
 def headline_section() -> str:
-    """The README's table."""
-    result, long = result_of(HEADLINE), result_of(HEADLINE_LONG)
-    contests = result["contests"]
-    rows = []
-    for title, name in HEADLINE_ROWS.items():
-        found = [contest["contenders"][name] for contest in contests]
-        rows.append([f"{title}: speed-up", *map(speed_up, found)])
-        if title == "default drafter":
-            rows.append([f"{title}: tokens per target pass", *map(tokens_per_pass, found)])
-    (more,) = long["contests"]
-    return section(
-        *markdown(["", *batch_titles(contests)], rows),
+    """The README's tables."""
+    return section(*by_task(), "", *default_by_batch())
+
+
+def by_task() -> list[str]:
+    """One row of a model that people use, and what others make of it."""
+    from benchmarks import rivals  # of a checkout, as the results are
+
+    result = result_of("rivals")
+    groups = {place: turns for place, turns in rivals.groups_of(result).items() if place[-1] == 1}
+    ways = rivals.ways_of(result)
+    rows = [
+        [
+            way.replace("specformer", "SpecFormer"),
+            *(f"{rivals.speed(groups[place], library, way):.2f}" for place in groups),
+        ]
+        for library, way in ways
+    ]
+    targets = {f"{target}, {dtype}" for target, dtype, _, _ in groups}
+    turns = {len(figures) for figures in groups.values()}
+    economize = result["environments"]["economize"]
+    return [
+        *markdown(["", *(KINDS_OF_PROMPTS[prompts] for _, _, prompts, _ in groups)], rows),
         "",
-        f"{result['regime']['target']} compared with the fastest plain `generate`. {regime_of(result)}; "
-        f"{identical_of(result)}. With {long['regime']['max_new_tokens']} new tokens a single row is "
-        f"{speed_up(more['contenders']['default, auto'])} times as fast.",
-    )
+        f"{', '.join(targets)}, one row, times plain `generate`. Greedy, {result['regime']['max_new_tokens']} new "
+        f"tokens, medians of {span(turns)} turns with other prompts each; {machine_of(result)}, {software_of(result)}, "
+        f"economize {economize['economize']} with transformers {economize['transformers']}; {result['date']}.",
+    ]
+
+
+def default_by_batch() -> list[str]:
+    """The default drafter, by number of rows."""
+    result = result_of("draft_length_rules")
+    contests = {
+        (one["regime"]["dtype"], one["regime"]["batch_size"]): one for one in result["contests"] if is_default(one)
+    }
+    sizes = sorted({batch_size for _, batch_size in contests})
+    rows = []
+    for dtype in sorted({dtype for dtype, _ in contests}):
+        for title, way in (
+            ("default drafter", "default, auto"),
+            ("drafter that is always wrong", "always wrong, auto"),
+        ):
+            speeds = [contests[dtype, size]["summary"][way]["speed"] for size in sizes]
+            rows.append([f"{title}, {dtype}", *(f"{speed:.2f}" for speed in speeds)])
+    regime, turns = contests[dtype, sizes[0]]["regime"], len(contests[dtype, sizes[0]]["turns"])
+    return [
+        *markdown(["", *(f"batch {size}" for size in sizes)], rows),
+        "",
+        f"{regime['target']}, times plain `generate`. Greedy, {regime['max_new_tokens']} new tokens, MT-Bench prompts, "
+        f"medians of {turns} turns; {machine_of(result)}, {software_of(result)}, {result['date']}.",
+    ]
+
+
+def is_default(contest: dict) -> bool:
+    return "default, auto" in contest["summary"]
 
 
 def speeds(name: str) -> list[str]:

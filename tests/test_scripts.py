@@ -19,10 +19,22 @@ from test_callers import tiny_tokenizer
 from tiny import PRESETS, llama, ragged_batch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from benchmarks import ablations, before_after, cost_model, half_precision, loop_overhead, variants, verifying_pass
+from benchmarks import (
+    ablations,
+    before_after,
+    cost_model,
+    edit_prompts,
+    half_precision,
+    loop_overhead,
+    packed_widths,
+    rivals,
+    variants,
+    verifying_pass,
+)
 from specformer import SpecFormerConfig, SpecFormerModel
 from specformer.scripts import benchmark, distill, evaluate_drafter, model_card, plots, reproduce, train
 from specformer.scripts.parts import contenders, peak_memory
+from specformer.scripts.parts.prompts import read_prompts
 from specformer.scripts.parts.recipes import read_recipe
 from specformer.scripts.parts.stored_states import map_file
 
@@ -309,6 +321,56 @@ def test_before_after(folder: Path, monkeypatch):
     assert [line.split(" | ")[6] for line in before_after.table(result)[2:]] == ["6 of 6", "6 of 6"]
     with pytest.raises(ValueError, match=r"'max_new_tokens': 11.*'max_new_tokens': 12.* was asked for"):
         run(before_after, monkeypatch, *arguments, "--max-new-tokens", 12)
+
+
+def test_rivals(folder: Path, monkeypatch):
+    """Without the others: transformers' and this package's, which write the same; what is there is kept."""
+    output = folder / "rivals.json"
+    arguments = ["--prompts", folder / "prompts.jsonl", "--target", folder / "target", "--drafter", folder / "drafter"]
+    arguments += ["--dtype", "float32", "--turns", 1, "--output", output]
+    run(rivals, monkeypatch, *arguments, "--max-new-tokens", 9, "--batch-sizes", 1)
+    first = json.loads(output.read_text())["turns"]
+    run(rivals, monkeypatch, *arguments, "--max-new-tokens", 9, "--batch-sizes", 1, 2)
+    result = json.loads(output.read_text())
+    assert result["turns"][:1] == first and [turn["batch_size"] for turn in result["turns"]] == [1, 2]
+    assert result["environments"]["specformer"]["torch"] == torch.__version__
+    for turn in result["turns"]:
+        (ways,) = turn["figures"].values()
+        assert ("transformers, prompt lookup" in ways) == (turn["batch_size"] == 1)
+        assert all(answer["identical"] == turn["batch_size"] and answer["seconds"] > 0 for answer in ways.values())
+    columns = ["specformer, copies, auto", "specformer, drafter", "specformer, prompt lookup", rivals.ALONE]
+    title, _, one, two = rivals.table(result)
+    assert title == f"| target | prompts | batch | {' | '.join(columns)} |"
+    assert one.startswith("| target, float32 | prompts | 1 |") and two.endswith(" |  |")
+    with pytest.raises(ValueError, match=r"'max_new_tokens': 9.*'max_new_tokens': 8.* was asked for"):
+        run(rivals, monkeypatch, *arguments, "--max-new-tokens", 8)
+
+
+def test_prompts_to_edit_code(tmp_path: Path, monkeypatch):
+    run(edit_prompts, monkeypatch, "--output", tmp_path / "edit.jsonl")
+    prompts = read_prompts(tmp_path / "edit.jsonl")
+    assert len(prompts) >= 16 and len(set(prompts)) == len(prompts)
+    assert all(prompt.startswith("Rename `") and prompt.endswith("```") for prompt in prompts)
+
+
+def test_widths_of_rows(folder: Path, monkeypatch):
+    positions = [
+        packed_widths.Position(3, 3, [0.99, 0.99, 0.9, 0.5]),
+        packed_widths.Position(0, 0, [0.9, 0.9, 0.9, 0.9]),  # nothing drafted, whatever is said
+        packed_widths.Position(2, 0, [0.1, 0.1, 0.1, 0.1]),
+    ]
+    assert packed_widths.own_widths(positions)[:2] == [3, 0]
+    monkeypatch.setattr(packed_widths, "milliseconds", lambda tokens: 1.0)  # a pass costs the same whatever it carries
+    assert packed_widths.own_widths(positions) == [3, 0, 2]
+    assert packed_widths.same_width(positions) == [3] * 3
+    monkeypatch.setattr(packed_widths, "milliseconds", lambda tokens: float(tokens))  # and here each token does
+    assert packed_widths.own_widths(positions) == packed_widths.same_width(positions) == [0] * 3
+    text = [packed_widths.Position(3, 3, [0.9] * 3)] * packed_widths.NEW_TOKENS
+    passes = -(-(packed_widths.NEW_TOKENS - 1) // 4)
+    assert packed_widths.seconds([text], lambda here: [3], is_padded=True) == pytest.approx(passes * 4 / 1000)
+    assert packed_widths.seconds([text, text], lambda here: [3, 0][-len(here) :], is_padded=False) == pytest.approx(
+        (passes * 5 + (packed_widths.NEW_TOKENS - 1 - passes)) / 1000
+    )
 
 
 def test_half_precision(folder: Path, monkeypatch):

@@ -12,13 +12,22 @@ from pathlib import Path
 
 import torch
 
+TELLING_FLAGS = ("amx_bf16", "avx512_bf16", "avx512_fp16", "avx512f", "avx2", "asimd", "bf16", "sve")
+"""Instructions of a processor that matrix products depend on."""
 
-def processor_name() -> str:
+
+def processor() -> dict[str, str | list[str]]:
+    """Its name, and those of its flags that times depend on, as far as the system tells."""
+    fields: dict[str, str] = {}
     try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            name, _, value = line.partition(":")
+            fields.setdefault(name.strip(), value.strip())
+    except OSError:
+        pass
+    flags = fields.get("flags", fields.get("Features", "")).split()
+    name = fields.get("model name") or platform.processor() or platform.machine()
+    return {"cpu": name, "cpu_flags": [flag for flag in TELLING_FLAGS if flag in flags]}
 
 
 def provenance(module: str) -> dict:
@@ -32,5 +41,5 @@ def provenance(module: str) -> dict:
             "python": platform.python_version(),
             **{name: version(name) for name in ("torch", "transformers", "specformer")},
         },
-        "machine": {"device": device, "cpu": processor_name(), "torch_threads": torch.get_num_threads()},
+        "machine": {"device": device, **processor(), "torch_threads": torch.get_num_threads()},
     }

@@ -31,29 +31,32 @@ CONTAINERS = [  # what a container may use, and what it does, with the name of t
     ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.stat", "total_rss"),
 ]
 
-_packed = shared("packed weights", weakref.WeakKeyDictionary)  # layer -> (state and sums of its weight, packed weight)
+_packed = shared(
+    "packed weights", weakref.WeakKeyDictionary
+)  # layer -> state and row sums of its weight, and it packed
 _lock = shared("lock of packed weights", threading.Lock)
 
 
 def packed_weights(layers: Iterable[nn.Linear]) -> dict[nn.Linear, tuple[tuple[int, int], torch.Tensor]]:
     """Of each layer: the state of its weight (see `state_of`), and that weight packed. For all of them, or for none."""
-    packed, missing = {}, {}
-    for layer in layers:
-        sums, known = row_sums(layer.weight), _packed.get(layer)
-        if known is not None and known[0] == state_of(layer.weight) and torch.equal(known[1], sums):
-            packed[layer] = known[0], known[2]
-        else:
-            missing[layer] = sums
-    with _lock:
+    sums = {layer: row_sums(layer.weight) for layer in layers}
+    with _lock:  # whoever comes while another thread packs the same wants its result
+        missing = [layer for layer in sums if not is_packed(layer, sums[layer])]
         for layer in missing:
             _packed.pop(layer, None)
-        if sum(layer.weight.nbytes for layer in missing) > free_memory() - KEPT_FREE:
+        if missing and sum(layer.weight.nbytes for layer in missing) > free_memory() - KEPT_FREE:
             return {}
-        for layer, sums in missing.items():
+        for layer in missing:
             weight = layer.weight.detach()
-            _packed[layer] = state_of(weight), sums, pack(weight)
-            packed[layer] = _packed[layer][0], _packed[layer][2]
-    return packed
+            _packed[layer] = state_of(weight), sums[layer], pack(weight)
+        found = {layer: _packed[layer] for layer in sums}
+    return {layer: (state, packed) for layer, (state, _, packed) in found.items()}
+
+
+def is_packed(layer: nn.Linear, sums: torch.Tensor) -> bool:
+    """Whether what is kept of `layer` is its weight of now, whose row sums are `sums`."""
+    known = _packed.get(layer)
+    return known is not None and known[0] == state_of(layer.weight) and torch.equal(known[1], sums)
 
 
 def pack(weight: torch.Tensor) -> torch.Tensor:

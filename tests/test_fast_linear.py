@@ -249,6 +249,30 @@ def test_another_thread_brings_the_newest_weight(packed_only):
 
 
 @needs_onednn
+@pytest.mark.parametrize("dtype", HALVES)
+def test_a_weight_packed_in_inference_mode_serves_all(dtype: torch.dtype, packed_only):
+    layer, states = nn.Linear(24, 40, dtype=dtype), torch.randn(3, 24, dtype=dtype)
+    with torch.inference_mode():
+        expected = multiplied(layer, states)
+    assert torch.equal(multiplied(layer, states), expected)
+    with fast_linears(layer):
+        layer(states.requires_grad_()).sum().backward()
+    assert torch.allclose(states.grad, layer.weight.sum(dim=0).expand(3, -1), atol=1e-2)
+
+
+@needs_onednn
+def test_threads_pack_once(packed_only, monkeypatch):
+    layer, packed, pack = nn.Linear(240, 400), [], backend_packed.pack
+    monkeypatch.setattr(backend_packed, "pack", lambda weight: packed.append(weight) or time.sleep(0.1) or pack(weight))
+    threads = [threading.Thread(target=multiplied, args=(layer, torch.randn(3, 240))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(packed) == 1
+
+
+@needs_onednn
 def test_packed_weights_go_with_their_layer(packed_only):
     layer = nn.Linear(24, 40)
     with fast_linears(layer):
@@ -271,6 +295,9 @@ def test_short_of_memory_nothing_is_packed(packed_only, monkeypatch):
     monkeypatch.setattr(backend_packed, "free_memory", lambda: backend_packed.KEPT_FREE + size)
     with fast_linears(model) as entered:
         assert [forward.layer for forward in entered] == list(model)
+    monkeypatch.setattr(backend_packed, "free_memory", lambda: 0)
+    with fast_linears(model) as entered:
+        assert len(entered) == 2  # what is packed already needs no more
 
 
 def test_memory_that_is_free(monkeypatch, tmp_path):

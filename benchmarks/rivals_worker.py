@@ -12,6 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
@@ -52,12 +53,11 @@ def specformer_ways(target, drafter: str | None) -> dict[str, Callable]:
 
 
 def economize_ways(target) -> dict[str, Callable]:
-    import economize
-    from economize.decoding import DecodeConfig
-    from economize.techniques.lookup import LookupConfig
-
+    # by name, since it is no dependency of this environment
+    economize, decoding, lookup = map(import_module, ("economize", "economize.decoding", "economize.techniques.lookup"))
     # a cycle of economize is a token of the target and the drafts behind it
-    model = economize.apply(target, LookupConfig(), decoding=DecodeConfig(cycle_length=DRAFTED + 1))
+    cycles = decoding.DecodeConfig(cycle_length=DRAFTED + 1)
+    model = economize.apply(target, lookup.LookupConfig(), decoding=cycles)
 
     def call(batch, settings):
         rows = zip(batch["input_ids"], batch["attention_mask"].bool(), strict=True)

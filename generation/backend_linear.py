@@ -54,8 +54,11 @@ _lock = threading.Lock()
 
 
 @contextmanager
-def fast_linears(*models: nn.Module | None):
+def fast_linears(*models: nn.Module | None, in_training: bool = False):
     """Plain linear layers of `models` go through oneDNN where that is faster, in what this thread runs inside.
+
+    Args:
+        in_training: whether weights change inside, so that none is packed: an optimizer's steps are not all counted.
 
     Layers with a forward of their own (adapters, quantised or offloaded weights) stay as they are, and so does all of a
     model of which a part is compiled, as that would be compiled again.
@@ -65,7 +68,7 @@ def fast_linears(*models: nn.Module | None):
     """
     thread, entered = threading.get_ident(), []
     layers = [layer for model in models if model is not None for layer in plain_linears(model)]
-    forwards = fast_forwards(dict.fromkeys(layer for layer in layers if not is_inside(layer, thread)))
+    forwards = fast_forwards(dict.fromkeys(layer for layer in layers if not is_inside(layer, thread)), in_training)
     try:
         for layer in layers:
             with _lock:
@@ -124,11 +127,13 @@ class FastForward:
                 del vars(self.layer)["forward"]
 
 
-def fast_forwards(layers: Iterable[nn.Linear]) -> dict[nn.Linear, FastForward]:
+def fast_forwards(layers: Iterable[nn.Linear], in_training: bool) -> dict[nn.Linear, FastForward]:
     """Forwards for those of `layers` that are faster with one."""
     num_threads = torch.get_num_threads()
     packed = packed_weights(
-        layer for layer in layers if can_pack(layer.weight) and packing_pays(layer.weight.dtype, num_threads)
+        layer
+        for layer in layers
+        if not in_training and can_pack(layer.weight) and packing_pays(layer.weight.dtype, num_threads)
     )
     forwards = {}
     for layer in layers:

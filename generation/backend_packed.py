@@ -5,9 +5,9 @@ with a weight that lies in rows does, takes about as long again. Milliseconds fo
 Qwen2.5-Coder-0.5B over five tokens, one row, AMD EPYC with avx512_bf16, two threads: 96 as they lie, 60 packed.
 
 A packed weight takes as much memory as the weight itself, lives as long as its layer, and is found again by the calls
-that follow. What it was made of can change in between, also in ways that torch does not count (`weight.data += ...`),
-so its sums are taken again at the beginning of a call, which costs about as much as one pass. Where memory is short no
-weight of a model is packed.
+that follow. What it was made of can change in between, also in ways that torch does not count (`weight.data += ...`,
+fused optimizers), so its sums are taken again at the beginning of a call, which costs about as much as one pass. Where
+memory is short, or nothing tells how much of it is free, no weight of a model is packed.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ ROWS = 64
 """Rows that the order is made for. It differs little from that for other numbers: one order serves them all."""
 KEPT_FREE = 2 * 2**30
 """Bytes that packing leaves to everybody else."""
+MEMORY = "/proc/meminfo"
 CONTAINERS = [  # what a container may use, and what it does, with the name of that in there
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.stat", "anon"),
     ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.stat", "total_rss"),
@@ -83,16 +84,20 @@ def row_sums(weight: torch.Tensor) -> torch.Tensor:
 
 
 def free_memory() -> int:
-    """Bytes that this process may still take; 0 where nothing tells."""
+    """Bytes that this process may still take; 0 where nothing tells, as outside of Linux."""
     try:
-        import psutil  # comes with accelerate
-    except ImportError:
+        free = 1024 * numbers_in(MEMORY)["MemAvailable:"]
+    except (KeyError, OSError):
         return 0
-    free = psutil.virtual_memory().available
     for limit, statistics, name in CONTAINERS:
         try:
-            used = dict(line.split() for line in Path(statistics).read_text(encoding="utf-8").splitlines())[name]
-            free = min(free, int(Path(limit).read_text(encoding="utf-8")) - int(used))
+            free = min(free, int(Path(limit).read_text(encoding="utf-8")) - numbers_in(statistics)[name])
         except (KeyError, OSError, ValueError):  # no such limit, or "max"
             continue
     return free
+
+
+def numbers_in(path: str) -> dict[str, int]:
+    """The first number of each line of a file, by the line's first word."""
+    lines = (line.split() for line in Path(path).read_text(encoding="utf-8").splitlines())
+    return {words[0]: int(words[1]) for words in lines if len(words) > 1 and words[1].isdecimal()}

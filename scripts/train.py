@@ -270,7 +270,7 @@ def main(arguments: DrafterTrainingArguments) -> None:
     if len(answers) < 2:
         raise ValueError(f"{arguments.data} holds {len(answers)} answer; at least 2 are needed, one to evaluate on.")
     set_seed(arguments.seed)
-    dtype = "bfloat16" if arguments.bf16 and arguments.device.type != "cpu" else "float32"
+    dtype = "bfloat16" if arguments.bf16 else "float32"
     target = AutoModelForCausalLM.from_pretrained(
         arguments.target, dtype=getattr(torch, dtype), trust_remote_code=arguments.trust_remote_code or None
     )
@@ -303,7 +303,7 @@ def main(arguments: DrafterTrainingArguments) -> None:
     if resume_from:
         trainer.state = TrainerState.load_from_json(str(resume_from / "trainer_state.json"))
     if not resume_from or trainer.state.global_step < trainer.state.max_steps:
-        with fast_linears(target, drafter, borrowed.rows):
+        with fast_linears(target, borrowed.rows), fast_linears(drafter, in_training=True):
             if stored is not None:
                 stored.fill(order[held_out:], arguments.process_index, arguments.world_size)
                 PartialState().wait_for_everyone()

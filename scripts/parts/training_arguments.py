@@ -118,7 +118,7 @@ class DrafterTrainingArguments(TrainingArguments):
     weight_decay: float = option("of AdamW", default=0.01)
     adam_beta2: float = option("of AdamW", default=0.95)
     max_grad_norm: float = option("longer gradients are cut to this", default=1.0)
-    bf16: bool = option("mixed precision, with the target in bfloat16 on a GPU", default=False)
+    bf16: bool = option("mixed precision, with the target in bfloat16", default=False)
     seed: int = option("of the weights, of their order, and of what is held out", default=0)
     logging_steps: float = option("steps between two logged losses", default=10)
     report_to: str | None = option("tracker of the Trainer: tensorboard, wandb, ...", default="none")

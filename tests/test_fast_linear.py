@@ -39,6 +39,7 @@ def products(request, monkeypatch) -> list[tuple[int, ...]]:
         return 2.0 if is_packed or not packed else 0.0
 
     monkeypatch.setattr(backend_linear, "gain", gain)
+    monkeypatch.setattr(backend_packed, "free_memory", lambda: 2**40)
     monkeypatch.setattr(backend_linear, "onednn_linear", counted)
     return seen
 
@@ -47,6 +48,7 @@ def products(request, monkeypatch) -> list[tuple[int, ...]]:
 def packed_only(monkeypatch) -> None:
     """oneDNN is taken to be faster with packed weights, and only with those."""
     monkeypatch.setattr(backend_linear, "gain", lambda *_, packed=False: 2.0 if packed else 0.0)
+    monkeypatch.setattr(backend_packed, "free_memory", lambda: 2**40)
 
 
 @pytest.fixture

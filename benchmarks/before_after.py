@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -26,6 +25,7 @@ from tqdm import tqdm
 from transformers import AutoTokenizer
 
 from benchmarks.before_after_worker import PLAIN, WAYS
+from benchmarks.workers import Worker
 from specformer.scripts.benchmark import make_batches
 from specformer.scripts.fetch_target import find_target
 from specformer.scripts.parts.prompts import read_prompts
@@ -35,39 +35,19 @@ ROOT = Path(__file__).resolve().parents[1]
 SIDES = ("before", "after")
 
 
-class Worker:
+class Side(Worker):
     """A process that generates with the package in `checkout`."""
 
     def __init__(self, checkout: Path, *arguments: str):
         self.parent = tempfile.TemporaryDirectory()
         (Path(self.parent.name) / "specformer").symlink_to(checkout.resolve())
-        self.process = subprocess.Popen(
-            [sys.executable, str(ROOT / "benchmarks" / "before_after_worker.py"), *arguments],
-            env={**os.environ, "PYTHONPATH": self.parent.name},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            encoding="utf-8",
-        )
-        if (found := self.read()["package"]) != str(Path(self.parent.name) / "specformer"):
+        script = str(ROOT / "benchmarks" / "before_after_worker.py")
+        super().__init__([sys.executable, script, *arguments], {"PYTHONPATH": self.parent.name})
+        if (found := self.about["package"]) != str(Path(self.parent.name) / "specformer"):
             raise RuntimeError(f"the worker of {checkout} imported specformer from {found}.")
 
-    def ask(self, **task) -> dict:
-        print(json.dumps(task), file=self.process.stdin, flush=True)
-        return self.read()
-
-    def read(self) -> dict:
-        line = self.process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"a worker ended with status {self.process.wait()}; see what it printed above.")
-        return json.loads(line)
-
-    def __enter__(self) -> Worker:
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.process.stdin.close()
-        self.process.wait()
+    def __exit__(self, *exception) -> None:
+        super().__exit__(*exception)
         self.parent.cleanup()
 
 
@@ -106,7 +86,7 @@ def main(arguments: argparse.Namespace) -> None:
     wanted = [place for place in wanted if (arguments.dtype, *place) not in done]
     with ExitStack() as stack:
         workers = {
-            side: stack.enter_context(Worker(checkout, folder, arguments.dtype, *drafter))
+            side: stack.enter_context(Side(checkout, folder, arguments.dtype, *drafter))
             for side, checkout in checkouts.items()
         }
         warm = None

@@ -1,6 +1,8 @@
 """Prompts that ask for a piece of code again with a small change, of this package's own files: a task full of copies.
 
-python -m benchmarks.edit_prompts --output edit.jsonl
+    python -m benchmarks.edit_prompts --output edit.jsonl
+
+A function or class of each file of generation/, to be given back with another name.
 """
 
 from __future__ import annotations

@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
 from contextlib import ExitStack
 from pathlib import Path
@@ -23,6 +21,7 @@ from pathlib import Path
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
+from benchmarks.workers import Worker
 from specformer.scripts.benchmark import make_batches, save
 from specformer.scripts.fetch_target import find_target
 from specformer.scripts.parts.prompts import read_prompts
@@ -34,42 +33,22 @@ ALONE = "transformers, prompt lookup"
 """Takes one row only."""
 
 
-class Worker:
+class Library(Worker):
     """A process that generates with one library, in the environment of `python`."""
 
-    def __init__(self, library: str, python: str, *arguments: str):
-        command = [python, str(WORKER), library, *arguments]
-        self.process = subprocess.Popen(
-            command, env=dict(os.environ), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8"
-        )
-        self.library, self.offers = library, self.read()
-
-    def ask(self, **task) -> dict:
-        print(json.dumps(task), file=self.process.stdin, flush=True)
-        return self.read()
-
-    def read(self) -> dict:
-        line = self.process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"a worker ended with status {self.process.wait()}; see what it printed above.")
-        return json.loads(line)
-
-    def __enter__(self) -> Worker:
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.process.stdin.close()
-        self.process.wait()
+    def __init__(self, name: str, python: str, *arguments: str):
+        self.name = name
+        super().__init__([python, str(WORKER), name, *arguments])
 
 
-def measure_turn(workers: list[Worker], batch: dict, new_tokens: int) -> dict[str, dict[str, dict]]:
+def measure_turn(workers: list[Library], batch: dict, new_tokens: int) -> dict[str, dict[str, dict]]:
     """Seconds of every way, by library, and how many rows have the text of plain generate() of the same library."""
     task = {name: part.tolist() for name, part in batch.items()} | {"max_new_tokens": new_tokens}
-    ways = {worker.library: [way for way in worker.offers["ways"] if usable(way, batch)] for worker in workers}
+    ways = {worker.name: [way for way in worker.about["ways"] if usable(way, batch)] for worker in workers}
     figures: dict[str, dict[str, dict]] = {}
     for worker in workers:
-        texts = figures[worker.library] = {}
-        for way in ways[worker.library]:
+        texts = figures[worker.name] = {}
+        for way in ways[worker.name]:
             texts[way] = worker.ask(way=way, **task)
         expected = texts[PLAIN]["text"]
         for answer in texts.values():
@@ -99,11 +78,11 @@ def main(arguments: argparse.Namespace) -> None:
     with ExitStack() as stack:
         pythons = {"specformer": (sys.executable, arguments.drafter), "economize": (arguments.economize, None)}
         workers = [
-            stack.enter_context(Worker(library, python, folder, arguments.dtype, *([drafter] if drafter else [])))
+            stack.enter_context(Library(library, python, folder, arguments.dtype, *([drafter] if drafter else [])))
             for library, (python, drafter) in pythons.items()
             if python
         ]
-        result["environments"] = {worker.library: worker.offers["versions"] for worker in workers}
+        result["environments"] = {worker.name: worker.about["versions"] for worker in workers}
         for place in places:
             batches = make_batches(tokenizer, prompts, place["batch_size"], arguments.turns, None, "cpu")
             measure_turn(workers, batches[0], arguments.max_new_tokens)  # not counted

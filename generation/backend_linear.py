@@ -57,11 +57,11 @@ _lock = threading.Lock()
 def fast_linears(*models: nn.Module | None, in_training: bool = False):
     """Plain linear layers of `models` go through oneDNN where that is faster, in what this thread runs inside.
 
-    Args:
-        in_training: whether weights change inside, so that none is packed: an optimizer's steps are not all counted.
-
     Layers with a forward of their own (adapters, quantised or offloaded weights) stay as they are, and so does all of a
     model of which a part is compiled, as that would be compiled again.
+
+    Args:
+        in_training: whether weights change inside, so that none is packed: an optimizer's steps are not all counted.
 
     Yields:
         the forwards that the layers concerned have inside, whose `rows` are the numbers of rows concerned.

@@ -23,7 +23,7 @@ NAMES_OF_WAYS = {
     "specformer, drafter": "SpecFormer, drafter and copies",
 }
 KINDS_OF_PROMPTS = {"mt_bench": "chat (MT-Bench)", "mbpp": "code (MBPP)", "edit": "editing code"}
-"""What the README calls a contender, and its name in the result file."""
+"""What the README calls the ways to generate and the prompts of `benchmarks.rivals`."""
 OTHER_SPEEDS = [f"benchmark_cpu_{regime}" for regime in ("256", "sampling", "long", "8k", "64", "128")]
 """Other regimes: long answers, sampling, long prompts, large batches."""
 
@@ -125,10 +125,7 @@ def by_task() -> list[str]:
     groups = {place: turns for place, turns in rivals.groups_of(result).items() if place[-1] == 1}
     ways = rivals.ways_of(result)
     rows = [
-        [
-            way.replace("specformer", "SpecFormer"),
-            *(f"{rivals.speed(groups[place], library, way):.2f}" for place in groups),
-        ]
+        [NAMES_OF_WAYS[way], *(f"{rivals.speed(groups[place], library, way):.2f}" for place in groups)]
         for library, way in ways
     ]
     targets = {f"{target}, {dtype}" for target, dtype, _, _ in groups}

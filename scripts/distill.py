@@ -5,7 +5,8 @@
 
 A row of --prompts is a text or a conversation, in one of the forms that prompt_rows.py lists: {"prompt": "..."},
 {"messages": [...]}, ShareGPT's, Alpaca's and others. --output becomes a folder that `datasets` reads: JSON lines of id,
-prompt_ids, response_ids and finished (whether the answer ended by itself), and a README.md with where they come from.
+prompt_ids, response_ids and finished (whether the answer ended by itself), and a README.md with where they come from;
+with --store-hidden-states also what `train --store-hidden-states` needs, so that it does not read the answers again.
 Run the same command again after an interruption, with as many processes as you like: answers that are there are kept,
 those that are missing are made. An answer depends on its prompt and the settings alone, not on the batch or the order,
 so an interrupted run ends with the same answers.
@@ -16,158 +17,18 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-from collections import deque
-from collections.abc import Generator, Iterator
-from contextlib import closing
-from dataclasses import dataclass, field
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import torch
 
-from specformer.generation.accept_noise import HashedNoise
-from specformer.generation.accept_sampling import sample_with_noise
+from specformer.configuration_specformer import SpecFormerConfig
 from specformer.generation.backend_linear import fast_linears
-from specformer.generation.prompt import PromptLayout
-from specformer.generation.prompt_groups import tokens_of_a_pass
-from specformer.generation.target import prefill, prompt_arguments, verify
-from specformer.generation.target_attention import usable_attention
-from specformer.generation.target_probe import probe_target
-from specformer.generation.target_refusals import check_target, input_device
-from specformer.generation.text_positions import Positions
+from specformer.scripts.parts.answering import Answer, Answering
+from specformer.scripts.parts.distilled_states import StatesWriter, begin_states
 from specformer.scripts.parts.prompts import encode_each, read_prompts, template_arguments
-from specformer.scripts.parts.provenance import provenance
+from specformer.scripts.parts.provenance import has_bfloat16, provenance
 from specformer.scripts.parts.runs import begin_or_go_on
-
-
-@dataclass
-class Answer:
-    """One prompt and what the target has answered so far."""
-
-    index: int
-    prompt_ids: list[int]
-    response_ids: list[int] = field(default_factory=list)
-    finished: bool = False
-
-    def to_json(self) -> str:
-        row = {"id": self.index, "prompt_ids": self.prompt_ids}
-        row.update(response_ids=self.response_ids, finished=self.finished)
-        return json.dumps(row, separators=(",", ":"))
-
-
-class Answering:
-    """A batch of prompts that is refilled: the row of a finished answer is taken by the next prompt.
-
-    Args:
-        target: a causal LM.
-        batch_size: rows of the batch.
-        max_new_tokens: longest answer.
-        temperature: 0 takes the best token, otherwise tokens are sampled, with noise that depends on `seed`, the index
-            of the prompt and the position alone.
-    """
-
-    def __init__(self, target, batch_size: int, max_new_tokens: int, temperature: float = 0.0, seed: int = 0):
-        check_target(target)
-        self.target, self.device = target, input_device(target)
-        self.batch_size, self.max_new_tokens = batch_size, max_new_tokens
-        self.temperature, self.seed = temperature, seed
-        eos = target.generation_config.eos_token_id
-        self.eos_token_ids = set(eos if isinstance(eos, list) else [eos])
-
-    def run(self, prompts: Iterator[Answer]) -> Generator[Answer, None, None]:
-        """Yield answers as they are complete. In between the target is as it was, for whatever the caller does."""
-        waiting = deque(prompts)
-        self.rows: list[Answer | None] = []  # the one in each row of the batch, None where it is complete
-        is_probed = False
-        while waiting or any(self.rows):
-            with torch.no_grad(), usable_attention(self.target), fast_linears(self.target):
-                if not is_probed:
-                    probe_target(self.target)
-                    is_probed = True
-                complete: list[Answer] = []
-                while not complete and (waiting or any(self.rows)):
-                    complete = self._refill(waiting)
-                    if any(self.rows):
-                        complete += self._step()
-            yield from complete
-
-    def _refill(self, waiting: deque[Answer]) -> list[Answer]:
-        """Give free rows to prompts that wait, or drop them. Returns answers of one token."""
-        free = [place for place, answer in enumerate(self.rows) if answer is None]
-        if waiting and (not any(self.rows) or len(free) >= max(1, self.batch_size // 8)):
-            count = len(free) if self.rows else self.batch_size
-            return self._admit([waiting.popleft() for _ in range(min(count, len(waiting)))], free)
-        if len(free) > len(self.rows) // 2:
-            self._drop(free)
-        return []
-
-    def _admit(self, answers: list[Answer], free: list[int]) -> list[Answer]:
-        """Read prompts into free rows, or into a new batch, and take their first tokens."""
-        width = max(len(answer.prompt_ids) for answer in answers)
-        missing = [width - len(answer.prompt_ids) for answer in answers]
-        ids = [[0] * pad + answer.prompt_ids for pad, answer in zip(missing, answers, strict=True)]
-        mask = [[0] * pad + [1] * (width - pad) for pad in missing]
-        input_ids, mask = torch.tensor(ids, device=self.device), torch.tensor(mask, device=self.device)
-        layout = PromptLayout.from_mask(mask, input_ids, tokens_of_a_pass(self.target))
-        # A row may be taken by a longer prompt later, so the buffers' limit is the model's.
-        limit = getattr(self.target.config.get_text_config(decoder=True), "max_position_embeddings", None) or 2**20
-        arguments = prompt_arguments(self.target, layout)
-        most = max(limit, width + self.max_new_tokens)
-        logits, cache, _ = prefill(self.target, input_ids, layout, most, 1, arguments)
-        places = free[: len(answers)]
-        if not self.rows:
-            self.cache, self.rows, places = cache, list(answers), list(range(len(answers)))
-            self.last = torch.zeros(len(answers), 1, dtype=torch.long, device=self.device)
-        else:
-            for place, answer in zip(places, answers, strict=True):
-                self.rows[place] = answer
-            self.cache.replace_rows(torch.tensor(places, device=self.device), cache, self._longest())
-        return self._take(logits[:, -1], places)
-
-    def _step(self) -> list[Answer]:
-        """One more token for every row."""
-        logits = verify(self.target, self.cache, self.last)[0][:, -1]
-        running = torch.tensor([answer is not None for answer in self.rows], device=self.device)
-        self.cache.advance(running.long(), self._longest())
-        return self._take(logits, list(range(len(self.rows))))
-
-    def _take(self, logits: torch.Tensor, places: list[int]) -> list[Answer]:
-        """The next token of the rows at `places`. Returns the answers that it completes."""
-        scores = logits.to(self.device, torch.float32)
-        if self.temperature:
-            answers = [self.rows[place] or Answer(0, []) for place in places]  # complete ones are only carried along
-            noise = HashedNoise([self.seed + answer.index for answer in answers], self.device)
-            steps = torch.tensor([len(answer.response_ids) for answer in answers])
-            noise = noise.gather(Positions(torch.arange(len(answers)), steps), scores.shape[-1])
-            tokens = sample_with_noise(scores / self.temperature, noise)
-        else:
-            tokens = scores.argmax(-1)
-        self.last[places, 0] = tokens
-        complete = []
-        for place, token in zip(places, tokens.tolist(), strict=True):
-            if (answer := self.rows[place]) is None:
-                continue
-            answer.response_ids.append(token)
-            answer.finished = token in self.eos_token_ids
-            if answer.finished or len(answer.response_ids) == self.max_new_tokens:
-                self.rows[place] = None
-                complete.append(answer)
-        return complete
-
-    def _drop(self, free: list[int]) -> None:
-        """There is nothing left to fill rows with: carry on the running ones alone."""
-        kept = [place for place in range(len(self.rows)) if place not in set(free)]
-        self.rows = [self.rows[place] for place in kept]
-        index = torch.tensor(kept, device=self.device)
-        self.cache.select_rows(index, self._longest())
-        self.last = self.last[index]
-
-    def _longest(self) -> int:
-        """Tokens of the longest running row that the target has read once the newest ones are."""
-        lengths = [len(answer.prompt_ids) + len(answer.response_ids) for answer in self.rows if answer is not None]
-        return max(lengths, default=0)
-
-
-# ---- the folder of answers
 
 
 def read_answers(folder: Path) -> set[int]:
@@ -231,7 +92,7 @@ def main(arguments: argparse.Namespace) -> None:
             f"--max-prompt-tokens is {arguments.max_prompt_tokens}, and all {len(asked)} prompts are longer; expected "
             f"{shortest} or more, which the shortest has."
         )
-    dtype = arguments.dtype or ("float32" if process.device.type == "cpu" else "bfloat16")
+    dtype = arguments.dtype or ("bfloat16" if process.device.type != "cpu" or has_bfloat16() else "float32")
     target = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype), **repository)
     target = target.eval().to(process.device)
     settings = {
@@ -249,9 +110,14 @@ def main(arguments: argparse.Namespace) -> None:
         "temperature": arguments.temperature,
         "seed": arguments.seed,
     }
+    layer_ids = None
+    if arguments.store_hidden_states:
+        layer_ids = list(SpecFormerConfig.from_target_config(target.config).target_layer_ids)
     done: set[int] = set()
     if process.is_main_process:
         begin_or_go_on(arguments.output, settings)
+        if layer_ids is not None:
+            begin_states(arguments.output, target, layer_ids)
         done = read_answers(arguments.output)
     process.wait_for_everyone()
     done = done or read_answers(arguments.output)
@@ -259,14 +125,22 @@ def main(arguments: argparse.Namespace) -> None:
     mine = missing[process.process_index :: process.num_processes]
     process.wait_for_everyone()  # nobody writes before everybody has read
 
-    answering = Answering(target, arguments.batch_size, arguments.max_new_tokens, arguments.temperature, arguments.seed)
+    answering = Answering(
+        target, arguments.batch_size, arguments.max_new_tokens, arguments.temperature, arguments.seed, layer_ids
+    )
     path = arguments.output / f"answers-{process.process_index:05d}.jsonl"
     progress = tqdm(total=len(mine), unit="answer", disable=not process.is_local_main_process)
     tokens = 0
     try:
         answers = answering.run(Answer(index, encoded[index]) for index in mine)
-        with open(path, "a", encoding="utf-8") as file, closing(answers), fast_linears(target):
+        with open(path, "a", encoding="utf-8") as file, closing(answers), fast_linears(target), ExitStack() as stack:
+            states = None
+            if layer_ids is not None:
+                size = len(layer_ids) * target.config.get_text_config(decoder=True).hidden_size
+                states = stack.enter_context(closing(StatesWriter(path, size)))
             for answer in answers:
+                if states is not None:
+                    states.append(answer)
                 file.write(answer.to_json() + "\n")
                 file.flush()
                 tokens += len(answer.response_ids)
@@ -303,10 +177,18 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--max-prompt-tokens", type=int, default=512, help="longer prompts are left out")
     parser.add_argument("--max-new-tokens", type=int, default=256)
     parser.add_argument("--batch-size", type=int, default=32, help="rows of each process; hundreds on a GPU")
+    parser.add_argument(
+        "--store-hidden-states",
+        action="store_true",
+        help="keep the target's hidden states as well, for `train --store-hidden-states`, which then need not read the "
+        "answers again: 2 bytes a value, for a target of width 896 5 kB a token",
+    )
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
     parser.add_argument("--seed", type=int, default=0, help="of sampling")
     parser.add_argument(
-        "--dtype", choices=["float32", "bfloat16", "float16"], help="default: float32 on a CPU, else bf16"
+        "--dtype",
+        choices=["float32", "bfloat16", "float16"],
+        help="default: float32 on a CPU without bfloat16 instructions, else bfloat16",
     )
     return parser.parse_args()
 

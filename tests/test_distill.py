@@ -19,8 +19,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from specformer.generation import backend_linear
 from specformer.generation.backend_linear import plain_linears
 from specformer.generation.target_attention import attention_of
-from specformer.scripts import distill
-from specformer.scripts.distill import Answer, Answering, read_answers
+from specformer.scripts.distill import main, parse, read_answers
+from specformer.scripts.parts import answering
+from specformer.scripts.parts.answering import Answer, Answering
 from specformer.scripts.parts.runs import begin_or_go_on
 
 NEW_TOKENS = 20
@@ -79,8 +80,8 @@ def test_sampled_answers_depend_on_prompt_and_seed_alone():
 def test_rows_are_refilled(monkeypatch):
     """A finished row does not wait for the others: few passes, and all of them full until the prompts run out."""
     target, carried = llama(), []
-    verify = distill.verify
-    monkeypatch.setattr(distill, "verify", lambda *args: carried.append(len(args[2])) or verify(*args))
+    verify = answering.verify
+    monkeypatch.setattr(answering, "verify", lambda *args: carried.append(len(args[2])) or verify(*args))
     answers = answer_all(target, 8)
     waited = sum(sorted(map(len, answers.values()))[-3:])  # batches of 8 that wait for their longest row
     assert len(carried) < waited
@@ -93,14 +94,14 @@ def test_between_answers_the_target_is_as_it_was(monkeypatch):
     """Layers, attention and gradients are other ones while it answers, and its own in what the caller does then."""
     target, seen = llama(torch.float32), []
     target.set_attn_implementation("flex_attention")
-    verify = distill.verify
+    verify = answering.verify
 
     def state() -> tuple:
         forwards = sum("forward" in vars(module) for module in target.modules())
         return forwards, attention_of(target), torch.is_grad_enabled()
 
     monkeypatch.setattr(backend_linear, "gain", lambda *_, **__: 2.0)
-    monkeypatch.setattr(distill, "verify", lambda *args: seen.append(state()) or verify(*args))
+    monkeypatch.setattr(answering, "verify", lambda *args: seen.append(state()) or verify(*args))
     texts, before = prompts(), state()
     for _ in Answering(target, 4, 5).run(Answer(index, ids) for index, ids in enumerate(texts)):
         assert state() == before
@@ -200,7 +201,7 @@ def distilled(monkeypatch, prompt_file: Path, target: Path | str, *options: str)
     output = prompt_file.parent / "answers"
     arguments = ["--prompts", prompt_file, "--target", target, "--output", output, "--max-new-tokens", 3, *options]
     monkeypatch.setattr(sys, "argv", ["distill", *map(str, arguments)])
-    distill.main(distill.parse())
+    main(parse())
     return output
 
 

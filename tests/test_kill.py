@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from kill import JOBS, Distillation, Training, check
 
-from specformer.scripts.distill import Answer
+from specformer.scripts.parts.answering import Answer
 
 
 @pytest.mark.slow

@@ -21,6 +21,7 @@ class Answers(torch.utils.data.Dataset):
 
     Attributes:
         prompt_ids: which prompt each row answers, where the file says so.
+        states_at: the file of each row's hidden states and its first token's place there, `None` where there are none.
 
     Raises:
         FileNotFoundError: there are no such files.
@@ -31,16 +32,19 @@ class Answers(torch.utils.data.Dataset):
         self.source = source
         self.rows: list[tuple[torch.Tensor, int]] = []  # tokens, and how many of them are the prompt
         self.prompt_ids: list[int | str | None] = []
+        self.states_at: list[tuple[Path, int | None]] = []
         paths = sorted(source.glob("answers-*.jsonl")) if source.is_dir() else [source]
         if not paths:
             raise FileNotFoundError(f"{source} holds no answers-*.jsonl; make them with `specformer distill`.")
         for path in paths:
             with open(path, encoding="utf-8") as file:
                 for number, line in enumerate(file, 1):
-                    prompt, response, prompt_id = parse(line, f"{path}, line {number}")
+                    row = parse(line, f"{path}, line {number}")
+                    prompt, response = row["prompt_ids"], row["response_ids"]
                     if response and len(prompt) < max_length:
                         self.rows.append((torch.tensor((prompt + response)[:max_length]), len(prompt)))
-                        self.prompt_ids.append(prompt_id)
+                        self.prompt_ids.append(row.get("id"))
+                        self.states_at.append((states_file(path), row.get("states_at")))
         if not self.rows:
             raise ValueError(f"{source} holds no answers.")
 
@@ -92,7 +96,17 @@ class Answers(torch.utils.data.Dataset):
         }
 
 
-def parse(line: str, place: str) -> tuple[list[int], list[int], int | str | None]:
+def states_file(answers: Path) -> Path:
+    """Where the hidden states of a file of answers are, if `distill` kept them."""
+    return answers.with_name(answers.stem.replace("answers-", "states-") + ".bin")
+
+
+def parse(line: str, place: str) -> dict:
+    """The row of a line.
+
+    Raises:
+        ValueError: it has no prompt or no answer of token ids.
+    """
     try:
         row = json.loads(line)
         prompt, response = row["prompt_ids"], row["response_ids"]
@@ -105,4 +119,4 @@ def parse(line: str, place: str) -> tuple[list[int], list[int], int | str | None
             f"{place}: expected {{'prompt_ids': [...], 'response_ids': [...]}}, got {line[:80]!r} "
             f"({type(error).__name__}: {error})."
         ) from error
-    return prompt, response, row.get("id")
+    return row

@@ -30,6 +30,11 @@ def processor() -> dict[str, str | list[str]]:
     return {"cpu": name, "cpu_flags": [flag for flag in TELLING_FLAGS if flag in flags]}
 
 
+def has_bfloat16() -> bool:
+    """Whether the processor has instructions for products in bfloat16: without, these are slower than in float32."""
+    return not {"amx_bf16", "avx512_bf16", "bf16"}.isdisjoint(processor()["cpu_flags"])
+
+
 def provenance(module: str) -> dict:
     """`module` is the script as `python -m` takes it."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"

@@ -16,28 +16,28 @@ import torch
 from tqdm import tqdm
 
 from specformer.scripts.parts.answers import Answers
+from specformer.scripts.parts.distilled_states import STORED, DistilledStates, digest_of_target
 from specformer.scripts.parts.offline import target_states
 from specformer.scripts.parts.runs import writing
 from specformer.target_specformer import BorrowedTarget
-
-STORED = torch.bfloat16
 
 
 class StoredStates(torch.utils.data.Dataset):
     """Texts, labels and hidden states (T, S, d) of the texts of `answers`.
 
-    Several processes may hold the same file; each fills its share. What an interrupted run has filled is kept.
+    Several processes may hold the same file; each fills its share. What an interrupted run has filled is kept. States
+    that `distill` kept are taken from where they are.
 
     Args:
-        answers: a dataset of (tokens, labels).
+        answers: of the target, a dataset of (tokens, labels).
         path: of the file; `path`.done notes which texts are in it.
 
     Raises:
         RuntimeError: the disk has no room for the file. Nothing was computed yet.
     """
 
-    def __init__(self, answers, borrowed: BorrowedTarget, path: Path):
-        self.answers, self.borrowed = answers, borrowed
+    def __init__(self, answers: Answers, borrowed: BorrowedTarget, path: Path):
+        self.answers, self.borrowed, self.distilled = answers, borrowed, DistilledStates(answers, borrowed)
         lengths = [len(tokens) for tokens, _ in answers]
         self.ends = list(accumulate(lengths))
         shape = self.ends[-1], len(borrowed.layer_ids), borrowed.text_config.hidden_size
@@ -49,12 +49,17 @@ class StoredStates(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         tokens, labels = self.answers[index]
-        return tokens, labels, self._place(index)
+        distilled = self.distilled.get(index)
+        return tokens, labels, self._place(index) if distilled is None else distilled
 
     def fill(self, texts: Sequence[int], process_index: int = 0, num_processes: int = 1) -> None:
         """Compute what is missing of this process's share of `texts`. A text is read alone, so that its states are the
         same whatever was computed before an interruption."""
-        mine = [index for index in texts[process_index::num_processes] if not self.done[index]]
+        mine = [
+            index
+            for index in texts[process_index::num_processes]
+            if not self.done[index] and self.distilled.get(index) is None
+        ]
         for index in tqdm(mine, desc="read answers", unit="text", disable=process_index > 0 or not mine):
             batch = Answers.collate([self.answers[index]])
             batch = {name: values.to(self.borrowed.target.device) for name, values in batch.items()}
@@ -67,10 +72,7 @@ class StoredStates(torch.utils.data.Dataset):
 
 def shared_file(folder: Path, answers, borrowed: BorrowedTarget) -> Path:
     """Where in `folder` the states of just these texts are, read by just this target at these layers."""
-    digest = hashlib.sha256(repr((borrowed.layer_ids, borrowed.target.config.to_json_string())).encode())
-    for parameter in borrowed.target.parameters():
-        some = parameter.detach().flatten()[:: max(1, parameter.numel() // 64)]
-        digest.update(some.double().cpu().numpy().tobytes())
+    digest = hashlib.sha256(digest_of_target(borrowed.target, borrowed.layer_ids).encode())
     for tokens, _ in answers:
         digest.update(repr(tokens.tolist()).encode())
     folder.mkdir(parents=True, exist_ok=True)

@@ -159,24 +159,29 @@ def is_plain_linear(head: nn.Module) -> bool:
 
 
 _rows: WeakKeyDictionary = WeakKeyDictionary()
-"""LM head -> its rows that were taken out last, which they were, and of which weights. The next call needs the same."""
+"""LM head -> its rows that were taken out last, and which they were. The next call mostly needs the same."""
 _rows_lock = threading.Lock()
 
 
 def kept_rows(head: nn.Linear, rows: torch.Tensor | None) -> nn.Linear:
-    """`some_rows`, without taking them out of the same weights again."""
-    # tensors of inference mode do not count how often they were written to
-    weights = [
-        (id(part), part.device, part.dtype, None if part.is_inference() else part._version)
-        for part in head.parameters()
-    ]
+    """`some_rows` as the layer of the last call, if its rows are the same: what other code keeps of a layer, such as its
+    weights in another order, is of use again. Torch's own count of changes misses those of fused optimizers, so that
+    the rows are compared."""
+    part = some_rows(head, rows)
+    if rows is None:  # it is the head itself, which must not keep itself alive
+        return part
     with _rows_lock:
-        kept, which, of = _rows.get(head, (None, None, None))
-        if rows is None or of != weights or not torch.equal(which, rows):
-            kept = some_rows(head, rows)
-            if rows is not None:  # without `rows` it is the head itself, which must not keep itself alive
-                _rows[head] = kept, rows.clone(), weights
+        kept, which = _rows.get(head, (None, None))
+        if kept is None or not same_weights(kept, part) or not torch.equal(which, rows):
+            kept = part
+            _rows[head] = kept, rows.clone()
     return kept
+
+
+def same_weights(one: nn.Module, other: nn.Module) -> bool:
+    """Whether two layers of one class have the same numbers, on the same device."""
+    pairs = zip(one.parameters(), other.parameters(), strict=True)
+    return all(a.device == b.device and a.dtype == b.dtype and torch.equal(a, b) for a, b in pairs)
 
 
 def some_rows(head: nn.Linear, rows: torch.Tensor | None = None) -> nn.Linear:

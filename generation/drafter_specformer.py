@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
+from collections.abc import Iterable
 from weakref import WeakKeyDictionary
 
 import torch
@@ -12,6 +13,7 @@ from transformers import DynamicCache
 from .accept_tokens import BestDrafts
 from .backend_graphs import run_pass
 from .backend_linear import fast_linears
+from .backend_packed import row_sums
 from .cache_ragged import RaggedCache
 from .drafter import Drafter, Prompts, Verified
 from .proposal import Proposal
@@ -23,7 +25,7 @@ take memory."""
 
 
 _converted: WeakKeyDictionary = WeakKeyDictionary()
-"""network -> its copy in another dtype, and what that was made of: weights that did not change are not copied again."""
+"""network -> its copy in another dtype, and the weights that it was made of, as far as `marks_of` tells them."""
 _converted_lock = threading.Lock()
 
 
@@ -31,7 +33,7 @@ def in_dtype(network, dtype: torch.dtype):
     """`network` itself, or its copy in `dtype`, which is kept for the next call."""
     if network.dtype == dtype:
         return network
-    made_of = [dtype, *map(mark_of, network.state_dict(keep_vars=True).values())]
+    made_of = dtype, network.device, marks_of(network.state_dict().values())
     with _converted_lock:
         kept, of = _converted.get(network, (None, None))
         if of != made_of:
@@ -40,9 +42,10 @@ def in_dtype(network, dtype: torch.dtype):
     return kept
 
 
-def mark_of(part: torch.Tensor) -> tuple:
-    """What changes with the values of `part`; tensors of inference mode do not count how often they were written to."""
-    return id(part), part.device, part.dtype, None if part.is_inference() else part._version
+def marks_of(parts: Iterable[torch.Tensor]) -> list[int]:
+    """The bits of each tensor, added up as whole numbers: they change with its values. Torch's own count of changes
+    (`_version`) misses those of fused optimizers."""
+    return torch.stack([row_sums(part.reshape(1, -1)).sum() for part in parts]).tolist()
 
 
 class SpecFormerDrafter(Drafter):

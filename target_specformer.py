@@ -164,9 +164,9 @@ _rows_lock = threading.Lock()
 
 
 def kept_rows(head: nn.Linear, rows: torch.Tensor | None) -> nn.Linear:
-    """`some_rows` as the layer of the last call, if its rows are the same: what other code keeps of a layer, such as its
-    weights in another order, is of use again. Torch's own count of changes misses those of fused optimizers, so that
-    the rows are compared."""
+    """`some_rows` as the layer of the last call, if its rows are the same: what other code keeps of a layer, such as
+    its weights in another order, is of use again. The rows are compared: torch's own count of changes misses those of
+    fused optimizers."""
     part = some_rows(head, rows)
     if rows is None:  # it is the head itself, which must not keep itself alive
         return part

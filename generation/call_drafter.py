@@ -14,6 +14,12 @@ from .draft_length_auto import AutoDraftLength, experience_of
 from .drafter import Drafter, NoDrafter, is_drafter
 from .drafter_assistant import AssistantDrafter
 from .drafter_copying import MOST_COPIED, CopyingDrafter, CopyRates
+from .drafter_dflash import DFlashDrafter
+from .drafter_dflash_network import DFlashNetwork
+from .drafter_eagle import EagleDrafter
+from .drafter_eagle_network import EagleNetwork
+from .drafter_loading import drafting_model
+from .drafter_parallel import ParallelDrafter
 from .drafter_prompt_lookup import PromptLookupDrafter
 from .drafter_specformer import SpecFormerDrafter
 from .target_refusals import unwrapped
@@ -27,7 +33,7 @@ class DraftSettings:
     """What a call says about drafting.
 
     Attributes:
-        assistant_model: a SpecFormer network, a causal LM, an object that is a `Drafter` already, or `None`.
+        assistant_model: a SpecFormer or DFlash network, a causal LM, an object that is a `Drafter` already, or `None`.
         num_assistant_tokens: to draft each round: a number, "auto", or `None` if not given.
         prompt_lookup_num_tokens: to copy from the text; `None` if not given, 0: none.
         max_matching_ngram_size: of what has to be found in the text before it is copied.
@@ -41,10 +47,11 @@ class DraftSettings:
     prefill_chunk_size: int | None
 
     @classmethod
-    def of_call(cls, assistant_model, num_assistant_tokens, settings: CallSettings) -> DraftSettings:
+    def of_call(cls, model, assistant_model, num_assistant_tokens, settings: CallSettings) -> DraftSettings:
         """
         Raises:
-            ValueError: a number that is none.
+            ValueError: a number that is none, or a checkpoint that is of no use.
+            OSError: a checkpoint that is not there.
         """
         if num_assistant_tokens is None:
             num_assistant_tokens = settings.get("num_assistant_tokens")
@@ -52,7 +59,7 @@ class DraftSettings:
         if ngram is not None and (whole_number(ngram) or 0) < 1:
             raise ValueError(f"max_matching_ngram_size is {ngram!r}; expected a positive integer.")
         return cls(
-            unwrapped(assistant_model),
+            drafting_model(unwrapped(assistant_model), model),
             checked_draft_length(num_assistant_tokens),
             checked_count(settings.take("prompt_lookup_num_tokens"), "prompt_lookup_num_tokens"),
             whole_number(ngram),
@@ -63,8 +70,8 @@ class DraftSettings:
 def choose_drafter(model, drafts: DraftSettings, rule: AcceptanceRule) -> Drafter:
     """The drafter that a call means.
 
-    A SpecFormer network leaves rows whose text repeats itself to copies of it, unless `prompt_lookup_num_tokens` is 0,
-    or the text depends on what is drafted: which row is copied follows from the drafts.
+    A network that reads the target's states leaves rows whose text repeats itself to copies of it, unless
+    `prompt_lookup_num_tokens` is 0, or the text depends on what is drafted: which row is copied follows from that.
 
     Raises:
         ValueError: nothing that drafts, more than one, or the drafter of another target.
@@ -72,8 +79,7 @@ def choose_drafter(model, drafts: DraftSettings, rule: AcceptanceRule) -> Drafte
     assistant_model, copied = drafts.assistant_model, drafts.prompt_lookup_num_tokens
     if drafts.num_assistant_tokens == 0:
         return NoDrafter()
-    if model_type_of(assistant_model) == "specformer":
-        drafter = SpecFormerDrafter(assistant_model, model)
+    if (drafter := drafter_of_network(assistant_model, model)) is not None:
         if copied == 0 or rule.text_depends_on_drafts:
             return drafter
         rates = experience_of(model, assistant_model, CopyingDrafter, CopyRates)
@@ -81,8 +87,8 @@ def choose_drafter(model, drafts: DraftSettings, rule: AcceptanceRule) -> Drafte
     if copied is not None:
         if assistant_model is not None:
             raise ValueError(
-                "assistant_model and prompt_lookup_num_tokens were both given, and only a SpecFormer drafter goes "
-                "together with copies from the text; pass one of them."
+                "assistant_model and prompt_lookup_num_tokens were both given, and only drafters that read the "
+                "target's hidden states go together with copies from the text; pass one of them."
             )
         if not copied:
             return NoDrafter()
@@ -93,7 +99,9 @@ def choose_drafter(model, drafts: DraftSettings, rule: AcceptanceRule) -> Drafte
     if is_drafter(assistant_model):
         return assistant_model
     if isinstance(assistant_model, GenerationMixin):
-        return AssistantDrafter(assistant_model, model, drafts.prefill_chunk_size)
+        is_parallel = getattr(assistant_model.config, "pard_token", None) is not None
+        kind = ParallelDrafter if is_parallel else AssistantDrafter
+        return kind(assistant_model, model, drafts.prefill_chunk_size)
     if assistant_model is None:
         raise ValueError(
             "Nothing was passed that drafts: give assistant_model=AutoModel.from_pretrained(<drafter>, "
@@ -102,8 +110,20 @@ def choose_drafter(model, drafts: DraftSettings, rule: AcceptanceRule) -> Drafte
         )
     raise ValueError(
         f"assistant_model is a {type(assistant_model).__name__}; expected a SpecFormer drafter, loaded with "
-        "AutoModel.from_pretrained(<drafter>, trust_remote_code=True), a causal LM, or a Drafter."
+        "AutoModel.from_pretrained(<drafter>, trust_remote_code=True), the folder or Hub id of a DFlash, DSpark "
+        "or EAGLE-3 drafter, a causal LM, or a Drafter."
     )
+
+
+def drafter_of_network(network, model) -> Drafter | None:
+    """The drafter of a network that reads the hidden states of `model`; `None` where it is none."""
+    if model_type_of(network) == "specformer":
+        return SpecFormerDrafter(network, model)
+    if isinstance(network, DFlashNetwork):
+        return DFlashDrafter(network, model)
+    if isinstance(network, EagleNetwork):
+        return EagleDrafter(network, model)
+    return None
 
 
 def model_type_of(model) -> str | None:

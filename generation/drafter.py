@@ -20,7 +20,7 @@ be as wrong as it likes: what the target does not take is not written. A drafter
 
     specformer.generate(target, RepeatLast(), **inputs)
 
-The drafters that are here: `drafter_specformer`, `drafter_assistant`, `drafter_prompt_lookup`, `drafter_copying`.
+The drafters that are here are the other files whose names begin with `drafter_`.
 
 Shapes: B rows of the batch, R rows that passes still carry, P columns of the prompts, q positions of a pass, S layers
 whose states are read, d channels, V entries of the vocabulary.

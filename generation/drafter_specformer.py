@@ -2,50 +2,18 @@
 
 from __future__ import annotations
 
-import copy
-import threading
-from collections.abc import Iterable
-from weakref import WeakKeyDictionary
-
 import torch
 from transformers import DynamicCache
 
 from .accept_tokens import BestDrafts
 from .backend_graphs import run_pass
 from .backend_linear import fast_linears
-from .backend_packed import row_sums
 from .cache_ragged import RaggedCache
 from .drafter import Drafter, Prompts, Verified
+from .drafter_dtype import in_dtype
+from .drafter_states import UnreadStates, read_prompts
 from .proposal import Proposal
 from .target import FIRST_CAPACITY
-
-MOST_UNREAD = 32
-"""Positions of a row, of rounds without a proposal, after which the target's hidden states are read anyway, since they
-take memory."""
-
-
-_converted: WeakKeyDictionary = WeakKeyDictionary()
-"""network -> its copy in another dtype, and the weights that it was made of, as far as `marks_of` tells them."""
-_converted_lock = threading.Lock()
-
-
-def in_dtype(network, dtype: torch.dtype):
-    """`network` itself, or its copy in `dtype`, which is kept for the next call."""
-    if network.dtype == dtype:
-        return network
-    made_of = dtype, network.device, marks_of(network.state_dict().values())
-    with _converted_lock:
-        kept, of = _converted.get(network, (None, None))
-        if of != made_of:
-            kept = copy.deepcopy(network).to(dtype)
-            _converted[network] = kept, made_of
-    return kept
-
-
-def marks_of(parts: Iterable[torch.Tensor]) -> list[int]:
-    """The bits of each tensor, added up as whole numbers: they change with its values. Torch's own count of changes
-    (`_version`) misses those of fused optimizers."""
-    return torch.stack([row_sums(part.reshape(1, -1)).sum() for part in parts]).tolist()
 
 
 class SpecFormerDrafter(Drafter):
@@ -77,29 +45,21 @@ class SpecFormerDrafter(Drafter):
 
     def begin(self, prompts: Prompts) -> None:
         device = self.borrowed.device
-        layout, input_ids = prompts.layout.to(device), prompts.input_ids.to(device)
-        newest = prompts.first_tokens.to(device)  # (B, 1)
-        limit = prompts.max_length - input_ids.shape[1] + layout.longest
+        layout, newest = prompts.layout.to(device), prompts.first_tokens.to(device)  # (B, 1)
+        limit = prompts.max_length - prompts.input_ids.shape[1] + layout.longest
         capacity = min(layout.longest + FIRST_CAPACITY, limit)
         cache = RaggedCache(1, layout.lengths, layout.longest, capacity, limit)
-        groups = layout.groups
-        contexts = []
-        assert prompts.hidden_states is not None  # of `hidden_state_layers`
-        for group, hidden_states in zip(groups, prompts.hidden_states, strict=True):
-            ids, lengths = input_ids[group.rows, -group.width :], group.layout.lengths
-            # Real tokens go to the front, so that plain causal attention keeps padding out.
-            hidden_states, ids = (
-                group.layout.compact(part)[:, : group.layout.longest] for part in (hidden_states.to(device), ids)
-            )
-            next_tokens = ids.roll(-1, dims=1).scatter(1, lengths[:, None] - 1, newest[group.rows])  # (N, T)
+        contexts, order = [], []
+        for read in read_prompts(prompts, device):
             prompt_cache = DynamicCache()
+            # plain causal attention keeps the padding, which comes after the text, out
             states = self.network.encode_context(
-                hidden_states, self._anchors(next_tokens), past_key_values=prompt_cache
+                read.states, self._anchors(read.next_tokens), past_key_values=prompt_cache
             )
-            columns = torch.arange(group.layout.longest, device=device).expand(len(ids), -1)
-            cache.load(group.rows, prompt_cache, columns)
-            contexts.append(states[torch.arange(len(ids), device=device), lengths - 1])
-        context = torch.cat(contexts)[torch.cat([group.rows for group in groups]).argsort()]  # (B, d)
+            cache.load(read.rows, prompt_cache, read.columns)
+            contexts.append(states[torch.arange(len(states), device=device), read.lengths - 1])
+            order.append(read.rows)
+        context = torch.cat(contexts)[torch.cat(order).argsort()]  # (B, d)
         self.begin_behind(cache, context, newest)
 
     def begin_behind(self, cache: RaggedCache, context: torch.Tensor, newest: torch.Tensor) -> None:
@@ -108,7 +68,7 @@ class SpecFormerDrafter(Drafter):
         self.cache, self.context, self.newest = cache, context, newest
         self.rows = torch.arange(len(newest), device=newest.device)
         self.longest = cache.longest
-        self.unread: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []  # per round, as `_take_unread`
+        self.unread = UnreadStates(self.borrowed.device)
 
     @torch.no_grad()
     def propose(self, num_tokens, choose) -> Proposal:
@@ -138,19 +98,15 @@ class SpecFormerDrafter(Drafter):
         return self.network.draft(context, anchors, **seen)
 
     def update(self, verified: Verified) -> None:
-        # Read when there is a proposal to make: rounds without one cost nothing, and are caught up with in one pass.
-        assert verified.hidden_states is not None  # of `hidden_state_layers`
-        parts = (verified.hidden_states, verified.tokens, verified.counts)
-        hidden_states, tokens, counts = (part.to(self.borrowed.device) for part in parts)
-        self.newest = verified.newest(self.newest)
-        self.unread.append((hidden_states, tokens, counts))
-        self.longest = verified.longest
-        if sum(tokens.shape[1] for _, tokens, _ in self.unread) >= MOST_UNREAD:
+        # Read when there is a proposal to make, in one pass.
+        self.newest, self.longest = verified.newest(self.newest), verified.longest
+        self.unread.add(verified)
+        if self.unread.is_full:
             self._read()
 
     def select_rows(self, index, longest) -> None:
         index = index.to(self.context.device)
-        self.unread = [(states[index], tokens[index], counts[index]) for states, tokens, counts in self.unread]
+        self.unread.select_rows(index)
         self.cache.select_rows(index, longest)
         self.longest = longest
         self.context, self.newest, self.rows = self.context[index], self.newest[index], self.rows[: len(index)]
@@ -159,8 +115,8 @@ class SpecFormerDrafter(Drafter):
         """Context states of the tokens that the target has read since the last proposal."""
         if not self.unread:
             return
-        of_one_round = len(self.unread) == 1
-        hidden_states, tokens, counts = self._take_unread()
+        of_one_round = len(self.unread.rounds) == 1
+        hidden_states, tokens, counts = self.unread.take()
         width = tokens.shape[1]
 
         def read(hidden_states, tokens, counts, context) -> tuple[torch.Tensor]:
@@ -177,18 +133,6 @@ class SpecFormerDrafter(Drafter):
         else:  # of any width, which may never come up again
             (self.context,) = read(*inputs)
         self.cache.advance(counts, self.longest)
-
-    def _take_unread(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Hidden states (R, q, S, d), the tokens after them (R, q), and how many of each row count (R,): the first."""
-        blocks, self.unread = self.unread, []
-        if len(blocks) == 1:
-            return blocks[0]
-        hidden_states, tokens = (torch.cat(parts, dim=1) for parts in list(zip(*blocks, strict=True))[:2])
-        counted = [torch.arange(block.shape[1], device=count.device) < count[:, None] for _, block, count in blocks]
-        counted = torch.cat(counted, dim=1)
-        order = (~counted).long().argsort(dim=1, stable=True)
-        hidden_states = hidden_states.gather(1, order[:, :, None, None].expand_as(hidden_states))
-        return hidden_states, tokens.gather(1, order), counted.sum(dim=1)
 
     def _anchors(self, next_tokens: torch.Tensor) -> torch.Tensor | None:
         return embed(self.borrowed, next_tokens) if self.network.config.use_anchor_token else None

@@ -77,10 +77,11 @@ def generate(
     Args:
         model: the target, any decoder-only causal LM that keeps keys and values of all tokens.
         assistant_model: what drafts: the SpecFormer drafter of that target, which is moved to the target's
-            device and computes in its dtype, or a smaller causal LM with the same tokenizer. Where a row's text
-            repeats itself, the SpecFormer drafter leaves it to copies of that text (`drafter_copying`), but with
-            "rejection"; `prompt_lookup_num_tokens` says how many tokens, and 0 none. With `prompt_lookup_num_tokens`
-            alone, all drafts are copied.
+            device and computes in its dtype; the folder or Hub id of a DFlash, DSpark or EAGLE-3 drafter; or a smaller
+            causal LM with the same tokenizer. Where a row's text repeats itself, drafters that read the target's hidden
+            states leave it to copies of that text (`drafter_copying`), but with "rejection";
+            `prompt_lookup_num_tokens` says how many tokens, and 0 none. With `prompt_lookup_num_tokens` alone, all
+            drafts are copied.
         num_assistant_tokens: tokens to draft each round. "auto" drafts what pays, measured while it runs: see
             `draft_length_auto`. `None` takes the generation config's number, else is "auto", but with "rejection" the
             drafter's default. More than the drafter has slots, or than are copied, is cut to that; 0
@@ -113,10 +114,11 @@ def generate(
     check_acceptance(acceptance, seed)
     check_arguments(assistant_model, inputs, synced_gpus, tokenizer, assistant_tokenizer, custom_generate, settings)
     check_target(model)
+    drafts = DraftSettings.of_call(model, assistant_model, num_assistant_tokens, settings)
     if cuda_graphs:
-        check_recordable(model, unwrapped(assistant_model))
+        check_recordable(model, drafts.assistant_model)
     strategy = Strategy(
-        DraftSettings.of_call(assistant_model, num_assistant_tokens, settings),
+        drafts,
         acceptance,
         seed,
         None if prefix_allowed_tokens_fn is None else PrefixFunctionForWantedRows(prefix_allowed_tokens_fn),

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from pathlib import Path
 
 from specformer.configuration_specformer import SpecFormerConfig
@@ -93,10 +94,18 @@ def machine_text(result: dict) -> str:
 def task_table(result: dict) -> list[str]:
     """Tokens per target pass by task. `result`: a JSON file of evaluate_drafter."""
     if "all" in result:  # of answers, for every draft length
-        lengths = [name for name in result["all"] if name.startswith("tokens_per_pass_k")]
+        lengths = [name for name in result["all"] if re.fullmatch(r"tokens_per_pass_k\d+", name)]
         titles = [f"k = {name.rsplit('k', 1)[1]}" for name in lengths]
         rows = {**result["tasks"], "all": result["all"]}
         cells = {task: [figures[name] for name in lengths] for task, figures in rows.items()}
+        if (interval := f"{lengths[-1]}_95") in result["all"]:
+            titles += ["95 % from", "to"]
+            for task, figures in rows.items():
+                cells[task] += figures[interval]
+        slots = [name for name in result["all"] if name.startswith("accuracy_slot_")]
+        titles += [f"right in slot {slot}" for slot in range(1, len(slots) + 1)]
+        for task, figures in rows.items():
+            cells[task] += [figures[name] for name in slots]
         counts = {task: figures["answers"] for task, figures in rows.items()}
     else:
         titles = [f"k = {result['regime']['num_assistant_tokens']}"]
@@ -114,7 +123,10 @@ def regime_text(result: dict) -> str:
     """How a result was measured, in one line."""
     regime = result["regime"]
     if "all" in result:
-        how = f"greedy, exactly computed over {result['answer_tokens']:,} tokens that the target answered"
+        how = (
+            f"greedy, exactly computed over {result['answer_tokens']:,} tokens that the target answered; right in a "
+            "slot are drafts behind tokens that are right"
+        )
     else:
         how = (
             f"{regime['drafter']}, {regime['decoding']}, {regime['max_new_tokens']} new tokens, batches of "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -14,11 +15,12 @@ from specformer.scripts.parts.prompt_rows import Prompt
 from specformer.scripts.parts.prompts import encode
 
 
-def bootstrap_interval(tokens: list[int], passes: list[int], draws: int = 10_000) -> tuple[float, float]:
+def bootstrap_interval(tokens: Sequence[int], passes: Sequence[int], draws: int = 10_000) -> tuple[float, float]:
     """95 % interval of sum(tokens) / sum(passes) when the prompts are drawn again."""
-    tokens, passes = np.array(tokens), np.array(passes)
+    of_prompts = np.array([tokens, passes])
     index = np.random.default_rng(0).integers(0, len(tokens), (draws, len(tokens)))
-    low, high = np.quantile(tokens[index].sum(1) / passes[index].sum(1), [0.025, 0.975])
+    drawn = of_prompts[:, index].sum(-1)
+    low, high = np.quantile(drawn[0] / drawn[1], [0.025, 0.975])
     return float(low), float(high)
 
 

@@ -18,6 +18,7 @@ from specformer.generation.backend_linear import fast_linears
 from specformer.generation.target_states import HiddenStates, stacked
 from specformer.scripts.parts.answers import Answers
 from specformer.scripts.parts.confidence import BINS, calibration, count_by_confidence
+from specformer.scripts.parts.decoded import bootstrap_interval
 from specformer.scripts.parts.losses import IGNORED, Verifiers, drafter_loss, slot_labels
 from specformer.target_specformer import BorrowedTarget
 
@@ -145,6 +146,7 @@ def evaluate_answers(
 
     lengths = list(range(1, drafter_config(drafter).num_draft_tokens + 1))
     progress, sums = tqdm(total=len(answers), unit="answer"), {}
+    walks: dict[str, list[list[int]]] = {}
     with fast_linears(borrowed.target, drafter, borrowed.rows):
         for task in dict.fromkeys(tasks):
             rows = [index for index, other in enumerate(tasks) if other == task]
@@ -152,24 +154,39 @@ def evaluate_answers(
             loader = torch.utils.data.DataLoader(
                 torch.utils.data.Subset(answers, rows), batch_size, collate_fn=Answers.collate
             )
-            sums[task] = evaluate_offline(drafter, borrowed, loader, lengths)
+            walks[task] = []
+            sums[task] = evaluate_offline(drafter, borrowed, loader, lengths, walks[task])
             progress.update(len(rows))
     progress.close()
-    figures = {task: summarise(each, lengths) for task, each in sums.items()}
-    for task, each in figures.items():
-        each["answers"] = tasks.count(task)
+
+    def figures(sums: torch.Tensor, walks: list[list[int]], count: int) -> dict:
+        tokens, *passes = zip(*walks, strict=True)
+        intervals = {
+            f"tokens_per_pass_k{k}_95": bootstrap_interval(tokens, of_k)
+            for k, of_k in zip(lengths, passes, strict=True)
+        }
+        return {**summarise(sums, lengths), **intervals, "answers": count}
+
+    everything = sum(sums.values(), torch.zeros((), device="cpu"))
     return {
-        "all": {**summarise(sum(sums.values(), torch.zeros((), device="cpu")), lengths), "answers": len(tasks)},
-        "tasks": figures,
+        "all": figures(everything, [walk for each in walks.values() for walk in each], len(tasks)),
+        "tasks": {task: figures(sums[task], walks[task], tasks.count(task)) for task in sums},
     }
 
 
 @torch.no_grad()
-def evaluate_offline(drafter: nn.Module, borrowed: BorrowedTarget, loader, draft_lengths: list[int]) -> torch.Tensor:
+def evaluate_offline(
+    drafter: nn.Module,
+    borrowed: BorrowedTarget,
+    loader,
+    draft_lengths: list[int],
+    walks: list[list[int]] | None = None,
+) -> torch.Tensor:
     """Sums over `loader`, to be added up over processes and read by `summarise`.
 
     A vector: labels, their loss; positions and hits of each slot; of a drafter with `confidence_head` what
-    `count_by_confidence` counts; tokens, passes of each draft length. The last of these is the number of slots.
+    `count_by_confidence` counts; tokens, passes of each draft length. The last of these is the number of slots. The
+    tokens of each answer that passes write, and the passes of each draft length, are added to `walks`.
     """
     config = drafter_config(drafter)
     slots, device = config.num_draft_tokens, borrowed.device
@@ -195,10 +212,11 @@ def evaluate_offline(drafter: nn.Module, borrowed: BorrowedTarget, loader, draft
         matches[(slot_labels(batch["labels"], slots) != IGNORED).any(dim=2)] = right.long().cumprod(1).sum(1)
         matches = matches.tolist()
         for row, first, length in zip(matches, answer.long().argmax(1).tolist(), answer.sum(1).tolist(), strict=True):
-            for place, k in enumerate(draft_lengths):
-                if length > 1:
-                    passes = len(walk(row, first, length, k))
-                    decoded[place] += torch.tensor([length - 1, passes], dtype=torch.float64)
+            if length > 1:
+                passes = [len(walk(row, first, length, k)) for k in draft_lengths]
+                decoded += torch.tensor([[length - 1, count] for count in passes], dtype=torch.float64)
+                if walks is not None:
+                    walks.append([length - 1, *passes])
     return torch.cat([head, counts, hits, confident.flatten(), decoded.flatten()])
 
 

@@ -1,0 +1,201 @@
+"""Drafters of other projects, from their folders or Hub repositories, or from models that are loaded already.
+
+A checkpoint is a config.json and safetensors: no code of it is run and no pickle read. Shapes are compared with those
+that the config asks for before memory is taken for the weights.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from pathlib import Path
+from weakref import WeakKeyDictionary
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from transformers.utils import cached_file
+
+from .drafter_dflash_network import DFlashConfig, DFlashNetwork
+from .drafter_eagle_network import EagleConfig, EagleNetwork
+
+Network = DFlashNetwork | EagleNetwork
+KINDS: dict[str, tuple[type, type]] = {
+    "DFlashDraftModel": (DFlashConfig, DFlashNetwork),
+    "DFlashSpeculator": (DFlashConfig, DFlashNetwork),
+    "DSparkSpeculator": (DFlashConfig, DFlashNetwork),
+    "MuseGlimmerAssistantModel": (DFlashConfig, DFlashNetwork),
+    "Eagle3Speculator": (EagleConfig, EagleNetwork),
+    "Eagle3DraftModel": (EagleConfig, EagleNetwork),
+    "LlamaForCausalLMEagle3": (EagleConfig, EagleNetwork),
+}
+"""What `architectures` in a drafter's config says, and what that is here."""
+INDEX, WEIGHTS = "model.safetensors.index.json", "model.safetensors"
+MOST_BYTES = 2**22
+"""Of config.json and an index."""
+LEFT_OUT = ("embed_tokens.", "lm_head.", "verifier_", "t2d", "d2t")
+"""What checkpoints hold besides, some of it the target's own: of no use where the network has no such part."""
+OTHER_NAMES = {"encoder.fc.": "fc.", "encoder.output_norm_enc.": "hidden_norm.", "midlayer.": "layers.0."}
+"""Beginnings of names that other classes give the same parts."""
+
+_loaded: WeakKeyDictionary = WeakKeyDictionary()
+"""target -> by place, the network that a call loaded for it; model of another library -> its network."""
+_lock = threading.Lock()
+
+
+def drafting_model(given, target):
+    """What `given` means as `assistant_model`: the network of a folder or Hub id, that of a loaded model of a kind
+    that is known here, or else `given` itself.
+
+    Raises:
+        ValueError: a checkpoint that is damaged, or of no kind that is known here.
+        OSError: there is none, or it cannot be downloaded.
+    """
+    if isinstance(given, str | Path):
+        with _lock:
+            networks = _loaded.setdefault(target, {})
+            if str(given) not in networks:
+                networks[str(given)] = load_network(str(given)).to(target.dtype)
+            return networks[str(given)]
+    config = getattr(given, "config", None)
+    if not isinstance(given, nn.Module) or isinstance(given, Network) or kind_of(architectures(given)) is None:
+        return given
+    with _lock:
+        if given not in _loaded:
+            where = f"the config of {type(given).__name__}"
+            fields = {**config.to_dict(), "architectures": architectures(given)}
+            _loaded[given] = network_of(fields, where, given.state_dict())
+        return _loaded[given]
+
+
+def architectures(model) -> list[str]:
+    names = getattr(getattr(model, "config", None), "architectures", None) or []
+    return [*names, type(model).__name__]
+
+
+def kind_of(names: list[str]) -> tuple[type, type] | None:
+    """The classes of config and network that the first known one of `names` means."""
+    return next((KINDS[name] for name in names if name in KINDS), None)
+
+
+def load_network(place: str) -> Network:
+    """The network of a checkpoint.
+
+    Raises: see `drafting_model`.
+    """
+    where = f"{place}/config.json"
+    config = read_json(file_of(place, "config.json"), where)
+    if config.get("model_type") == "specformer":
+        raise ValueError(
+            f"{place} is a SpecFormer drafter: pass it loaded, assistant_model=AutoModel.from_pretrained({place!r}, "
+            "trust_remote_code=True)."
+        )
+    if kind_of(config.get("architectures") or []) is None:
+        raise ValueError(
+            f"{where} is of {config.get('architectures')}; expected a drafter of {', '.join(KINDS)}. A causal LM is "
+            f"passed loaded: assistant_model=AutoModelForCausalLM.from_pretrained({place!r})."
+        )
+    files = weight_files(place)
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in files:
+        with safe_open(file, "pt") as weights:
+            shapes |= {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
+    network = empty_network(config, where, shapes)
+    tensors: dict[str, torch.Tensor] = {}
+    for file in files:
+        with safe_open(file, "pt") as weights:
+            tensors |= {name: weights.get_tensor(name) for name in weights.keys() if is_needed(name, network)}  # noqa: SIM118
+    return filled(network, tensors, place)
+
+
+def network_of(config: dict, where: str, tensors: dict[str, torch.Tensor]) -> Network:
+    """The network that `config` describes, of these `tensors` themselves."""
+    network = empty_network(config, where, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
+    return filled(network, tensors, where)
+
+
+def empty_network(config: dict, where: str, shapes: dict[str, tuple[int, ...]]) -> Network:
+    """The network without weights, on the meta device.
+
+    Raises:
+        ValueError: weights of such `shapes` are not its own.
+    """
+    kind = kind_of(config["architectures"])
+    assert kind is not None  # it was looked for before
+    parsed = kind[0].from_dict(config, where)
+    given = {renamed(name): shape for name, shape in shapes.items()}
+    if "fc.weight" in given and len(given["fc.weight"]) == 2:
+        parsed.target_hidden_size = given["fc.weight"][1] // parsed.num_states
+    with torch.device("meta"):
+        network = kind[1](parsed)
+    expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    problems = [f"{name} is missing" for name in sorted(expected.keys() - given.keys())]
+    problems += [
+        f"{name} is {given[name]}, not {shape}" for name, shape in expected.items() if given.get(name, shape) != shape
+    ]
+    problems += [
+        f"{name} is unknown" for name in sorted(given.keys() - expected.keys()) if not name.startswith(LEFT_OUT)
+    ]
+    if problems:
+        raise ValueError(
+            f"The weights do not fit {where}: {'; '.join(problems[:8])}. Download the drafter again; if it is of a "
+            "newer format, this package does not know it yet."
+        )
+    return network
+
+
+def filled(network: Network, tensors: dict[str, torch.Tensor], where: str) -> Network:
+    wanted = network.state_dict().keys()
+    state = {renamed(name): tensor for name, tensor in tensors.items() if renamed(name) in wanted}
+    for name, tensor in state.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise ValueError(f"{where}: {name} holds numbers that are not finite. Download the drafter again.")
+    network.load_state_dict(state, assign=True)
+    return network.eval().requires_grad_(False)
+
+
+def renamed(name: str) -> str:
+    """A tensor's name as it is here."""
+    name = name.removeprefix("model.")
+    for theirs, ours in OTHER_NAMES.items():
+        if name.startswith(theirs):
+            return ours + name.removeprefix(theirs)
+    return name
+
+
+def is_needed(name: str, network: Network) -> bool:
+    return renamed(name) in network.state_dict()
+
+
+def weight_files(place: str) -> list[str]:
+    """The safetensors of a checkpoint, on this machine."""
+    index = file_of(place, INDEX, optional=True)
+    if index is None:
+        return [file_of(place, WEIGHTS)]
+    names = sorted(set(read_json(index, f"{place}/{INDEX}")["weight_map"].values()))
+    if any(not isinstance(name, str) or "/" in name or not name.endswith(".safetensors") for name in names):
+        raise ValueError(f"{place}/{INDEX} names files that are no safetensors of that folder: {names[:3]}.")
+    return [file_of(place, name) for name in names]
+
+
+def file_of(place: str, name: str, optional: bool = False) -> str | None:
+    """
+    Raises:
+        OSError: it is not there.
+    """
+    found = cached_file(place, name, _raise_exceptions_for_missing_entries=not optional)
+    if found is None and not optional:
+        raise OSError(f"{place} has no {name}.")
+    return found
+
+
+def read_json(path: str, where: str) -> dict:
+    if (size := Path(path).stat().st_size) > MOST_BYTES:
+        raise ValueError(f"{where} has {size:,} bytes; that of a drafter has no more than {MOST_BYTES:,}.")
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{where} is no JSON ({error}). Download the drafter again.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{where} holds a {type(content).__name__}; expected an object.")
+    return content

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from architectures import make_target
-from test_distill import NEW_TOKENS, prompts
+from test_distill import NEW_TOKENS, distilled, prompt_file_of, prompts, saved_target  # noqa: F401, a fixture
 from tiny import llama
 
 from specformer.configuration_specformer import SpecFormerConfig
 from specformer.modeling_specformer import SpecFormerModel
+from specformer.scripts import train
+from specformer.scripts.parts import stored_states
 from specformer.scripts.parts.answering import Answer, Answering
 from specformer.scripts.parts.answers import Answers
 from specformer.scripts.parts.distilled_states import OF_WHAT, DistilledStates, StatesWriter, begin_states
@@ -107,3 +110,16 @@ def test_those_of_others_are_not_used(tmp_path: Path):
     # the same weights in another precision are the same target
     as_single = llama().to(torch.float32)
     assert DistilledStates(answers, borrowed_by_drafter(as_single)).usable
+
+
+def test_training_reads_no_answer_again(saved_target: Path, tmp_path: Path, monkeypatch):  # noqa: F811
+    words = [" ".join(f"w{6 + (index * 7 + step) % 58}" for step in range(1 + index % 9)) for index in range(20)]
+    prompt_file = prompt_file_of(tmp_path, *({"prompt": text} for text in words))
+    options = ("--store-hidden-states", "--max-new-tokens", "12", "--batch-size", "4")
+    folder = distilled(monkeypatch, prompt_file, saved_target, *options)
+    monkeypatch.setattr(stored_states, "target_states", lambda *_: pytest.fail("an answer was read"))
+    places = ["--data", folder, "--target", saved_target, "--output", tmp_path / "drafter"]
+    few = ["--store-hidden-states", "--epochs", "1", "--evaluations", "1", "--held-out", "4"]
+    monkeypatch.setattr(sys, "argv", ["train", *map(str, places), *few])
+    train.main(train.parse())
+    assert (tmp_path / "drafter" / "model.safetensors").exists()

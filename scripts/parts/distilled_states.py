@@ -31,7 +31,7 @@ def digest_of_target(target, layer_ids: list[int]) -> str:
     digest = hashlib.sha256(json.dumps([layer_ids, config], sort_keys=True).encode())
     for parameter in target.parameters():
         some = parameter.detach().flatten()[:: max(1, parameter.numel() // 64)]
-        digest.update(some.double().cpu().numpy().tobytes())
+        digest.update(some.to(STORED).double().cpu().numpy().tobytes())  # the same in any precision
     return digest.hexdigest()[:16]
 
 

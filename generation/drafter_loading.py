@@ -1,7 +1,7 @@
-"""Drafters of other projects, from their folders or Hub repositories, or from models that are loaded already.
+"""Drafters from folders or Hub repositories, of other projects among them, or from models that are loaded already.
 
-A checkpoint is a config.json and safetensors: no code of it is run and no pickle read. Shapes are compared with those
-that the config asks for before memory is taken for the weights.
+A checkpoint of another project is a config.json and safetensors: no code of it is run and no pickle read. Shapes are
+compared with those that the config asks for before memory is taken for the weights.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from weakref import WeakKeyDictionary
 import torch
 from safetensors import safe_open
 from torch import nn
+from transformers import AutoModel, AutoModelForCausalLM
 from transformers.utils import cached_file
 
 from .drafter_dflash_network import DFlashConfig, DFlashNetwork
@@ -44,7 +45,7 @@ _lock = threading.Lock()
 
 
 def drafting_model(given, target):
-    """What `given` means as `assistant_model`: the network of a folder or Hub id, that of a loaded model of a kind
+    """What `given` means as `assistant_model`: what a folder or Hub id holds, the network of a loaded model of a kind
     that is known here, or else `given` itself.
 
     Raises:
@@ -55,7 +56,7 @@ def drafting_model(given, target):
         with _lock:
             networks = _loaded.setdefault(target, {})
             if str(given) not in networks:
-                networks[str(given)] = load_network(str(given)).to(target.dtype)
+                networks[str(given)] = load_drafter(str(given), target)
             return networks[str(given)]
     config = getattr(given, "config", None)
     if not isinstance(given, nn.Module) or isinstance(given, Network) or kind_of(architectures(given)) is None:
@@ -78,23 +79,27 @@ def kind_of(names: list[str]) -> tuple[type, type] | None:
     return next((KINDS[name] for name in names if name in KINDS), None)
 
 
-def load_network(place: str) -> Network:
-    """The network of a checkpoint.
+def load_drafter(place: str, target) -> nn.Module:
+    """The network of a checkpoint, or the SpecFormer drafter or the causal LM that it is, in the dtype of `target`.
 
     Raises: see `drafting_model`.
     """
     where = f"{place}/config.json"
     config = read_json(file_of(place, "config.json"), where)
     if config.get("model_type") == "specformer":
-        raise ValueError(
-            f"{place} is a SpecFormer drafter: pass it loaded, assistant_model=AutoModel.from_pretrained({place!r}, "
-            "trust_remote_code=True)."
-        )
+        try:
+            return AutoModel.from_pretrained(place)  # known where the package is imported
+        except (ImportError, ValueError) as error:
+            raise ValueError(
+                f"{place} could not be loaded ({error}). Pass a SpecFormer drafter loaded: "
+                f"assistant_model=AutoModel.from_pretrained({place!r}, trust_remote_code=True)."
+            ) from error
     if kind_of(config.get("architectures") or []) is None:
-        raise ValueError(
-            f"{where} is of {config.get('architectures')}; expected a drafter of {', '.join(KINDS)}. A causal LM is "
-            f"passed loaded: assistant_model=AutoModelForCausalLM.from_pretrained({place!r})."
-        )
+        return AutoModelForCausalLM.from_pretrained(place, dtype=target.dtype).to(target.device).eval()
+    return load_network(place, config, where).to(target.dtype)
+
+
+def load_network(place: str, config: dict, where: str) -> Network:
     files = weight_files(place)
     shapes: dict[str, tuple[int, ...]] = {}
     for file in files:

@@ -14,7 +14,7 @@ from exactness import check, plain
 from test_exactness import NEW_TOKENS, SETTINGS, meaningful_target
 from tiny import VOCAB, llama, ragged_batch
 
-from specformer import generate
+from specformer import SpecFormerConfig, SpecFormerModel, generate
 from specformer.generation.drafter_dflash import DFlashDrafter
 from specformer.generation.drafter_loading import drafting_model
 
@@ -199,8 +199,8 @@ def test_drafts_are_those_of_transformers_own_decoding(monkeypatch):
         (dict(num_hidden_layers=3), "layers.2.* is missing"),
         (dict(intermediate_size=41), r"mlp.*\(40, 32\), not \(41, 32\)"),
         (dict(num_hidden_layers=1), "layers.1.* is unknown"),
-        (dict(architectures=["GPT2LMHeadModel"]), "expected a drafter of DFlashDraftModel"),
-        (dict(model_type="specformer"), "is a SpecFormer drafter: pass it loaded"),
+        (dict(architectures=["Unheard"], model_type="unheard"), "unheard"),
+        (dict(model_type="specformer"), "could not be loaded .* Pass a SpecFormer drafter loaded"),
     ],
 )
 def test_configs_that_are_of_no_use(change: dict, message: str, tmp_path: Path):
@@ -240,6 +240,21 @@ def test_the_drafter_of_another_target(tmp_path: Path):
     folder = save(tmp_path / "ids", raw_config(llama(), draft_vocab_size=24), weights)
     with pytest.raises(ValueError, match="has 64 tokens, and token 87 is drafted"):
         generate(llama(), folder, torch.tensor([[7]]), max_new_tokens=2)
+
+
+def test_folders_of_other_kinds(tmp_path: Path):
+    """Those of a SpecFormer drafter and of a causal LM hold what would be passed loaded."""
+    target, prompt = llama(torch.float32), torch.tensor([[7, 30, 12]])
+    drafter = SpecFormerModel(SpecFormerConfig.from_target_config(target.config))
+    drafter.init_from_target(target)
+    drafter.save_pretrained(tmp_path / "specformer")
+    small = llama(torch.float32, seed=11, num_hidden_layers=2)
+    small.save_pretrained(tmp_path / "small")
+    settings = dict(max_new_tokens=12, eos_token_id=None, num_assistant_tokens=3, return_dict_in_generate=True)
+    for name, loaded in (("specformer", drafter), ("small", small)):
+        by_name, by_model = (generate(target, one, prompt, **settings) for one in (str(tmp_path / name), loaded.eval()))
+        assert torch.equal(by_name.sequences, by_model.sequences)
+        assert by_name.statistics.was_drafted == by_model.statistics.was_drafted
 
 
 def test_it_is_read_once(tmp_path: Path):

@@ -145,16 +145,20 @@ def files_to_send(folder: Path) -> dict[str, Path]:
     """The files of `folder` that a push sends, its card among them, by their names in the repository.
 
     Raises:
-        ValueError: one of them is no file, or a link to one elsewhere, which is nobody else's business.
+        ValueError: one of them is no file, or a link to one elsewhere, which is nobody else's business; the code of
+            this package is not meant.
     """
     files = {
         path.relative_to(folder).as_posix(): path for pattern in (*PUBLISHED, CARD) for path in folder.glob(pattern)
     }
     blobs = folder.resolve().parent.parent / "blobs"  # huggingface_hub's cache holds links to files there
+    code = Path(__file__).resolve().parent  # to which drafters in a checkout link, so that theirs is never another
     for path in files.values():
         if not path.is_file():
             raise ValueError(f"{path} is no file, or cannot be read; remove it.")
-        if not any(path.resolve().is_relative_to(home) for home in (folder.resolve(), blobs)):
+        is_own_code = path.suffix == ".py" or path.name == REQUIREMENTS
+        homes = (folder.resolve(), blobs, *((code,) if is_own_code else ()))
+        if not any(path.resolve().is_relative_to(home) for home in homes):
             raise ValueError(f"{path} is a link to a file outside of the drafter; remove it, or put a copy there.")
     return files
 

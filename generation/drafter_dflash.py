@@ -15,7 +15,7 @@ from .drafter_dtype import in_dtype
 from .drafter_states import UnreadStates, read_prompts
 from .proposal import Proposal
 from .target import FIRST_CAPACITY
-from .target_head import logits_of_head
+from .target_head import embed_tokens, logits_of_head
 from .target_refusals import input_device
 
 
@@ -36,6 +36,7 @@ class DFlashDrafter(Drafter):
         self.target, self.device = target, input_device(target)
         with torch.inference_mode(False):  # weights that move inside it could not be trained any more
             self.network = in_dtype(network.to(self.device), target.dtype)
+        self.network.rotate_on(self.device)
         config = network.config
         self.max_draft_tokens = config.num_draft_tokens
         self.default_num_assistant_tokens = min(4, config.num_draft_tokens)
@@ -98,9 +99,11 @@ class DFlashDrafter(Drafter):
         for slot, (state, logits) in enumerate(
             zip(states.split(1, dim=1), self._logits(states).split(1, dim=1), strict=True)
         ):
-            previous = head.markov_w1(tokens[-1].clamp(min=0))
+            previous = embed_tokens(head.markov_w1, tokens[-1], scaled=False)
             confidences.append(self._confidences(state, previous))
-            tokens.append(choose(logits + head(state, previous), ahead=slot, token_ids=self.draft_token_ids))
+            bias = head(state, previous)
+            logits = logits[..., : bias.shape[-1]]  # the target may have tokens that were added to it
+            tokens.append(choose(logits + bias, ahead=slot, token_ids=self.draft_token_ids))
         told = [part for part in confidences if part is not None]
         return Proposal(torch.cat(tokens[1:], dim=1), torch.cat(told, dim=1) if told else None)
 
@@ -114,11 +117,11 @@ class DFlashDrafter(Drafter):
 
     def _logits(self, states: torch.Tensor) -> torch.Tensor:
         head = self.network.lm_head
-        return logits_of_head(self.target, states) if head is None else head(states)
+        return (logits_of_head(self.target, states) if head is None else head(states)).to(self.device)
 
     def _embed(self, tokens: torch.Tensor) -> torch.Tensor:
         embeddings = self.network.embed_tokens or self.target.get_input_embeddings()
-        return embeddings(tokens.clamp(min=0)).to(self.device)  # after a wrong draft there may be no token
+        return embed_tokens(embeddings, tokens, self.network.config.scales_embeddings).to(self.device)
 
     def update(self, verified: Verified) -> None:
         self.newest, self.longest = verified.newest(self.newest), verified.longest

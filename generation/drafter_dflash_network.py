@@ -25,6 +25,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP, Qwen3RMSNorm, Qwe
 
 LARGEST = 2**24
 """No size of a drafter comes near. Beyond it a config is damaged or hostile."""
+MOST_LAYERS = 64
 LAYER_FIELDS = (
     "vocab_size",
     "hidden_size",
@@ -58,6 +59,8 @@ class DFlashConfig:
         mask_token_id: whose embedding stands in each slot.
         draft_vocab_size: tokens that it can draft; `None` means the target's vocabulary.
         target_hidden_size: d_t.
+        scales_embeddings: whether the block's embeddings are what the target's module gives, with the factor that some
+            families have; otherwise they are rows of its table.
         sample_from_anchor: whether the slot of the newest token drafts as well; otherwise slots draft the token at
             their own place.
         window_is_of_the_block: whether the window of a sliding layer is counted from the newest token, and the block is
@@ -74,6 +77,7 @@ class DFlashConfig:
     mask_token_id: int
     draft_vocab_size: int | None = None
     target_hidden_size: int = 0
+    scales_embeddings: bool = True
     sample_from_anchor: bool = False
     window_is_of_the_block: bool = False
     sliding_block_is_causal: bool = False
@@ -132,6 +136,7 @@ class DFlashConfig:
                     mask_token_id=config["mask_token_id"],
                     draft_vocab_size=None if drafted == layers.vocab_size else drafted,
                     target_hidden_size=config.get("target_hidden_size") or 0,
+                    scales_embeddings=False,
                     sample_from_anchor=config.get("sample_from_anchor", config["speculators_model_type"] == "dspark"),
                     window_is_of_the_block=True,
                     sliding_block_is_causal=not config.get("sliding_window_non_causal", False),
@@ -159,7 +164,18 @@ class DFlashConfig:
 
 
 def layers_config(fields: dict[str, Any]) -> Qwen3Config:
+    """The sizes of layers by the names that transformers has for them.
+
+    Raises:
+        KeyError, TypeError: one is missing, or no size.
+    """
     known = {name: fields[name] for name in (*LAYER_FIELDS, *OTHER_LAYER_FIELDS) if fields.get(name) is not None}
+    for name in LAYER_FIELDS:  # before anything is made of so many
+        most = MOST_LAYERS if name == "num_hidden_layers" else LARGEST
+        if name in known and (type(known[name]) is not int or not 0 < known[name] <= most):
+            raise TypeError(f"{name} is {known[name]!r}; expected a whole number from 1 to {most:,}")
+    if unknown := set(known.get("layer_types", ())) - {"full_attention", "sliding_attention"}:
+        raise TypeError(f"layer_types has {', '.join(map(repr, unknown))}; expected full or sliding attention")
     if "head_dim" not in known:
         known["head_dim"] = known["hidden_size"] // known["num_attention_heads"]
     known.setdefault("vocab_size", LARGEST)
@@ -301,6 +317,10 @@ class DFlashNetwork(nn.Module):
     def draft_token_ids(self) -> torch.Tensor | None:
         """The tokens that its logits are of, (V',); `None`: all, in their order."""
         return None if self.d2t is None else self.d2t + torch.arange(len(self.d2t), device=self.d2t.device)
+
+    def rotate_on(self, device: torch.device) -> None:
+        """Have the angles of rotations on `device`, in float32 whatever the weights are."""
+        self._rotations[0].to(device)
 
     def read(self, states: torch.Tensor, positions: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Keys and values (B, kv heads, T, head_dim) of each layer for the target's states (B, T, S, d_t) at

@@ -13,6 +13,7 @@ from .drafter_eagle_network import EagleNetwork
 from .drafter_states import UnreadStates, read_prompts
 from .proposal import Proposal
 from .target import FIRST_CAPACITY
+from .target_head import embed_tokens
 from .target_refusals import input_device
 
 
@@ -40,6 +41,7 @@ class EagleDrafter(Drafter):
         self.target, self.device = target, input_device(target)
         with torch.inference_mode(False):  # weights that move inside it could not be trained any more
             self.network = in_dtype(network.to(self.device), target.dtype)
+        self.network.rotate_on(self.device)
         self.hidden_state_layers = sorted(set(wanted))
         self.order = [self.hidden_state_layers.index(layer) for layer in wanted]
         self.draft_token_ids = self.network.draft_token_ids
@@ -118,7 +120,7 @@ class EagleDrafter(Drafter):
 
     def _embed(self, tokens: torch.Tensor) -> torch.Tensor:
         embeddings = self.network.embed_tokens or self.target.get_input_embeddings()
-        return embeddings(tokens.clamp(min=0)).to(self.device)  # after a wrong draft there may be no token
+        return embed_tokens(embeddings, tokens, scaled=False).to(self.device)
 
 
 def check_fit(network: EagleNetwork, target, wanted: list[int]) -> None:

@@ -34,6 +34,7 @@ class EagleConfig:
         target_states: which of the target's hidden states are read: i is what enters layer i. `None`: SafeAILab's, by
             the number of the target's layers.
         draft_vocab_size: tokens that it can draft.
+        has_own_embeddings: whether they were trained, or are the target's.
         has_head_norms: whether queries and keys are normed, as Qwen 3's are.
         target_hidden_size: d_t.
         norm_before_residual: whether what goes around the attention is normed.
@@ -44,6 +45,7 @@ class EagleConfig:
     layer: Qwen3Config
     target_states: list[int] | None
     draft_vocab_size: int
+    has_own_embeddings: bool = False
     has_head_norms: bool = False
     target_hidden_size: int = 0
     norm_before_residual: bool = False
@@ -64,20 +66,24 @@ class EagleConfig:
         fields = config.get("transformer_layer_config", config)
         try:
             layer, states = layers_config(fields), config.get("eagle_aux_hidden_state_layer_ids")
-            if states is None:
-                states = (config.get("eagle_config") or {}).get("eagle_aux_hidden_state_layer_ids")
+            after = (config.get("eagle_config") or {}).get("eagle_aux_hidden_state_layer_ids")
+            if states is None and after is not None:  # there, layers after which states are read
+                states = [layer + 1 for layer in after]
             parsed = cls(
                 layer=layer,
                 target_states=states,
                 draft_vocab_size=config.get("draft_vocab_size") or layer.vocab_size,
                 has_head_norms=fields.get("model_type") == "qwen3",
                 target_hidden_size=config.get("target_hidden_size") or layer.hidden_size,
+                has_own_embeddings=bool(config.get("embed_requires_grad")),
                 **{name: bool(config.get(name, False)) for name in SWITCHES},
             )
         except (KeyError, StrictDataclassError, TypeError) as error:
             raise ValueError(f"{where} is not that of an EAGLE-3 drafter ({type(error).__name__}: {error}).") from error
         if layer.num_hidden_layers != 1:
             raise ValueError(f"{where}: num_hidden_layers is {layer.num_hidden_layers}; expected 1, as EAGLE-3 has.")
+        if "sliding_attention" in layer.layer_types:
+            raise ValueError(f"{where}: its layer has a sliding window, which is not built for EAGLE-3 drafters.")
         for name, size in (("draft_vocab_size", parsed.draft_vocab_size), ("hidden_size", layer.hidden_size)):
             if type(size) is not int or not 0 < size <= LARGEST:
                 raise ValueError(f"{where}: {name} is {size!r}; expected a whole number from 1 to {LARGEST:,}.")
@@ -151,7 +157,7 @@ class EagleNetwork(nn.Module):
             self.fc_norm = nn.ModuleList(
                 Qwen3RMSNorm(config.target_hidden_size, eps=layer.rms_norm_eps) for _ in range(config.num_states)
             )
-        if config.target_hidden_size != size:  # the target's are of another width
+        if config.has_own_embeddings or config.target_hidden_size != size:  # the target's are of another width
             self.embed_tokens = nn.Embedding(layer.vocab_size, size)
         self.layers = nn.ModuleList([EagleLayer(config)])
         self.norm = Qwen3RMSNorm(size, eps=layer.rms_norm_eps)
@@ -174,6 +180,10 @@ class EagleNetwork(nn.Module):
     def draft_token_ids(self) -> torch.Tensor | None:
         """The tokens that its logits are of, (V',); `None`: all, in their order."""
         return None if self.d2t is None else self.d2t + torch.arange(len(self.d2t), device=self.d2t.device)
+
+    def rotate_on(self, device: torch.device) -> None:
+        """Have the angles of rotations on `device`, in float32 whatever the weights are."""
+        self._rotations[0].to(device)
 
     def fuse(self, states: torch.Tensor) -> torch.Tensor:
         """The target's states (B, T, S, d_t) -> (B, T, d)."""

@@ -12,13 +12,15 @@ from pathlib import Path
 from weakref import WeakKeyDictionary
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM
 from transformers.utils import cached_file
 
 from .drafter_dflash_network import DFlashConfig, DFlashNetwork
+from .drafter_dtype import marks_of
 from .drafter_eagle_network import EagleConfig, EagleNetwork
+from .target_refusals import input_device
 
 Network = DFlashNetwork | EagleNetwork
 KINDS: dict[str, tuple[type, type]] = {
@@ -29,6 +31,7 @@ KINDS: dict[str, tuple[type, type]] = {
     "Eagle3Speculator": (EagleConfig, EagleNetwork),
     "Eagle3DraftModel": (EagleConfig, EagleNetwork),
     "LlamaForCausalLMEagle3": (EagleConfig, EagleNetwork),
+    "Eagle3LlamaForCausalLM": (EagleConfig, EagleNetwork),
 }
 """What `architectures` in a drafter's config says, and what that is here."""
 INDEX, WEIGHTS = "model.safetensors.index.json", "model.safetensors"
@@ -40,7 +43,8 @@ OTHER_NAMES = {"encoder.fc.": "fc.", "encoder.output_norm_enc.": "hidden_norm.",
 """Beginnings of names that other classes give the same parts."""
 
 _loaded: WeakKeyDictionary = WeakKeyDictionary()
-"""target -> by place, the network that a call loaded for it; model of another library -> its network."""
+"""target -> by place, what a call loaded for it, and how the files were then; model of another library -> its network,
+and the marks of its weights then."""
 _lock = threading.Lock()
 
 
@@ -53,20 +57,24 @@ def drafting_model(given, target):
         OSError: there is none, or it cannot be downloaded.
     """
     if isinstance(given, str | Path):
-        with _lock:
-            networks = _loaded.setdefault(target, {})
-            if str(given) not in networks:
-                networks[str(given)] = load_drafter(str(given), target)
-            return networks[str(given)]
+        place = str(Path(given).resolve()) if Path(given).is_dir() else str(given)
+        files = [(file.name, file.stat().st_mtime_ns) for file in sorted(Path(place).glob("*")) if file.is_file()]
+        with _lock, torch.inference_mode(False):  # weights of inference mode cannot be packed
+            there = _loaded.setdefault(target, {})
+            if place not in there or there[place][0] != files:
+                there[place] = files, load_drafter(place, target)
+            return there[place][1]
     config = getattr(given, "config", None)
     if not isinstance(given, nn.Module) or isinstance(given, Network) or kind_of(architectures(given)) is None:
         return given
+    weights = given.state_dict()
+    marks = marks_of(weights.values())
     with _lock:
-        if given not in _loaded:
+        if given not in _loaded or _loaded[given][0] != marks:
             where = f"the config of {type(given).__name__}"
             fields = {**config.to_dict(), "architectures": architectures(given)}
-            _loaded[given] = network_of(fields, where, given.state_dict())
-        return _loaded[given]
+            _loaded[given] = marks, network_of(fields, where, weights)
+        return _loaded[given][1]
 
 
 def architectures(model) -> list[str]:
@@ -95,11 +103,38 @@ def load_drafter(place: str, target) -> nn.Module:
                 f"assistant_model=AutoModel.from_pretrained({place!r}, trust_remote_code=True)."
             ) from error
     if kind_of(config.get("architectures") or []) is None:
-        return AutoModelForCausalLM.from_pretrained(place, dtype=target.dtype).to(target.device).eval()
-    return load_network(place, config, where).to(target.dtype)
+        return load_causal_lm(place, target)
+    try:
+        return load_network(place, config, where).to(target.dtype)
+    except (AttributeError, IndexError, KeyError, SafetensorError, TypeError, ZeroDivisionError) as error:
+        raise ValueError(
+            f"{place} holds no drafter that could be read ({type(error).__name__}: {error}). Download it again; if it "
+            "is of a newer format, this package does not know it yet."
+        ) from error
+
+
+def load_causal_lm(place: str, target) -> nn.Module:
+    """
+    Raises:
+        ValueError: some of its weights are not in the files, as where it is a drafter of a kind that is not known here.
+    """
+    model, found = AutoModelForCausalLM.from_pretrained(
+        place,
+        dtype=target.dtype,
+        use_safetensors=True,
+        ignore_mismatched_sizes=True,  # they are told of below
+        output_loading_info=True,
+    )
+    if wrong := sorted(found["missing_keys"]) + sorted(map(str, found["mismatched_keys"])):
+        raise ValueError(
+            f"{place} does not hold the weights of a {type(model).__name__}: {', '.join(wrong[:4])} are not there "
+            f"or of another shape. Drafters of these kinds are known: {', '.join(KINDS)}."
+        )
+    return model.to(input_device(target)).eval()
 
 
 def load_network(place: str, config: dict, where: str) -> Network:
+    """Raises: what reading damaged files does."""
     files = weight_files(place)
     shapes: dict[str, tuple[int, ...]] = {}
     for file in files:
@@ -155,6 +190,11 @@ def filled(network: Network, tensors: dict[str, torch.Tensor], where: str) -> Ne
     for name, tensor in state.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise ValueError(f"{where}: {name} holds numbers that are not finite. Download the drafter again.")
+    if (offsets := state.get("d2t")) is not None:
+        ids = offsets.long() + torch.arange(len(offsets), device=offsets.device)
+        if offsets.is_floating_point() or len(ids.unique()) != len(ids) or int(ids.min()) < 0:
+            raise ValueError(f"{where}: d2t does not name {len(ids)} different tokens. Download the drafter again.")
+        state["d2t"] = offsets.long()
     network.load_state_dict(state, assign=True)
     return network.eval().requires_grad_(False)
 

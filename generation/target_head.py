@@ -1,8 +1,20 @@
-"""The target's logits of states that resemble its last ones."""
+"""The target's LM head and embeddings, as drafters of other projects use them."""
 
 from __future__ import annotations
 
 import torch
+from torch import nn
+from torch.nn import functional
+
+
+def embed_tokens(embeddings: nn.Module, token_ids: torch.Tensor, scaled: bool) -> torch.Tensor:
+    """Input embeddings of `token_ids` (B, T), (B, T, d): with the factor that some families' module has, if `scaled`,
+    but without the norm that one has; or as they are in its table. After a wrong draft there may be no token, and
+    a drafter may know fewer than its target."""
+    token_ids = token_ids.clamp(min=0, max=embeddings.weight.shape[0] - 1)
+    if type(embeddings) is not nn.Embedding and (not scaled or hasattr(embeddings, "embed_norm")):
+        return functional.embedding(token_ids, embeddings.weight)
+    return embeddings(token_ids)
 
 
 def logits_of_head(target, states: torch.Tensor) -> torch.Tensor:

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from architectures import make_target
 from dflash import MASK, WIDTH, drafts_by_loops, random_weights, raw_config, save, speculators_config
 from exactness import check, plain
 from test_exactness import NEW_TOKENS, SETTINGS, meaningful_target
-from tiny import VOCAB, llama, ragged_batch
+from tiny import VOCAB, llama, llama_config, ragged_batch
 
 from specformer import SpecFormerConfig, SpecFormerModel, generate
 from specformer.generation.drafter_dflash import DFlashDrafter
@@ -193,6 +194,11 @@ def test_drafts_are_those_of_transformers_own_decoding(monkeypatch):
         (dict(block_size=1), "nothing is drafted"),
         (dict(block_size=2**40), "block_size is .*whole number from 1"),
         (dict(hidden_size="32"), "is not that of a DFlash drafter|whole number"),
+        (dict(num_hidden_layers=10**10), "num_hidden_layers is .*whole number from 1 to 64"),
+        (dict(num_attention_heads=0), "num_attention_heads is 0"),
+        (dict(layer_types=["full_attention", "chunked_attention"]), "expected full or sliding attention"),
+        (dict(hidden_act="none of these"), "holds no drafter that could be read .*none of these"),
+        (dict(rope_parameters={"rope_type": "none"}), "none"),
         (dict(dflash_config=dict(target_layer_ids=[0])), "mask_token_id"),
         (dict(dflash_config=dict(mask_token_id=VOCAB, target_layer_ids=[0, 1, 2])), "mask_token_id is 64"),
         (dict(dflash_config=dict(mask_token_id=3, target_layer_ids=[])), "expected a list of layers"),
@@ -219,6 +225,26 @@ def test_damaged_files(tmp_path: Path):
     folder = save(tmp_path / "nan", raw_config(target), weights)
     with pytest.raises(ValueError, match=r"norm\.weight holds numbers that are not finite"):
         generate(target, folder, torch.tensor([[7]]), max_new_tokens=2)
+    for d2t, message in (
+        (torch.arange(24) * 0 - torch.arange(24), "does not name 24 different tokens"),
+        (torch.zeros(24), "does not name 24 different tokens"),
+        (torch.full((24,), -3), "does not name 24 different tokens"),
+    ):
+        other = save(
+            tmp_path / "d2t",
+            raw_config(target, draft_vocab_size=24),
+            random_weights(target, draft_vocab=24) | {"d2t": d2t},
+        )
+        with pytest.raises(ValueError, match=message):
+            generate(target, other, torch.tensor([[7]]), max_new_tokens=2)
+    whole = (other / "model.safetensors").read_bytes()
+    (other / "model.safetensors").write_bytes(whole[:200])
+    with pytest.raises(ValueError, match="holds no drafter that could be read"):
+        generate(target, other, torch.tensor([[7]]), max_new_tokens=2)
+    (other / "model.safetensors").rename(other / "lost")
+    (other / "model.safetensors.index.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"holds no drafter that could be read .*weight_map"):
+        generate(target, other, torch.tensor([[7]]), max_new_tokens=2)
     (folder / "config.json").write_text("{", encoding="utf-8")
     with pytest.raises(ValueError, match=r"config\.json is no JSON"):
         generate(target, folder, torch.tensor([[7]]), max_new_tokens=2)
@@ -255,6 +281,49 @@ def test_folders_of_other_kinds(tmp_path: Path):
         by_name, by_model = (generate(target, one, prompt, **settings) for one in (str(tmp_path / name), loaded.eval()))
         assert torch.equal(by_name.sequences, by_model.sequences)
         assert by_name.statistics.was_drafted == by_model.statistics.was_drafted
+
+
+def test_a_drafter_of_an_unknown_kind_is_no_random_causal_lm(tmp_path: Path):
+    """Its config may well be that of a Llama."""
+    target = llama(torch.float32)
+    config = llama_config().to_dict() | dict(architectures=["NobodyKnowsThisDrafter"])
+    folder = save(tmp_path, config, random_weights(target))
+    with pytest.raises(ValueError, match=r"does not hold the weights of a LlamaForCausalLM: .* are known: DFlash"):
+        generate(target, folder, torch.tensor([[7]]), max_new_tokens=2)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tokens_that_were_added_to_the_target(kind: str, tmp_path: Path):
+    """The drafter has no numbers for them, whether they are read or would be drafted."""
+    config, weights, _ = checkpoints(llama())[kind]
+    folder, target = save(tmp_path, config, weights), llama()
+    target.resize_token_embeddings(VOCAB + 3)
+    prompt = torch.tensor([[7, VOCAB + 1, 12, VOCAB + 2]])
+    settings = dict(max_new_tokens=8, eos_token_id=None)
+    text = generate(target, folder, prompt, num_assistant_tokens=4, prompt_lookup_num_tokens=0, **settings)
+    assert torch.equal(text, target.generate(prompt, **settings))
+
+
+def test_embeddings_are_those_that_the_format_has(tmp_path: Path):
+    """z-lab's are what the target's module gives, factor and all; speculators' are rows of its table."""
+    target = make_target("gemma3", seed=3)
+    ids = torch.tensor([[7, 30]])
+    module = target.get_input_embeddings()
+    assert not torch.equal(module(ids), module.weight[ids])
+    for config, expected in ((raw_config(target), module(ids)), (speculators_config(target), module.weight[ids])):
+        folder = save(tmp_path / config["architectures"][0], config, random_weights(target))
+        drafter = DFlashDrafter(drafting_model(folder, target), target)
+        assert torch.equal(drafter._embed(ids), expected)
+
+
+def test_what_is_kept_is_that_of_now(tmp_path: Path):
+    """Other files in a folder, and other weights of a loaded model, are other drafters."""
+    target = llama()
+    folder = save(tmp_path, raw_config(target), random_weights(target))
+    first = drafting_model(folder, target)
+    save(tmp_path, raw_config(target), random_weights(target, seed=1))
+    second = drafting_model(folder, target)
+    assert not torch.equal(first.fc.weight, second.fc.weight)
 
 
 def test_it_is_read_once(tmp_path: Path):

@@ -91,6 +91,8 @@ def test_what_an_interruption_left_is_not_taken_for_another_text(tmp_path: Path)
         file.truncate(file.seek(0, 2) - 1)
     distilled = DistilledStates(answers, borrowed)
     assert [distilled.get(index) is None for index in range(9)] == [False] * 8 + [True]
+    with pytest.raises(ValueError, match=r"states-00000\.bin holds states of .* some were lost"):
+        distil(tmp_path, target, borrowed.layer_ids, range(9, 12))
 
 
 def test_those_of_others_are_not_used(tmp_path: Path):

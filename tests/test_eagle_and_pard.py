@@ -107,6 +107,15 @@ EAGLES: dict[str, tuple[dict, dict]] = {
         ),
         eagle_weights(norms=("fc_norm.0", "fc_norm.1", "fc_norm.2")),
     ),
+    "layers in eagle_config": (
+        dict(
+            architectures=["LlamaForCausalLMEagle3"],
+            draft_vocab_size=24,
+            eagle_config=dict(eagle_aux_hidden_state_layer_ids=[0, 1, 2]),  # after them
+            **layer_fields(),
+        ),
+        eagle_weights("midlayer."),
+    ),
 }
 
 
@@ -115,6 +124,8 @@ def eagle_by_loops(target, config: dict, weights: dict, text: list[int], count: 
     next token are read again for each draft."""
     weights = {name.replace("midlayer.", "layers.0."): values.double() for name, values in weights.items()}
     layers = config.get("eagle_aux_hidden_state_layer_ids") or [2, 2, 1]  # of the four that the target has
+    if "eagle_config" in config:
+        layers = [layer + 1 for layer in config["eagle_config"]["eagle_aux_hidden_state_layer_ids"]]
     with torch.no_grad():
         read = target(input_ids=torch.tensor([text[:-1]]), output_hidden_states=True).hidden_states
 
@@ -228,7 +239,10 @@ def test_the_text_under_eagle_is_that_of_plain_generate(name: str, setting: str,
         (dict(num_hidden_layers=2), "num_hidden_layers is 2; expected 1"),
         (dict(draft_vocab_size=25), r"lm_head.weight is \(24, 32\), not \(25, 32\)"),
         (dict(eagle_config=dict(eagle_aux_hidden_state_layer_ids=[])), "expected a list of layers"),
-        (dict(eagle_config=dict(eagle_aux_hidden_state_layer_ids=[1, 2, 9])), "4 layers, and state 9 is read"),
+        (dict(eagle_config=dict(eagle_aux_hidden_state_layer_ids=[1, 2, 8])), "4 layers, and state 9 is read"),
+        (dict(eagle_config=[1]), "holds no drafter that could be read"),
+        (dict(eagle_config=dict(eagle_aux_hidden_state_layer_ids=5)), "is not that of an EAGLE-3 drafter"),
+        (dict(layer_types=["sliding_attention"], sliding_window=4), "a sliding window, which is not built"),
         (dict(intermediate_size=None), "is not that of an EAGLE-3 drafter|do not fit"),
     ],
 )

@@ -60,11 +60,24 @@ class StatesWriter:
     Args:
         answers: the file of the answers.
         size: values of one token, S * d.
+
+    Raises:
+        ValueError: states of answers that are there were lost: new ones would come to lie in their place.
     """
 
     def __init__(self, answers: Path, size: int):
         self.token = size * STORED.itemsize
-        self.file = open(states_file(answers), "ab")  # noqa: SIM115, closed by `close`
+        path, needed = states_file(answers), 0
+        for line in answers.read_bytes().splitlines() if answers.exists() else ():
+            if (at := (row := json.loads(line)).get("states_at")) is not None:
+                needed = max(needed, at + len(row["prompt_ids"]) + len(row["response_ids"]))
+        kept = path.stat().st_size // self.token if path.exists() else 0
+        if kept < needed:
+            raise ValueError(
+                f"{path} holds states of {kept:,} tokens, and those of {needed:,} were written there: some were lost. "
+                "Put the file back, name another folder, or leave out --store-hidden-states."
+            )
+        self.file = open(path, "ab")  # noqa: SIM115, closed by `close`
         self.file.truncate(self.file.tell() // self.token * self.token)
         self.at = self.file.seek(0, 2) // self.token
 
@@ -90,7 +103,7 @@ class DistilledStates:
         self.shape = -1, len(borrowed.layer_ids), borrowed.text_config.hidden_size
         self.usable = any(at is not None for _, at in answers.states_at)
         if self.usable:
-            path = answers.source / OF_WHAT
+            path = (answers.source if answers.source.is_dir() else answers.source.parent) / OF_WHAT
             kept = json.loads(path.read_text(encoding="utf-8"))["target"] if path.exists() else None
             self.usable = kept == digest_of_target(borrowed.target, borrowed.layer_ids)
             if not self.usable:

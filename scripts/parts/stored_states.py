@@ -29,7 +29,7 @@ class StoredStates(torch.utils.data.Dataset):
     that `distill` kept are taken from where they are.
 
     Args:
-        answers: of the target, a dataset of (tokens, labels).
+        answers: of the target.
         path: of the file; `path`.done notes which texts are in it.
 
     Raises:
@@ -38,9 +38,10 @@ class StoredStates(torch.utils.data.Dataset):
 
     def __init__(self, answers: Answers, borrowed: BorrowedTarget, path: Path):
         self.answers, self.borrowed, self.distilled = answers, borrowed, DistilledStates(answers, borrowed)
-        lengths = [len(tokens) for tokens, _ in answers]
+        # nothing is reserved for those that `distill` kept
+        lengths = [len(tokens) * self.is_read(index) for index, (tokens, _) in enumerate(answers)]
         self.ends = list(accumulate(lengths))
-        shape = self.ends[-1], len(borrowed.layer_ids), borrowed.text_config.hidden_size
+        shape = max(1, self.ends[-1]), len(borrowed.layer_ids), borrowed.text_config.hidden_size
         self.states = map_file(path, shape, STORED)
         self.done = map_file(path.with_name(path.name + ".done"), (len(lengths),), torch.uint8)
 
@@ -55,26 +56,28 @@ class StoredStates(torch.utils.data.Dataset):
     def fill(self, texts: Sequence[int], process_index: int = 0, num_processes: int = 1) -> None:
         """Compute what is missing of this process's share of `texts`. A text is read alone, so that its states are the
         same whatever was computed before an interruption."""
-        mine = [
-            index
-            for index in texts[process_index::num_processes]
-            if not self.done[index] and self.distilled.get(index) is None
-        ]
+        mine = [index for index in texts[process_index::num_processes] if not self.done[index] and self.is_read(index)]
         for index in tqdm(mine, desc="read answers", unit="text", disable=process_index > 0 or not mine):
             batch = Answers.collate([self.answers[index]])
             batch = {name: values.to(self.borrowed.target.device) for name, values in batch.items()}
             self._place(index).copy_(target_states(self.borrowed, batch)[0])
             self.done[index] = 1
 
+    def is_read(self, index: int) -> bool:
+        """Whether the states of a text are those of a pass over it, and not what `distill` kept."""
+        return self.distilled.get(index) is None
+
     def _place(self, index: int) -> torch.Tensor:
         return self.states[self.ends[index - 1] if index else 0 : self.ends[index]]
 
 
-def shared_file(folder: Path, answers, borrowed: BorrowedTarget) -> Path:
-    """Where in `folder` the states of just these texts are, read by just this target at these layers."""
+def shared_file(folder: Path, answers: Answers, borrowed: BorrowedTarget) -> Path:
+    """Where in `folder` the states of just these texts are, read by just this target at these layers; of those that
+    `distill` kept there are none."""
+    distilled = DistilledStates(answers, borrowed)
     digest = hashlib.sha256(digest_of_target(borrowed.target, borrowed.layer_ids).encode())
-    for tokens, _ in answers:
-        digest.update(repr(tokens.tolist()).encode())
+    for index, (tokens, _) in enumerate(answers):
+        digest.update(repr(tokens.tolist() if distilled.get(index) is None else None).encode())
     folder.mkdir(parents=True, exist_ok=True)
     return folder / f"{digest.hexdigest()[:16]}.bin"
 

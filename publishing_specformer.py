@@ -156,9 +156,9 @@ def files_to_send(folder: Path) -> dict[str, Path]:
     for path in files.values():
         if not path.is_file():
             raise ValueError(f"{path} is no file, or cannot be read; remove it.")
-        is_own_code = path.suffix == ".py" or path.name == REQUIREMENTS
-        homes = (folder.resolve(), blobs, *((code,) if is_own_code else ()))
-        if not any(path.resolve().is_relative_to(home) for home in homes):
+        place = path.resolve()
+        own_code = [code / path.name] if path.parent == folder else [code / "generation" / path.name]
+        if place not in own_code and not any(place.is_relative_to(home) for home in (folder.resolve(), blobs)):
             raise ValueError(f"{path} is a link to a file outside of the drafter; remove it, or put a copy there.")
     return files
 

@@ -74,7 +74,7 @@ class DrafterTrainer(Trainer):
         self.model_accepts_loss_kwargs = False  # the loss is a mean over each micro-batch
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        drafts = drafts_of_text(model, self.borrowed, inputs)
+        drafts = drafts_of_text(model, self.borrowed, inputs, self.args.position_share or 1.0)
         loss_of = partial(self.loss, labels=drafts.labels, borrowed=self.borrowed, verifiers=drafts.verifiers)
         loss = loss_of(drafts.states)
         # of the Trainer's own count of steps, which goes on where it was
@@ -206,6 +206,8 @@ def make_loss(arguments: DrafterTrainingArguments, config: SpecFormerConfig) -> 
             f"--base-loss is {arguments.base_loss} and previous_token_rank null; expected --config "
             "previous_token_rank=256 or the like as well: the base is what that corrects."
         )
+    if arguments.position_share is not None and not 0 < arguments.position_share <= 1:
+        raise ValueError(f"--position-share is {arguments.position_share}; expected a share above 0, at most 1.")
     weigh = partial(decaying_weights, decay=decay)
     if smoothing is not None:
         weigh = partial(acceptance_weights, smoothing=smoothing)

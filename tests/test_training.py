@@ -290,7 +290,8 @@ def test_the_base_loss_is_of_the_states_before_the_correction(step: int, share: 
     answers, borrowed = Answers(folders / "answers.jsonl", 100), drafter.borrow(target)
     batch = Answers.collate([answers[0], answers[5]])
     steps = SimpleNamespace(global_step=step, max_steps=20)
-    trainer = SimpleNamespace(borrowed=borrowed, loss=drafter_loss, base_loss=0.8, state=steps)
+    arguments = SimpleNamespace(position_share=None)
+    trainer = SimpleNamespace(borrowed=borrowed, loss=drafter_loss, base_loss=0.8, state=steps, args=arguments)
     drafts = drafts_of_text(drafter, borrowed, batch)
     corrected, first = (
         drafter_loss(states, drafts.labels, borrowed) for states in (drafts.states, drafts.first_states)
@@ -298,6 +299,32 @@ def test_the_base_loss_is_of_the_states_before_the_correction(step: int, share: 
     assert not torch.isclose(corrected, first, rtol=1e-3)
     ours = DrafterTrainer.compute_loss(trainer, drafter, batch)
     torch.testing.assert_close(ours, (1 - share) * corrected + share * first)
+
+
+@pytest.mark.parametrize("fields", [{}, SEEING_MORE], ids=["anchor", "seeing more"])
+def test_a_share_of_the_positions(fields: dict, folders: Path):
+    """Other ones each time, whose drafts are what they are among all; the texts are read whole."""
+    target = llama(torch.float64)
+    drafter = make_drafter(target, **fields)
+    answers, borrowed = Answers(folders / "answers.jsonl", 100), drafter.borrow(target)
+    batch = Answers.collate([answers[index] for index in range(8)])
+    everything = drafts_of_text(drafter, borrowed, batch)
+    torch.manual_seed(0)
+    chosen = []
+    for _ in range(2):
+        some = drafts_of_text(drafter, borrowed, batch, 0.5)
+        assert 0.3 < len(some.labels) / len(everything.labels) < 0.7
+        distances = torch.cdist(some.states.flatten(1), everything.states.flatten(1))
+        chosen.append(distances.argmin(dim=1))
+        assert distances.amin(dim=1).max() < 1e-6
+        assert torch.equal(some.labels, everything.labels[chosen[-1]])
+    assert chosen[0].tolist() != chosen[1].tolist()
+
+
+@pytest.mark.parametrize("share", ["0", "1.5", "-1"])
+def test_a_share_that_is_none(share: str, folders: Path, monkeypatch):
+    with pytest.raises(ValueError, match=r"position-share is .* expected a share above 0, at most 1"):
+        run(monkeypatch, folders, *EACH_STEP, "--position-share", share)
 
 
 @pytest.mark.parametrize("fields", [{}, SEEING_MORE], ids=["anchor", "seeing more"])

@@ -65,8 +65,10 @@ def in_front(values: torch.Tensor, num_slots: int) -> torch.Tensor:
     return functional.pad(values, (0, num_slots))[:, 1:].unfold(1, num_slots, 1)
 
 
-def drafts_of_text(drafter: nn.Module, borrowed: BorrowedTarget, batch: dict[str, torch.Tensor]) -> Drafts:
-    """Drafts of the positions of `batch` that have something to draft."""
+def drafts_of_text(
+    drafter: nn.Module, borrowed: BorrowedTarget, batch: dict[str, torch.Tensor], position_share: float = 1.0
+) -> Drafts:
+    """Drafts of the positions of `batch` that have something to draft, or of a random share of them."""
     dtype, config = next(drafter.parameters()).dtype, drafter_config(drafter)
     hidden_states = batch["hidden_states"] if "hidden_states" in batch else target_states(borrowed, batch)
     anchors = None
@@ -76,6 +78,8 @@ def drafts_of_text(drafter: nn.Module, borrowed: BorrowedTarget, batch: dict[str
     slots = config.num_draft_tokens
     labels = slot_labels(batch["labels"], slots)
     wanted = (labels != IGNORED).any(dim=2)
+    if position_share < 1:
+        wanted = wanted & (torch.rand(wanted.shape, device=wanted.device) < position_share)
     previous = verifiers = None
     if config.previous_token_rank is not None:
         with torch.no_grad():

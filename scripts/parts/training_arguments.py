@@ -95,6 +95,9 @@ class DrafterTrainingArguments(TrainingArguments):
         metavar="SHARE",
     )
 
+    position_share: float | None = option(
+        "learn from a random share of each text's positions in every step, for less time", default=None, metavar="SHARE"
+    )
     max_length: int = option("tokens of a text; what is longer is cut", default=1024)
     held_out: int = option("texts kept for evaluation, a fifth of all at most", default=64)
     evaluations: int = option("evaluations and checkpoints, evenly over the run", default=10)

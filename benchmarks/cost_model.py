@@ -105,7 +105,7 @@ def time_round(
     drafting.longest = context + k + 1  # once they are read
 
     def draft():
-        drafting.unread = [(states, tokens, counts)]
+        drafting.unread.rounds = [(states, tokens, counts)]
         drafting.propose(k, BestDrafts(config.vocab_size))
         own_cache.advance(-counts, context)
 

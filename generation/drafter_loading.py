@@ -53,8 +53,8 @@ def drafting_model(given, target):
     that is known here, or else `given` itself.
 
     Raises:
-        ValueError: a checkpoint that is damaged, or of no kind that is known here.
-        OSError: there is none, or it cannot be downloaded.
+        ValueError: there is no checkpoint, or it is damaged, or of no kind that is known here.
+        OSError: its weights cannot be downloaded.
     """
     if isinstance(given, str | Path):
         place = str(Path(given).resolve()) if Path(given).is_dir() else str(given)
@@ -93,7 +93,13 @@ def load_drafter(place: str, target) -> nn.Module:
     Raises: see `drafting_model`.
     """
     where = f"{place}/config.json"
-    config = read_json(file_of(place, "config.json"), where)
+    try:
+        config = read_json(file_of(place, "config.json"), where)
+    except OSError as error:
+        raise ValueError(
+            f"assistant_model is {place!r}, of which no config.json could be read. Pass a folder, a Hub id that can be "
+            "reached, or the loaded model: AutoModel.from_pretrained(<drafter>, trust_remote_code=True)."
+        ) from error
     if config.get("model_type") == "specformer":
         try:
             return AutoModel.from_pretrained(place)  # known where the package is imported

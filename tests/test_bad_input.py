@@ -95,7 +95,7 @@ def test_drafter_without_recorded_target_name():
     assert contains(message, "another target", "LlamaForCausalLM", "vocab_size is 64 there and 80 here")
 
 
-@pytest.mark.parametrize("wrong", [torch.nn.Linear(2, 2), "someone/drafter", 4], ids=["module", "name", "number"])
+@pytest.mark.parametrize("wrong", [torch.nn.Linear(2, 2), 4], ids=["module", "number"])
 def test_assistant_of_wrong_type(wrong):
     message = refusal(llama(), assistant_model=wrong)
     assert contains(message, f"assistant_model is a {type(wrong).__name__}", "AutoModel.from_pretrained")

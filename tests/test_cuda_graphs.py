@@ -222,7 +222,7 @@ def test_passes_of_a_drafter_need_no_values(preset: str, monkeypatch):
     drafter.begin_behind(lengths_on_meta(), states[:, 0, 0], tokens[:, :1])
     with Watch() as watch:
         for _ in range(2):
-            drafter.unread = [(states, tokens, counts)]
+            drafter.unread.rounds = [(states, tokens, counts)]
             drafts = drafter.propose(4, BestDrafts(VOCAB)).tokens
     assert drafts.shape == (3, 4)
     assert watch.obstacle is None

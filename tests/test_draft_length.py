@@ -412,7 +412,7 @@ def test_drafts_behind_plain_rounds_equal_teacher_forced(seed: int, unread: int,
     batch, network = ragged_batch(), make_network("anchor", target)
     free = target.generate(**batch, eos_token_id=None, max_new_tokens=40)
     width = batch["input_ids"].shape[1]
-    monkeypatch.setattr("specformer.generation.drafter_specformer.MOST_UNREAD", unread)
+    monkeypatch.setattr("specformer.generation.drafter_states.MOST_UNREAD", unread)
     drafts = record_drafts(monkeypatch, free[:, width:])
     scripted(4, seed)
     arguments = dict(max_new_tokens=40, eos_token_id=choose_eos(free, width))

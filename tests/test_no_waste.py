@@ -20,7 +20,7 @@ from transformers import StoppingCriteria
 
 from specformer import SpecFormerConfig, SpecFormerModel, generate, target_specformer
 from specformer.generation import cache_ragged as ragged_cache
-from specformer.generation import decoding
+from specformer.generation import decoding, drafter_dtype
 from specformer.generation import drafter_specformer as drafter_module
 from specformer.generation import target as target_module
 from specformer.generation import text as text_module
@@ -274,24 +274,31 @@ def test_rows_leave_when_half_of_the_carried_ones_have_finished(target, monkeypa
 
 
 def test_a_second_call_copies_no_weights(monkeypatch):
-    """The network in the target's dtype, and the head's rows of the tokens that are drafted, are kept from call to
-    call: until weights change, and no longer than the models live."""
+    """The network in the target's dtype, and the layer of the head's rows of the tokens that are drafted, with what is
+    made of it, are kept from call to call: until weights change, and no longer than the models live."""
     target, batch = llama(torch.float64), ragged_batch()
     config = SpecFormerConfig.from_target_config(target.config, draft_vocab_size=24)
     network = SpecFormerModel(config).eval()  # float32
     network.choose_draft_tokens(torch.rand(target.config.vocab_size))
-    copies, gathers = [], []
-    deepcopy, take = copy.deepcopy, target_specformer.some_rows
+    copies, rows = [], []
+    deepcopy, kept = copy.deepcopy, target_specformer.kept_rows
+
+    def noted(*args):
+        layer = kept(*args)
+        if not rows or rows[-1]() is not layer:
+            rows.append(weakref.ref(layer))
+        return layer
+
     monkeypatch.setattr(
-        drafter_module.copy,
+        drafter_dtype.copy,
         "deepcopy",
         lambda thing, *args: copies.append(isinstance(thing, SpecFormerModel)) or deepcopy(thing, *args),
     )
-    monkeypatch.setattr(target_specformer, "some_rows", lambda *args: gathers.append(1) or take(*args))
+    monkeypatch.setattr(target_specformer, "kept_rows", noted)
 
     def call(target=target, network=network) -> tuple[int, int]:
         generate(target, network, **batch, max_new_tokens=6, num_assistant_tokens=2)
-        return sum(copies), sum(gathers)
+        return sum(copies), len(rows)
 
     assert [call() for _ in range(3)] == [(1, 1)] * 3
     with torch.no_grad():

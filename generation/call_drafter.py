@@ -99,7 +99,7 @@ def choose_drafter(model, drafts: DraftSettings, rule: AcceptanceRule) -> Drafte
     if is_drafter(assistant_model):
         return assistant_model
     if isinstance(assistant_model, GenerationMixin):
-        is_parallel = getattr(assistant_model.config, "pard_token", None) is not None
+        is_parallel = getattr(getattr(assistant_model, "config", None), "pard_token", None) is not None
         kind = ParallelDrafter if is_parallel else AssistantDrafter
         return kind(assistant_model, model, drafts.prefill_chunk_size)
     if assistant_model is None:

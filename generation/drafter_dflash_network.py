@@ -14,7 +14,7 @@ DFlash: arXiv 2602.06036; DSpark: arXiv 2607.05147.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -190,13 +190,25 @@ def spread_layers(num_target_layers: int, num_draft_layers: int) -> list[int]:
     return [round(1 + layer * (num_target_layers - 4) / (num_draft_layers - 1)) for layer in range(num_draft_layers)]
 
 
+def widths_of_heads(config: Qwen3Config) -> tuple[int, int]:
+    """Of all queries, and of all keys or values."""
+    keys = config.num_key_value_heads
+    assert keys is not None  # the config fills it in
+    return config.num_attention_heads * config.head_dim, keys * config.head_dim
+
+
+def kinds_of_layers(config: Qwen3Config) -> list[str]:
+    assert config.layer_types is not None  # the config fills it in
+    return config.layer_types
+
+
 class DFlashAttention(nn.Module):
     """Attention of a block over the text and itself, with a norm for queries and for keys."""
 
     def __init__(self, config: Qwen3Config):
         super().__init__()
         self.head_dim, bias = config.head_dim, bool(config.attention_bias)
-        queries, keys = (heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads))
+        queries, keys = widths_of_heads(config)
         self.q_proj = nn.Linear(config.hidden_size, queries, bias=bias)
         self.k_proj = nn.Linear(config.hidden_size, keys, bias=bias)
         self.v_proj = nn.Linear(config.hidden_size, keys, bias=bias)
@@ -258,10 +270,8 @@ class MarkovHead(nn.Module):
         vocab_size, rank = config.layers.vocab_size, config.markov_rank
         self.markov_w1 = nn.Embedding(vocab_size, rank)
         self.markov_w2 = nn.Linear(rank, config.draft_vocab_size or vocab_size, bias=False)
-        if config.markov_head_type == "gated":
-            self.gate_proj = nn.Linear(config.layers.hidden_size + rank, rank)
-        else:
-            self.gate_proj = None
+        is_gated = config.markov_head_type == "gated"
+        self.gate_proj = nn.Linear(config.layers.hidden_size + rank, rank) if is_gated else None
 
     def forward(self, states: torch.Tensor, previous: torch.Tensor) -> torch.Tensor:
         """States (..., d) of slots and embeddings (..., rank) of the tokens in front -> (..., V')."""
@@ -316,7 +326,8 @@ class DFlashNetwork(nn.Module):
     @property
     def draft_token_ids(self) -> torch.Tensor | None:
         """The tokens that its logits are of, (V',); `None`: all, in their order."""
-        return None if self.d2t is None else self.d2t + torch.arange(len(self.d2t), device=self.d2t.device)
+        offsets: torch.Tensor | None = getattr(self, "d2t")  # noqa: B009, which torch's own annotation does not know
+        return None if offsets is None else offsets + torch.arange(len(offsets), device=offsets.device)
 
     def rotate_on(self, device: torch.device) -> None:
         """Have the angles of rotations on `device`, in float32 whatever the weights are."""
@@ -327,7 +338,7 @@ class DFlashNetwork(nn.Module):
         `positions` (B or 1, T)."""
         context = self.hidden_norm(self.fc(states.flatten(2)))
         rotations = self._rotations[0](context, positions)
-        return [layer.self_attn.keys_and_values(context, rotations) for layer in self.layers]
+        return [cast("DFlashLayer", layer).self_attn.keys_and_values(context, rotations) for layer in self.layers]
 
     def forward(
         self,
@@ -348,7 +359,7 @@ class DFlashNetwork(nn.Module):
             (B, num_draft_tokens, d).
         """
         rotations, masks = self._rotations[0](embeds, positions), self._masks(positions, visible)
-        for layer, of_layer, kind in zip(self.layers, text, self.config.layers.layer_types, strict=True):
+        for layer, of_layer, kind in zip(self.layers, text, kinds_of_layers(self.config.layers), strict=True):
             embeds = layer(embeds, rotations, *of_layer, masks[kind])
         return self.norm(embeds[:, embeds.shape[1] - self.config.num_draft_tokens :])
 
@@ -357,8 +368,9 @@ class DFlashNetwork(nn.Module):
         rows, slots = positions.shape
         of_block = visible.new_ones(slots, slots)
         masks = {"full_attention": joined(visible.expand(rows, 1, slots, -1), of_block)}
-        if "sliding_attention" in self.config.layers.layer_types:
+        if "sliding_attention" in kinds_of_layers(self.config.layers):
             window = self.config.layers.sliding_window
+            assert window is not None  # the config fills it in
             keys = torch.arange(visible.shape[-1], device=positions.device)
             slot = torch.arange(slots, device=positions.device)
             distance = slot[:, None] - slot

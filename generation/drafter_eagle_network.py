@@ -20,7 +20,7 @@ from torch.nn import functional
 from transformers import Cache, Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP, Qwen3RMSNorm, Qwen3RotaryEmbedding
 
-from .drafter_dflash_network import LARGEST, layers_config, rotated
+from .drafter_dflash_network import LARGEST, kinds_of_layers, layers_config, rotated, widths_of_heads
 
 SWITCHES = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
 
@@ -82,7 +82,7 @@ class EagleConfig:
             raise ValueError(f"{where} is not that of an EAGLE-3 drafter ({type(error).__name__}: {error}).") from error
         if layer.num_hidden_layers != 1:
             raise ValueError(f"{where}: num_hidden_layers is {layer.num_hidden_layers}; expected 1, as EAGLE-3 has.")
-        if "sliding_attention" in layer.layer_types:
+        if "sliding_attention" in kinds_of_layers(layer):
             raise ValueError(f"{where}: its layer has a sliding window, which is not built for EAGLE-3 drafters.")
         for name, size in (("draft_vocab_size", parsed.draft_vocab_size), ("hidden_size", layer.hidden_size)):
             if type(size) is not int or not 0 < size <= LARGEST:
@@ -99,7 +99,7 @@ class EagleAttention(nn.Module):
         super().__init__()
         layer, bias = config.layer, bool(config.layer.attention_bias)
         self.head_dim = layer.head_dim
-        queries, keys = (heads * layer.head_dim for heads in (layer.num_attention_heads, layer.num_key_value_heads))
+        queries, keys = widths_of_heads(layer)
         self.q_proj = nn.Linear(2 * layer.hidden_size, queries, bias=bias)
         self.k_proj = nn.Linear(2 * layer.hidden_size, keys, bias=bias)
         self.v_proj = nn.Linear(2 * layer.hidden_size, keys, bias=bias)
@@ -179,7 +179,8 @@ class EagleNetwork(nn.Module):
     @property
     def draft_token_ids(self) -> torch.Tensor | None:
         """The tokens that its logits are of, (V',); `None`: all, in their order."""
-        return None if self.d2t is None else self.d2t + torch.arange(len(self.d2t), device=self.d2t.device)
+        offsets: torch.Tensor | None = getattr(self, "d2t")  # noqa: B009, which torch's own annotation does not know
+        return None if offsets is None else offsets + torch.arange(len(offsets), device=offsets.device)
 
     def rotate_on(self, device: torch.device) -> None:
         """Have the angles of rotations on `device`, in float32 whatever the weights are."""

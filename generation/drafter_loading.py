@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import threading
 from pathlib import Path
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -23,7 +24,7 @@ from .drafter_eagle_network import EagleConfig, EagleNetwork
 from .target_refusals import input_device
 
 Network = DFlashNetwork | EagleNetwork
-KINDS: dict[str, tuple[type, type]] = {
+KINDS: dict[str, tuple[Any, Any]] = {
     "DFlashDraftModel": (DFlashConfig, DFlashNetwork),
     "DFlashSpeculator": (DFlashConfig, DFlashNetwork),
     "DSparkSpeculator": (DFlashConfig, DFlashNetwork),
@@ -64,9 +65,9 @@ def drafting_model(given, target):
             if place not in there or there[place][0] != files:
                 there[place] = files, load_drafter(place, target)
             return there[place][1]
-    config = getattr(given, "config", None)
     if not isinstance(given, nn.Module) or isinstance(given, Network) or kind_of(architectures(given)) is None:
         return given
+    config: Any = given.config
     weights = given.state_dict()
     marks = marks_of(weights.values())
     with _lock:
@@ -82,7 +83,7 @@ def architectures(model) -> list[str]:
     return [*names, type(model).__name__]
 
 
-def kind_of(names: list[str]) -> tuple[type, type] | None:
+def kind_of(names: list[str]) -> tuple[Any, Any] | None:
     """The classes of config and network that the first known one of `names` means."""
     return next((KINDS[name] for name in names if name in KINDS), None)
 
@@ -124,13 +125,14 @@ def load_causal_lm(place: str, target) -> nn.Module:
     Raises:
         ValueError: some of its weights are not in the files, as where it is a drafter of a kind that is not known here.
     """
-    model, found = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         place,
         dtype=target.dtype,
         use_safetensors=True,
         ignore_mismatched_sizes=True,  # they are told of below
         output_loading_info=True,
     )
+    model, found = loaded
     if wrong := sorted(found["missing_keys"]) + sorted(map(str, found["mismatched_keys"])):
         raise ValueError(
             f"{place} does not hold the weights of a {type(model).__name__}: {', '.join(wrong[:4])} are not there "
@@ -220,7 +222,7 @@ def is_needed(name: str, network: Network) -> bool:
 
 def weight_files(place: str) -> list[str]:
     """The safetensors of a checkpoint, on this machine."""
-    index = file_of(place, INDEX, optional=True)
+    index = cached_file(place, INDEX, _raise_exceptions_for_missing_entries=False)
     if index is None:
         return [file_of(place, WEIGHTS)]
     names = sorted(set(read_json(index, f"{place}/{INDEX}")["weight_map"].values()))
@@ -229,13 +231,12 @@ def weight_files(place: str) -> list[str]:
     return [file_of(place, name) for name in names]
 
 
-def file_of(place: str, name: str, optional: bool = False) -> str | None:
+def file_of(place: str, name: str) -> str:
     """
     Raises:
         OSError: it is not there.
     """
-    found = cached_file(place, name, _raise_exceptions_for_missing_entries=not optional)
-    if found is None and not optional:
+    if (found := cached_file(place, name)) is None:
         raise OSError(f"{place} has no {name}.")
     return found
 

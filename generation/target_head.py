@@ -11,9 +11,10 @@ def embed_tokens(embeddings: nn.Module, token_ids: torch.Tensor, scaled: bool) -
     """Input embeddings of `token_ids` (B, T), (B, T, d): with the factor that some families' module has, if `scaled`,
     but without the norm that one has; or as they are in its table. After a wrong draft there may be no token, and
     a drafter may know fewer than its target."""
-    token_ids = token_ids.clamp(min=0, max=embeddings.weight.shape[0] - 1)
+    table = embeddings.get_parameter("weight")
+    token_ids = token_ids.clamp(min=0, max=len(table) - 1)
     if type(embeddings) is not nn.Embedding and (not scaled or hasattr(embeddings, "embed_norm")):
-        return functional.embedding(token_ids, embeddings.weight)
+        return functional.embedding(token_ids, table)
     return embeddings(token_ids)
 
 

@@ -70,6 +70,7 @@ class DrafterTrainer(Trainer):
         self, *args, borrowed: BorrowedTarget, draft_lengths: list[int], loss: Callable, base_loss: float, **kwargs
     ):
         super().__init__(*args, **kwargs)
+        self.args: Any  # DrafterTrainingArguments
         self.borrowed, self.draft_lengths, self.loss, self.base_loss = borrowed, draft_lengths, loss, base_loss
         self.model_accepts_loss_kwargs = False  # the loss is a mean over each micro-batch
 

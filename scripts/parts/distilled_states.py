@@ -99,7 +99,8 @@ class DistilledStates:
     """The states that lie beside `answers`, if they are of the layers and the target that `borrowed` has."""
 
     def __init__(self, answers: Answers, borrowed: BorrowedTarget):
-        self.answers, self.files = answers, {}
+        self.answers = answers
+        self.files: dict[Path, torch.Tensor] = {}
         self.shape = -1, len(borrowed.layer_ids), borrowed.text_config.hidden_size
         self.usable = any(at is not None for _, at in answers.states_at)
         if self.usable:

@@ -39,7 +39,7 @@ class StoredStates(torch.utils.data.Dataset):
     def __init__(self, answers: Answers, borrowed: BorrowedTarget, path: Path):
         self.answers, self.borrowed, self.distilled = answers, borrowed, DistilledStates(answers, borrowed)
         # nothing is reserved for those that `distill` kept
-        lengths = [len(tokens) * self.is_read(index) for index, (tokens, _) in enumerate(answers)]
+        lengths = [len(answers[index][0]) * self.is_read(index) for index in range(len(answers))]
         self.ends = list(accumulate(lengths))
         shape = max(1, self.ends[-1]), len(borrowed.layer_ids), borrowed.text_config.hidden_size
         self.states = map_file(path, shape, STORED)
@@ -76,8 +76,8 @@ def shared_file(folder: Path, answers: Answers, borrowed: BorrowedTarget) -> Pat
     `distill` kept there are none."""
     distilled = DistilledStates(answers, borrowed)
     digest = hashlib.sha256(digest_of_target(borrowed.target, borrowed.layer_ids).encode())
-    for index, (tokens, _) in enumerate(answers):
-        digest.update(repr(tokens.tolist() if distilled.get(index) is None else None).encode())
+    for index in range(len(answers)):
+        digest.update(repr(answers[index][0].tolist() if distilled.get(index) is None else None).encode())
     folder.mkdir(parents=True, exist_ok=True)
     return folder / f"{digest.hexdigest()[:16]}.bin"
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -25,7 +26,7 @@ from tiny import llama, ragged_batch
 from transformers import AutoModel
 
 from specformer import SpecFormerConfig, SpecFormerModel
-from specformer.publishing_specformer import push_folder
+from specformer.publishing_specformer import files_to_send, push_folder
 from specformer.scripts import publish
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -368,6 +369,22 @@ def test_script_says_what_is_wrong_with_a_folder(fault: str, message: str, hub: 
     with pytest.raises(SystemExit, match=message):
         script(monkeypatch, folder, ID, *(["--card", tmp_path / "no-card.md"] if fault == "card" else []))
     assert hub.requests == []
+
+
+def test_links_to_this_package_s_own_code_are_sent(tmp_path: Path):
+    """As a drafter in a checkout has them; those to other files of it are not, nor those under another name."""
+    folder = tmp_path / "drafter"
+    make_drafter().save_pretrained(folder)
+    shutil.rmtree(folder / "custom_generate")
+    (folder / "custom_generate").symlink_to(ROOT / "generation")
+    for file in ROOT.glob("*_specformer.py"):
+        (folder / file.name).unlink(missing_ok=True)
+        (folder / file.name).symlink_to(file)
+    assert set(files_to_send(folder)) == REPOSITORY
+    (folder / "layers_specformer.py").unlink()
+    (folder / "layers_specformer.py").symlink_to(ROOT / "modeling_specformer.py")
+    with pytest.raises(ValueError, match=r"layers_specformer\.py is a link to a file outside"):
+        files_to_send(folder)
 
 
 def link_to(place: Path):

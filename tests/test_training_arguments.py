@@ -41,6 +41,14 @@ def test_defaults(monkeypatch):
     assert {name: getattr(arguments, name) for name in expected} == expected
 
 
+def test_fields_of_several_configs_are_not_lost(monkeypatch, capsys):
+    arguments = parsed(monkeypatch, *PLACES, "--config", "confidence_head=true", "intermediate_size=8")
+    assert arguments.config == ["confidence_head=true", "intermediate_size=8"]
+    with pytest.raises(SystemExit):
+        parsed(monkeypatch, *PLACES, "--config", "confidence_head=true", "--config", "intermediate_size=8")
+    assert "name all fields behind one" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "options",
     [

@@ -208,6 +208,8 @@ def make_parser(description: str) -> HfArgumentParser:
 def parse_arguments(description: str) -> DrafterTrainingArguments:
     """Those of the command line, after those of the recipe that it begins with."""
     parser, given = make_parser(description), sys.argv[1:]
+    if sum(word.partition("=")[0] == "--config" for word in given) > 1:  # only the last one would count
+        parser.error("--config was given more than once; name all fields behind one: --config FIELD=VALUE FIELD=VALUE")
     if given and given[0].endswith((".yaml", ".yml")):
         try:
             recipe = read_recipe(Path(given.pop(0)))

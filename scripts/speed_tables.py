@@ -114,14 +114,19 @@ def section(*lines: str) -> str:
 
 def headline_section() -> str:
     """The README's tables."""
-    return section(*by_task(), "", *default_by_batch())
+    return section(*by_task("rivals_drafter"), "", *default_by_batch())
 
 
-def by_task() -> list[str]:
+def rivals_section() -> str:
+    """The same without a drafter, and with what other libraries make of it."""
+    return section(*by_task("rivals"))
+
+
+def by_task(name: str) -> list[str]:
     """One row of a model that people use, and what others make of it."""
     from benchmarks import rivals  # of a checkout, as the results are
 
-    result = result_of("rivals")
+    result = result_of(name)
     groups = {place: turns for place, turns in rivals.groups_of(result).items() if place[-1] == 1}
     ways = rivals.ways_of(result)
     rows = [
@@ -130,13 +135,15 @@ def by_task() -> list[str]:
     ]
     targets = {f"{target}, {dtype}" for target, dtype, _, _ in groups}
     turns = {len(figures) for figures in groups.values()}
-    economize = result["environments"]["economize"]
+    others = ""
+    if economize := result["environments"].get("economize"):
+        others = f", economize {economize['economize']} with transformers {economize['transformers']}"
     return [
         *markdown(["", *(KINDS_OF_PROMPTS[prompts] for _, _, prompts, _ in groups)], rows),
         "",
         f"{', '.join(targets)}, one row, times plain `generate`. Greedy, {result['regime']['max_new_tokens']} new "
-        f"tokens, medians of {span(turns)} turns with other prompts each; {machine_of(result)}, {software_of(result)}, "
-        f"economize {economize['economize']} with transformers {economize['transformers']}; {result['date']}.",
+        f"tokens, medians of {span(turns)} turns with other prompts each; {machine_of(result)}, "
+        f"{software_of(result)}{others}; {result['date']}.",
     ]
 
 

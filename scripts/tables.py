@@ -26,6 +26,7 @@ from specformer.scripts.speed_tables import (
     profile_section,
     regimes_section,
     result_of,
+    rivals_section,
     rules_section,
     same_prompt_section,
     section,
@@ -192,6 +193,7 @@ def ablations_section() -> str:
 SECTIONS = {
     "README.md": {"speed": headline_section},
     "docs/benchmarks.md": {
+        "rivals": rivals_section,
         "acceptance": acceptance_section,
         "speed": speed_section,
         "regimes": regimes_section,

@@ -159,7 +159,9 @@ def blamed(method: Callable, step: str) -> Callable:
         try:
             return method(self, *args, **kwargs)
         except Exception as error:
-            error.add_note(f"Raised by the drafter {name_of(self)}, in {step}().")
+            note = f"Raised by the drafter {name_of(self)}, in {step}()."
+            if note not in getattr(error, "__notes__", ()):  # of the class that this one is derived from
+                error.add_note(note)
             raise
 
     return named

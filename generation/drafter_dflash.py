@@ -7,68 +7,37 @@ import torch
 from transformers import DynamicCache
 
 from .backend_graphs import run_pass
-from .backend_linear import fast_linears
-from .cache_ragged import RaggedCache
-from .drafter import Drafter, Prompts, Verified
+from .drafter import Prompts, Verified
 from .drafter_dflash_network import DFlashNetwork
-from .drafter_dtype import in_dtype
-from .drafter_states import UnreadStates, read_prompts
+from .drafter_foreign import ForeignDrafter
+from .drafter_states import read_prompts
 from .proposal import Proposal
-from .target import FIRST_CAPACITY
 from .target_head import embed_tokens, logits_of_head
-from .target_refusals import input_device
 
 
-class DFlashDrafter(Drafter):
-    """
-    Args:
-        network: moved to the target's device; where its dtype is another one, a copy in the target's is used.
-        target: the model that it drafts for.
+class DFlashDrafter(ForeignDrafter):
+    """The arguments are those of `ForeignDrafter`, but for the states: the config names them."""
 
-    Raises:
-        ValueError: it is the drafter of another model.
-    """
-
-    proposes_known_tokens = True
+    network: DFlashNetwork
 
     def __init__(self, network: DFlashNetwork, target):
-        check_fit(network, target)
-        self.target, self.device = target, input_device(target)
-        with torch.inference_mode(False):  # weights that move inside it could not be trained any more
-            self.network = in_dtype(network.to(self.device), target.dtype)
-        self.network.rotate_on(self.device)
-        config = network.config
-        self.max_draft_tokens = config.num_draft_tokens
-        self.default_num_assistant_tokens = min(4, config.num_draft_tokens)
-        self.hidden_state_layers = sorted(set(config.target_states))
-        self.order = [self.hidden_state_layers.index(layer) for layer in config.target_states]
-        self.draft_token_ids = self.network.draft_token_ids
-
-    def __enter__(self):
-        self._attached = fast_linears(self.network)
-        self._attached.__enter__()
-        return self
-
-    def __exit__(self, *exception) -> None:
-        self._attached.__exit__(*exception)
+        super().__init__(network, target, network.config.target_states)
+        self.max_draft_tokens = network.config.num_draft_tokens
+        self.default_num_assistant_tokens = min(4, self.max_draft_tokens)
 
     @torch.no_grad()
     def begin(self, prompts: Prompts) -> None:
-        layout = prompts.layout.to(self.device)
-        limit = prompts.max_length - prompts.input_ids.shape[1] + layout.longest
-        capacity = min(layout.longest + FIRST_CAPACITY, limit)
-        self.cache = RaggedCache(len(self.network.layers), layout.lengths, layout.longest, capacity, limit)
+        self.begin_cache(prompts, len(self.network.layers))
         for read in read_prompts(prompts, self.device):
             prompt_cache = DynamicCache()
             for number, (keys, values) in enumerate(self.network.read(read.states[:, :, self.order], read.columns)):
                 prompt_cache.update(keys, values, number)
             self.cache.load(read.rows, prompt_cache, read.columns)
-        self.newest, self.longest = prompts.first_tokens.to(self.device), self.cache.longest
-        self.unread = UnreadStates(self.device)
+        self.newest = prompts.first_tokens.to(self.device)
 
     @torch.no_grad()
     def propose(self, num_tokens, choose) -> Proposal:
-        self._read()
+        self.read()
         (states,) = run_pass(self.cache, 0, ("slots", num_tokens), self._slots(num_tokens), self.newest)
         if self.network.markov_head is None:
             tokens = choose(self._logits(states), token_ids=self.draft_token_ids)
@@ -87,7 +56,7 @@ class DFlashDrafter(Drafter):
                 for layer in self.cache.ragged_layers
             ]
             visible = self.cache.mask(lengths - 1)
-            states = self.network(self._embed(torch.cat([newest, masks], dim=1)), positions, text, visible)
+            states = self.network(self.embed(torch.cat([newest, masks], dim=1)), positions, text, visible)
             return (states[:, :num_tokens].contiguous(),)
 
         return slots
@@ -119,53 +88,15 @@ class DFlashDrafter(Drafter):
         head = self.network.lm_head
         return (logits_of_head(self.target, states) if head is None else head(states)).to(self.device)
 
-    def _embed(self, tokens: torch.Tensor) -> torch.Tensor:
-        embeddings = self.network.embed_tokens or self.target.get_input_embeddings()
-        return embed_tokens(embeddings, tokens, self.network.config.scales_embeddings).to(self.device)
-
     def update(self, verified: Verified) -> None:
-        self.newest, self.longest = verified.newest(self.newest), verified.longest
-        self.unread.add(verified)
-        if self.unread.is_full:
-            self._read()
+        self.newest = verified.newest(self.newest)
+        super().update(verified)
 
-    @torch.no_grad()
-    def _read(self) -> None:
-        """Keys and values of the tokens that the target has read since the last proposal."""
-        if not self.unread:
-            return
-        states, tokens, counts = self.unread.take()
-        positions = self.cache.prepare(tokens.shape[1])
-        for layer, (keys, values) in zip(
-            self.cache.ragged_layers, self.network.read(states[:, :, self.order], positions), strict=True
-        ):
+    def read_round(self, states, tokens, counts, positions) -> None:
+        of_layers = zip(self.cache.ragged_layers, self.network.read(states, positions), strict=True)
+        for layer, (keys, values) in of_layers:
             layer.update(keys, values)
-        self.cache.advance(counts, self.longest)
 
     def select_rows(self, index, longest) -> None:
-        index = index.to(self.device)
-        self.unread.select_rows(index)
-        self.cache.select_rows(index, longest)
-        self.newest, self.longest = self.newest[index], longest
-
-
-def check_fit(network: DFlashNetwork, target) -> None:
-    """
-    Raises:
-        ValueError: `network` reads states, or knows tokens, that `target` does not have.
-    """
-    config, theirs = network.config, target.config.get_text_config(decoder=True)
-    name, problems = target.name_or_path or type(target).__name__, []
-    if config.target_hidden_size != theirs.hidden_size:
-        problems.append(f"hidden_size is {theirs.hidden_size} there and {config.target_hidden_size} here")
-    if max(config.target_states) > theirs.num_hidden_layers:
-        problems.append(f"it has {theirs.num_hidden_layers} layers, and state {max(config.target_states)} is read")
-    if config.mask_token_id >= target.get_input_embeddings().weight.shape[0] and network.embed_tokens is None:
-        problems.append(f"it has no embedding of the mask token {config.mask_token_id}")
-    ids = network.draft_token_ids
-    if ids is not None and not 0 <= int(ids.min()) <= int(ids.max()) < theirs.vocab_size:
-        problems.append(f"it has {theirs.vocab_size} tokens, and token {int(ids.max())} is drafted")
-    if problems:
-        raise ValueError(
-            f"This DFlash drafter does not fit {name}: {'; '.join(problems)}. Pass the drafter of this target."
-        )
+        super().select_rows(index, longest)
+        self.newest = self.newest[index.to(self.device)]

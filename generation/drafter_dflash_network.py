@@ -14,37 +14,23 @@ DFlash: arXiv 2602.06036; DSpark: arXiv 2607.05147.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import cast
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from torch.nn import functional
 from transformers import Qwen3Config
-from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP, Qwen3RMSNorm, Qwen3RotaryEmbedding
+from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP, Qwen3RMSNorm
 
-LARGEST = 2**24
-"""No size of a drafter comes near. Beyond it a config is damaged or hostile."""
-MOST_LAYERS = 64
-LAYER_FIELDS = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "max_position_embeddings",
-)
-OTHER_LAYER_FIELDS = (
-    "hidden_act",
-    "rms_norm_eps",
-    "rope_theta",
-    "rope_scaling",
-    "rope_parameters",
-    "attention_bias",
-    "sliding_window",
-    "layer_types",
+from .drafter_foreign_network import (
+    LARGEST,
+    LAYER_FIELDS,
+    ForeignNetwork,
+    kinds_of_layers,
+    layers_config,
+    rotated,
+    widths_of_heads,
 )
 
 
@@ -163,43 +149,11 @@ class DFlashConfig:
             raise ValueError(f"{where} is not that of a DFlash drafter ({type(error).__name__}: {error}).") from error
 
 
-def layers_config(fields: dict[str, Any]) -> Qwen3Config:
-    """The sizes of layers by the names that transformers has for them.
-
-    Raises:
-        KeyError, TypeError: one is missing, or no size.
-    """
-    known = {name: fields[name] for name in (*LAYER_FIELDS, *OTHER_LAYER_FIELDS) if fields.get(name) is not None}
-    for name in LAYER_FIELDS:  # before anything is made of so many
-        most = MOST_LAYERS if name == "num_hidden_layers" else LARGEST
-        if name in known and (type(known[name]) is not int or not 0 < known[name] <= most):
-            raise TypeError(f"{name} is {known[name]!r}; expected a whole number from 1 to {most:,}")
-    if unknown := set(known.get("layer_types", ())) - {"full_attention", "sliding_attention"}:
-        raise TypeError(f"layer_types has {', '.join(map(repr, unknown))}; expected full or sliding attention")
-    if "head_dim" not in known:
-        known["head_dim"] = known["hidden_size"] // known["num_attention_heads"]
-    known.setdefault("vocab_size", LARGEST)
-    # without the switch, which only Qwen's own configs have, the window would be dropped
-    return Qwen3Config(**known, use_sliding_window="sliding_attention" in known.get("layer_types", ()))
-
-
 def spread_layers(num_target_layers: int, num_draft_layers: int) -> list[int]:
     """The layers after which DFlash reads states where its config names none: from the second to the third last."""
     if num_draft_layers == 1:
         return [num_target_layers // 2]
     return [round(1 + layer * (num_target_layers - 4) / (num_draft_layers - 1)) for layer in range(num_draft_layers)]
-
-
-def widths_of_heads(config: Qwen3Config) -> tuple[int, int]:
-    """Of all queries, and of all keys or values."""
-    keys = config.num_key_value_heads
-    assert keys is not None  # the config fills it in
-    return config.num_attention_heads * config.head_dim, keys * config.head_dim
-
-
-def kinds_of_layers(config: Qwen3Config) -> list[str]:
-    assert config.layer_types is not None  # the config fills it in
-    return config.layer_types
 
 
 class DFlashAttention(nn.Module):
@@ -242,13 +196,6 @@ class DFlashAttention(nn.Module):
         return self.o_proj(attended.transpose(1, 2).flatten(2))
 
 
-def rotated(states: torch.Tensor, rotations: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """Rotary embedding of (B, heads, T, head_dim)."""
-    cos, sin = (part[:, None].to(states.dtype) for part in rotations)
-    first, second = states.chunk(2, dim=-1)
-    return states * cos + torch.cat([-second, first], dim=-1) * sin
-
-
 class DFlashLayer(nn.Module):
     def __init__(self, config: Qwen3Config):
         super().__init__()
@@ -286,14 +233,16 @@ class ConfidenceHead(nn.Module):
         self.proj = nn.Linear(size, 1)
 
 
-class DFlashNetwork(nn.Module):
+class DFlashNetwork(ForeignNetwork):
     """See the module.
 
     Shapes: B rows, T tokens of a text, S states of the target, each of width d_t, d channels, q tokens of a block.
     """
 
+    kind = "DFlash"
+
     def __init__(self, config: DFlashConfig):
-        super().__init__()
+        super().__init__(config.layers, config.draft_vocab_size)
         layers, size = config.layers, config.layers.hidden_size
         self.config = config
         self.fc = nn.Linear(len(config.target_states) * config.target_hidden_size, size, bias=False)
@@ -306,38 +255,16 @@ class DFlashNetwork(nn.Module):
         vocab_size = config.draft_vocab_size
         if vocab_size is not None or self.embed_tokens is not None:
             self.lm_head = nn.Linear(size, vocab_size or layers.vocab_size, bias=False)
-        self.register_buffer("d2t", None if vocab_size is None else torch.zeros(vocab_size, dtype=torch.long))
         if config.markov_rank:
             self.markov_head = MarkovHead(config)
         if config.confidence_head:
             self.confidence_head = ConfidenceHead(size + config.markov_rank * config.confidence_reads_token)
-        with torch.device("cpu"):
-            # in no attribute that torch looks into: it has no weights, and its numbers stay precise in any dtype
-            self._rotations = [Qwen3RotaryEmbedding(layers)]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.fc.weight.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.fc.weight.device
-
-    @property
-    def draft_token_ids(self) -> torch.Tensor | None:
-        """The tokens that its logits are of, (V',); `None`: all, in their order."""
-        offsets: torch.Tensor | None = getattr(self, "d2t")  # noqa: B009, which torch's own annotation does not know
-        return None if offsets is None else offsets + torch.arange(len(offsets), device=offsets.device)
-
-    def rotate_on(self, device: torch.device) -> None:
-        """Have the angles of rotations on `device`, in float32 whatever the weights are."""
-        self._rotations[0].to(device)
 
     def read(self, states: torch.Tensor, positions: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Keys and values (B, kv heads, T, head_dim) of each layer for the target's states (B, T, S, d_t) at
         `positions` (B or 1, T)."""
         context = self.hidden_norm(self.fc(states.flatten(2)))
-        rotations = self._rotations[0](context, positions)
+        rotations = self.rotations(context, positions)
         return [cast("DFlashLayer", layer).self_attn.keys_and_values(context, rotations) for layer in self.layers]
 
     def forward(
@@ -358,7 +285,7 @@ class DFlashNetwork(nn.Module):
         Returns:
             (B, num_draft_tokens, d).
         """
-        rotations, masks = self._rotations[0](embeds, positions), self._masks(positions, visible)
+        rotations, masks = self.rotations(embeds, positions), self._masks(positions, visible)
         for layer, of_layer, kind in zip(self.layers, text, kinds_of_layers(self.config.layers), strict=True):
             embeds = layer(embeds, rotations, *of_layer, masks[kind])
         return self.norm(embeds[:, embeds.shape[1] - self.config.num_draft_tokens :])

@@ -12,15 +12,23 @@ and the target has read nothing: so it drafts one token after the other.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from torch.nn import functional
 from transformers import Cache, Qwen3Config
-from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP, Qwen3RMSNorm, Qwen3RotaryEmbedding
+from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP, Qwen3RMSNorm
 
-from .drafter_dflash_network import LARGEST, kinds_of_layers, layers_config, rotated, widths_of_heads
+from .drafter_foreign_network import (
+    LARGEST,
+    ForeignNetwork,
+    kinds_of_layers,
+    layers_config,
+    rotated,
+    widths_of_heads,
+)
 
 SWITCHES = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
 
@@ -52,6 +60,7 @@ class EagleConfig:
     norm_before_fc: bool = False
     fc_norm: bool = False
     norm_output: bool = False
+    scales_embeddings: ClassVar[bool] = False
 
     @property
     def num_states(self) -> int:
@@ -142,12 +151,14 @@ class EagleLayer(nn.Module):
         return states + self.mlp(self.post_attention_layernorm(states))
 
 
-class EagleNetwork(nn.Module):
+class EagleNetwork(ForeignNetwork):
     """See the module."""
 
+    kind = "EAGLE-3"
+
     def __init__(self, config: EagleConfig):
-        super().__init__()
         layer, size = config.layer, config.layer.hidden_size
+        super().__init__(layer, None if config.draft_vocab_size == layer.vocab_size else config.draft_vocab_size)
         self.config = config
         self.fc = nn.Linear(config.num_states * config.target_hidden_size, size, bias=False)
         self.input_norm = self.fc_norm = self.embed_tokens = None
@@ -162,29 +173,6 @@ class EagleNetwork(nn.Module):
         self.layers = nn.ModuleList([EagleLayer(config)])
         self.norm = Qwen3RMSNorm(size, eps=layer.rms_norm_eps)
         self.lm_head = nn.Linear(size, config.draft_vocab_size, bias=False)
-        all_of_them = config.draft_vocab_size == layer.vocab_size
-        self.register_buffer("d2t", None if all_of_them else torch.zeros(config.draft_vocab_size, dtype=torch.long))
-        with torch.device("cpu"):
-            # in no attribute that torch looks into: it has no weights, and its numbers stay precise in any dtype
-            self._rotations = [Qwen3RotaryEmbedding(layer)]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.fc.weight.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.fc.weight.device
-
-    @property
-    def draft_token_ids(self) -> torch.Tensor | None:
-        """The tokens that its logits are of, (V',); `None`: all, in their order."""
-        offsets: torch.Tensor | None = getattr(self, "d2t")  # noqa: B009, which torch's own annotation does not know
-        return None if offsets is None else offsets + torch.arange(len(offsets), device=offsets.device)
-
-    def rotate_on(self, device: torch.device) -> None:
-        """Have the angles of rotations on `device`, in float32 whatever the weights are."""
-        self._rotations[0].to(device)
 
     def fuse(self, states: torch.Tensor) -> torch.Tensor:
         """The target's states (B, T, S, d_t) -> (B, T, d)."""
@@ -211,4 +199,4 @@ class EagleNetwork(nn.Module):
         Returns:
             (B, T, d), of which `norm` and `lm_head` make the logits of the tokens after next.
         """
-        return self.layers[0](states, embeds, self._rotations[0](embeds, positions), mask, cache)
+        return self.layers[0](states, embeds, self.rotations(embeds, positions), mask, cache)

@@ -21,9 +21,9 @@ from transformers.utils import cached_file
 from .drafter_dflash_network import DFlashConfig, DFlashNetwork
 from .drafter_dtype import marks_of
 from .drafter_eagle_network import EagleConfig, EagleNetwork
+from .drafter_foreign_network import ForeignNetwork
 from .target_refusals import input_device
 
-Network = DFlashNetwork | EagleNetwork
 KINDS: dict[str, tuple[Any, Any]] = {
     "DFlashDraftModel": (DFlashConfig, DFlashNetwork),
     "DFlashSpeculator": (DFlashConfig, DFlashNetwork),
@@ -65,7 +65,7 @@ def drafting_model(given, target):
             if place not in there or there[place][0] != files:
                 there[place] = files, load_drafter(place, target)
             return there[place][1]
-    if not isinstance(given, nn.Module) or isinstance(given, Network) or kind_of(architectures(given)) is None:
+    if not isinstance(given, nn.Module) or isinstance(given, ForeignNetwork) or kind_of(architectures(given)) is None:
         return given
     config: Any = given.config
     weights = given.state_dict()
@@ -141,7 +141,7 @@ def load_causal_lm(place: str, target) -> nn.Module:
     return model.to(input_device(target)).eval()
 
 
-def load_network(place: str, config: dict, where: str) -> Network:
+def load_network(place: str, config: dict, where: str) -> ForeignNetwork:
     """Raises: what reading damaged files does."""
     files = weight_files(place)
     shapes: dict[str, tuple[int, ...]] = {}
@@ -156,13 +156,13 @@ def load_network(place: str, config: dict, where: str) -> Network:
     return filled(network, tensors, place)
 
 
-def network_of(config: dict, where: str, tensors: dict[str, torch.Tensor]) -> Network:
+def network_of(config: dict, where: str, tensors: dict[str, torch.Tensor]) -> ForeignNetwork:
     """The network that `config` describes, of these `tensors` themselves."""
     network = empty_network(config, where, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
     return filled(network, tensors, where)
 
 
-def empty_network(config: dict, where: str, shapes: dict[str, tuple[int, ...]]) -> Network:
+def empty_network(config: dict, where: str, shapes: dict[str, tuple[int, ...]]) -> ForeignNetwork:
     """The network without weights, on the meta device.
 
     Raises:
@@ -192,7 +192,7 @@ def empty_network(config: dict, where: str, shapes: dict[str, tuple[int, ...]]) 
     return network
 
 
-def filled(network: Network, tensors: dict[str, torch.Tensor], where: str) -> Network:
+def filled(network: ForeignNetwork, tensors: dict[str, torch.Tensor], where: str) -> ForeignNetwork:
     wanted = network.state_dict().keys()
     state = {renamed(name): tensor for name, tensor in tensors.items() if renamed(name) in wanted}
     for name, tensor in state.items():
@@ -216,7 +216,7 @@ def renamed(name: str) -> str:
     return name
 
 
-def is_needed(name: str, network: Network) -> bool:
+def is_needed(name: str, network: ForeignNetwork) -> bool:
     return renamed(name) in network.state_dict()
 
 

@@ -16,11 +16,11 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 HEADLINE = "benchmark_cpu"
 NAMES_OF_WAYS = {
+    "specformer, drafter": "SpecFormer, drafter and copies",
     "specformer, copies, auto": "SpecFormer, copies of up to 10 tokens",
     "specformer, prompt lookup": "SpecFormer, copies of 4 tokens",
     "economize, lookup": "economize, copies of 4 tokens",
     "transformers, prompt lookup": "transformers' prompt lookup, 4 tokens",
-    "specformer, drafter": "SpecFormer, drafter and copies",
 }
 KINDS_OF_PROMPTS = {"mt_bench": "chat (MT-Bench)", "mbpp": "code (MBPP)", "edit": "editing code"}
 """What the README calls the ways to generate and the prompts of `benchmarks.rivals`."""
@@ -128,7 +128,7 @@ def by_task(name: str) -> list[str]:
 
     result = result_of(name)
     groups = {place: turns for place, turns in rivals.groups_of(result).items() if place[-1] == 1}
-    ways = rivals.ways_of(result)
+    ways = sorted(rivals.ways_of(result), key=lambda pair: list(NAMES_OF_WAYS).index(pair[1]))
     rows = [
         [NAMES_OF_WAYS[way], *(f"{rivals.speed(groups[place], library, way):.2f}" for place in groups)]
         for library, way in ways

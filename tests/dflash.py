@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import torch
-from safetensors.torch import save_file
 
 MASK = 3
 HEADS, KV_HEADS, HEAD_DIM, WIDTH, INNER, LAYERS = 4, 2, 8, 32, 40, 2
@@ -96,13 +92,6 @@ def random_weights(
     if confidence:
         weights["confidence_head.proj.weight"], weights["confidence_head.proj.bias"] = normal(1, confidence), normal(1)
     return weights
-
-
-def save(folder: Path, config: dict, weights: dict) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / "model.safetensors")
-    return folder
 
 
 def drafts_by_loops(target, weights: dict, text: list[int], block_size: int, from_anchor: bool = False) -> list[int]:

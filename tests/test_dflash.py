@@ -10,8 +10,9 @@ import pytest
 import torch
 import transformers
 from architectures import make_target
-from dflash import MASK, WIDTH, drafts_by_loops, random_weights, raw_config, save, speculators_config
+from dflash import MASK, WIDTH, drafts_by_loops, random_weights, raw_config, speculators_config
 from exactness import check, plain
+from foreign import assert_drafts, assert_rows_draft_as_alone, recorded, save
 from test_exactness import NEW_TOKENS, SETTINGS, meaningful_target
 from tiny import VOCAB, llama, llama_config, ragged_batch
 
@@ -52,36 +53,18 @@ def checkpoints(target) -> dict[str, tuple[dict, dict, dict]]:
 KINDS = list(checkpoints(llama()))
 
 
-def recorded(monkeypatch) -> list[list[list[int]]]:
-    """The proposals of all rounds, as they come."""
-    rounds, propose = [], DFlashDrafter.propose
-
-    def noted(self, num_tokens, choose):
-        proposal = propose(self, num_tokens, choose)
-        rounds.append(proposal.tokens.tolist())
-        return proposal
-
-    monkeypatch.setattr(DFlashDrafter, "propose", noted)
-    return rounds
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_drafts_are_those_of_plain_loops(kind: str, tmp_path: Path, monkeypatch):
     """One position, layer or slot off, and they would be others."""
     target = llama()
     config, weights, how = checkpoints(target)[kind]
-    folder, rounds = save(tmp_path / "drafter", config, weights), recorded(monkeypatch)
+    folder, rounds = save(tmp_path / "drafter", config, weights), recorded(monkeypatch, DFlashDrafter)
     prompt = torch.tensor([[7, 30, 12, 9, 41, 22]])
     settings = dict(max_new_tokens=10, eos_token_id=None, do_sample=False)
     text = generate(target, folder, prompt, num_assistant_tokens=4, prompt_lookup_num_tokens=0, **settings)[0].tolist()
-    written = prompt.shape[1] + 1
-    for (drafts,) in rounds:
-        most = min(4, len(text) - written)
-        expected = drafts_by_loops(target, weights, text[:written], config["block_size"], **how)
-        assert drafts == expected[: len(drafts)]
-        right = [a == b for a, b in zip(drafts, text[written : written + most], strict=False)]
-        written += 1 + [*right, False].index(False)
-    assert len(rounds) > 3
+    assert_drafts(
+        rounds, text, 7, 4, lambda so_far: drafts_by_loops(target, weights, so_far, config["block_size"], **how)
+    )
 
 
 @pytest.mark.parametrize("kind", ["raw", "dspark"])
@@ -89,13 +72,7 @@ def test_every_row_of_a_batch_drafts_as_it_does_alone(kind: str, tmp_path: Path)
     target, batch = llama(), ragged_batch()
     config, weights, _ = checkpoints(target)[kind]
     folder = save(tmp_path / "drafter", config, weights)
-    settings = dict(max_new_tokens=14, eos_token_id=None, num_assistant_tokens=4, prompt_lookup_num_tokens=0)
-    settings |= dict(do_sample=False, return_dict_in_generate=True)
-    together = generate(target, folder, **batch, **settings)
-    for row, mask in enumerate(batch["attention_mask"].bool()):
-        alone = generate(target, folder, batch["input_ids"][row][mask][None], **settings)
-        assert alone.statistics.was_drafted[0] == together.statistics.was_drafted[row]
-        assert alone.sequences[0].tolist()[-14:] == together.sequences[row].tolist()[-14:]
+    assert_rows_draft_as_alone(target, folder, batch)
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
@@ -177,7 +154,7 @@ def test_drafts_are_those_of_transformers_own_decoding(monkeypatch):
     prompt = torch.tensor([[7, 30, 12, 9, 41, 22, 17, 8]])
     settings = dict(max_new_tokens=16, eos_token_id=None, do_sample=False, attention_mask=torch.ones_like(prompt))
     text = target.generate(prompt, assistant_model=theirs, speculation_type="dflash", **settings)
-    rounds = recorded(monkeypatch)
+    rounds = recorded(monkeypatch, DFlashDrafter)
     ours = generate(target, theirs, prompt, num_assistant_tokens=4, prompt_lookup_num_tokens=0, **settings)
     assert torch.equal(ours, text)
     assert len(candidates) > 5
@@ -313,7 +290,7 @@ def test_embeddings_are_those_that_the_format_has(tmp_path: Path):
     for config, expected in ((raw_config(target), module(ids)), (speculators_config(target), module.weight[ids])):
         folder = save(tmp_path / config["architectures"][0], config, random_weights(target))
         drafter = DFlashDrafter(drafting_model(folder, target), target)
-        assert torch.equal(drafter._embed(ids), expected)
+        assert torch.equal(drafter.embed(ids), expected)
 
 
 def test_what_is_kept_is_that_of_now(tmp_path: Path):

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from dflash import save
 from exactness import check, plain
+from foreign import assert_drafts, assert_rows_draft_as_alone, recorded, save
 from test_exactness import NEW_TOKENS, SETTINGS, meaningful_target
 from tiny import VOCAB, llama, ragged_batch
 from torch.nn import functional
@@ -34,6 +34,17 @@ def layer_fields(**more) -> dict:
         rms_norm_eps=1e-6,
         rope_theta=10000.0,
         hidden_act="silu",
+        **more,
+    )
+
+
+def speculators_config(model_type: str = "llama", **more) -> dict:
+    return dict(
+        architectures=["Eagle3Speculator"],
+        speculators_model_type="eagle3",
+        transformer_layer_config=layer_fields(model_type=model_type, head_dim=HEAD_DIM),
+        draft_vocab_size=24,
+        eagle_aux_hidden_state_layer_ids=[1, 2, 4],
         **more,
     )
 
@@ -73,38 +84,13 @@ EAGLES: dict[str, tuple[dict, dict]] = {
         dict(architectures=["LlamaForCausalLMEagle3"], draft_vocab_size=24, **layer_fields()),
         eagle_weights("midlayer."),
     ),
-    "speculators": (
-        dict(
-            architectures=["Eagle3Speculator"],
-            speculators_model_type="eagle3",
-            transformer_layer_config=layer_fields(model_type="llama", head_dim=HEAD_DIM),
-            draft_vocab_size=24,
-            eagle_aux_hidden_state_layer_ids=[1, 2, 4],
-            norm_before_residual=True,
-        ),
-        eagle_weights(),
-    ),
+    "speculators": (speculators_config(norm_before_residual=True), eagle_weights()),
     "speculators, more norms": (
-        dict(
-            architectures=["Eagle3Speculator"],
-            speculators_model_type="eagle3",
-            transformer_layer_config=layer_fields(model_type="qwen3", head_dim=HEAD_DIM),
-            draft_vocab_size=24,
-            eagle_aux_hidden_state_layer_ids=[1, 2, 4],
-            norm_before_fc=True,
-            norm_output=True,
-        ),
+        speculators_config("qwen3", norm_before_fc=True, norm_output=True),
         eagle_weights(norms=("input_norm", *HEAD_NORMS)),
     ),
     "speculators, a norm a state": (
-        dict(
-            architectures=["Eagle3Speculator"],
-            speculators_model_type="eagle3",
-            transformer_layer_config=layer_fields(model_type="llama", head_dim=HEAD_DIM),
-            draft_vocab_size=24,
-            eagle_aux_hidden_state_layer_ids=[1, 2, 4],
-            fc_norm=True,
-        ),
+        speculators_config(fc_norm=True),
         eagle_weights(norms=("fc_norm.0", "fc_norm.1", "fc_norm.2")),
     ),
     "layers in eagle_config": (
@@ -176,29 +162,6 @@ def eagle_by_loops(target, config: dict, weights: dict, text: list[int], count: 
     return drafts
 
 
-def recorded(monkeypatch, drafter: type) -> list[list[list[int]]]:
-    """The proposals of all rounds, as they come."""
-    rounds, propose = [], drafter.propose
-
-    def noted(self, num_tokens, choose):
-        proposal = propose(self, num_tokens, choose)
-        rounds.append(proposal.tokens.tolist())
-        return proposal
-
-    monkeypatch.setattr(drafter, "propose", noted)
-    return rounds
-
-
-def assert_drafts(rounds: list, text: list[int], written: int, most: int, expected_after) -> None:
-    """The drafts of each round are those that `expected_after` names for the text until then."""
-    for (drafts,) in rounds:
-        assert drafts == expected_after(text[:written])[: len(drafts)]
-        goes_on = text[written : written + min(most, len(text) - written)]
-        right = [a == b for a, b in zip(drafts, goes_on, strict=False)]
-        written += 1 + [*right, False].index(False)
-    assert len(rounds) > 3
-
-
 @pytest.mark.parametrize("kind", EAGLES)
 def test_eagle_drafts_are_those_of_plain_loops(kind: str, tmp_path: Path, monkeypatch):
     target, (config, weights) = llama(), EAGLES[kind]
@@ -212,13 +175,7 @@ def test_eagle_drafts_are_those_of_plain_loops(kind: str, tmp_path: Path, monkey
 @pytest.mark.parametrize("kind", ["SafeAILab", "speculators, more norms"])
 def test_every_row_of_a_batch_drafts_as_it_does_alone(kind: str, tmp_path: Path):
     target, batch, folder = llama(), ragged_batch(), save(tmp_path, *EAGLES[kind])
-    settings = dict(max_new_tokens=14, eos_token_id=None, num_assistant_tokens=4, prompt_lookup_num_tokens=0)
-    settings |= dict(do_sample=False, return_dict_in_generate=True)
-    together = generate(target, folder, **batch, **settings)
-    for row, mask in enumerate(batch["attention_mask"].bool()):
-        alone = generate(target, folder, batch["input_ids"][row][mask][None], **settings)
-        assert alone.statistics.was_drafted[0] == together.statistics.was_drafted[row]
-        assert alone.sequences[0].tolist()[-14:] == together.sequences[row].tolist()[-14:]
+    assert_rows_draft_as_alone(target, folder, batch)
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
@@ -289,14 +246,9 @@ def test_every_row_of_a_batch_drafts_in_parallel_as_it_does_alone():
     target, batch = llama(), ragged_batch()
     assistant = llama(seed=0)  # the target itself, whose first draft is always right
     assistant.config.pard_token = MASK
-    settings = dict(max_new_tokens=14, eos_token_id=None, num_assistant_tokens=4, return_dict_in_generate=True)
-    together = generate(target, assistant, **batch, **settings)
+    # nothing is drafted for the last token of a text, but where other rows go on
+    together = assert_rows_draft_as_alone(target, assistant, batch, slice(-1), prompt_lookup_num_tokens=None)
     assert together.statistics.accepted_per_slot[0] == together.statistics.drafted_per_slot[0]
-    for row, mask in enumerate(batch["attention_mask"].bool()):
-        alone = generate(target, assistant, batch["input_ids"][row][mask][None], **settings)
-        # no more is drafted for the last token of a text, but where other rows go on
-        assert alone.statistics.was_drafted[0][:-1] == together.statistics.was_drafted[row][:-1]
-        assert alone.sequences[0].tolist()[-14:] == together.sequences[row].tolist()[-14:]
 
 
 @pytest.mark.parametrize("token", [VOCAB, -1, "3", 1.5])

@@ -91,6 +91,12 @@ def test_what_an_interruption_left_is_not_taken_for_another_text(tmp_path: Path)
         file.truncate(file.seek(0, 2) - 1)
     distilled = DistilledStates(answers, borrowed)
     assert [distilled.get(index) is None for index in range(9)] == [False] * 8 + [True]
+    for empty in (True, False):  # a file without states, and no file
+        if empty:
+            (tmp_path / "states-00000.bin").write_bytes(b"")
+        else:
+            (tmp_path / "states-00000.bin").unlink()
+        assert all(DistilledStates(answers, borrowed).get(index) is None for index in range(9))
     with pytest.raises(ValueError, match=r"states-00000\.bin holds states of .* some were lost"):
         distil(tmp_path, target, borrowed.layer_ids, range(9, 12))
 

@@ -101,7 +101,7 @@ class DistilledStates:
     def __init__(self, answers: Answers, borrowed: BorrowedTarget):
         self.answers = answers
         self.files: dict[Path, torch.Tensor] = {}
-        self.shape = -1, len(borrowed.layer_ids), borrowed.text_config.hidden_size
+        self.shape = len(borrowed.layer_ids), borrowed.text_config.hidden_size
         self.usable = any(at is not None for _, at in answers.states_at)
         if self.usable:
             path = (answers.source if answers.source.is_dir() else answers.source.parent) / OF_WHAT
@@ -120,9 +120,12 @@ class DistilledStates:
         if not self.usable or at is None:
             return None
         if path not in self.files:
-            count = path.stat().st_size // STORED.itemsize if path.exists() else 0
-            tokens = torch.from_file(str(path), shared=False, size=count, dtype=STORED) if count else torch.empty(0)
-            self.files[path] = tokens[: count - count % (self.shape[1] * self.shape[2])].view(self.shape)
+            size = self.shape[0] * self.shape[1]
+            count = path.stat().st_size // (STORED.itemsize * size) if path.exists() else 0  # whole tokens
+            numbers = (
+                torch.from_file(str(path), shared=False, size=count * size, dtype=STORED) if count else torch.empty(0)
+            )
+            self.files[path] = numbers.view(count, *self.shape)
         length = len(self.answers.rows[index][0])
         states = self.files[path][at : at + length]
         return states if len(states) == length else None

@@ -30,6 +30,8 @@ from specformer.scripts.parts.prompts import encode
 from specformer.scripts.parts.provenance import provenance
 
 ROOT = Path(__file__).resolve().parents[1]
+CODE_DRAFTER = ROOT / "drafters" / "qwen2.5-coder-0.5b-instruct"
+"""In a checkout; the package that pip installs has the default drafter only, and copies then draft alone."""
 REPEATS = 3
 MORE_PADDING = 3
 """Columns with which plain generate() runs once more in half precision: what its texts differ by from themselves."""
@@ -94,7 +96,7 @@ class Demo:
 
 
 CHAT = Demo(DEFAULT, PROMPTS, 96, ROOT)
-CODE = Demo("Qwen2.5-Coder-0.5B-Instruct", CODE_PROMPTS, 128)
+CODE = Demo("Qwen2.5-Coder-0.5B-Instruct", CODE_PROMPTS, 128, CODE_DRAFTER if CODE_DRAFTER.is_dir() else None)
 
 
 def timed(function: Callable):

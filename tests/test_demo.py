@@ -52,8 +52,7 @@ def test_demo(code: bool, tokenizer, tmp_path, monkeypatch, capsys):
     drafter.save_pretrained(tmp_path / "drafter")
     monkeypatch.setattr(demo, "fetch_target", lambda name: tmp_path / "target")
     shown = replace(demo.CODE if code else demo.CHAT, prompts=["one, two", "a hen on the hill"], max_new_tokens=8)
-    if not code:
-        shown = replace(shown, drafter=tmp_path / "drafter")
+    shown = replace(shown, drafter=None if code else tmp_path / "drafter")
     monkeypatch.setattr(demo, "CODE" if code else "CHAT", shown)
     monkeypatch.setattr(sys, "argv", ["demo", "--output", str(tmp_path / "demo.json"), *(["--code"] if code else [])])
     assert demo.main(demo.parse()) == 0

@@ -53,6 +53,13 @@ class AcceptanceRule:
         And the distributions (N, q, C) that they were sampled from, if `take` needs them."""
         raise NotImplementedError
 
+    def chances(
+        self, scores: torch.Tensor, positions: Positions, vocab_size: int, token_ids: torch.Tensor
+    ) -> torch.Tensor:
+        """How likely each of `token_ids` (N, q, C) is taken, for all that a drafter's scores of them say: logarithms,
+        (N, q, C)."""
+        return scores.log_softmax(dim=-1)
+
     def take(
         self,
         scores: torch.Tensor,
@@ -114,6 +121,11 @@ class Match(AcceptanceRule):
     def take(self, scores, drafts, proposals, positions):
         tokens = sample_with_noise(scores, self.noise.gather(positions, scores.shape[-1]))
         return tokens, (tokens == drafts) & (drafts >= 0)
+
+    def chances(self, scores, positions, vocab_size, token_ids):
+        # what is taken is the best token of such numbers of the target's; its own are not far from the drafter's
+        noise = self.noise.gather(positions, vocab_size, token_ids)
+        return (scores.log_softmax(dim=-1) - noise.log()).log_softmax(dim=-1)
 
     def take_few(self, few, positions, vocab_size):
         return sample_surely(few, self.noise.gather(positions, vocab_size, few.token_ids))

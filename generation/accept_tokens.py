@@ -6,7 +6,7 @@ Logits become scores as in plain generate(), through its processors; the accepta
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch.nn import functional
@@ -16,6 +16,7 @@ from .accept_rules import AcceptanceRule
 from .accept_sampling import best_tokens, count_accepted
 from .argument import name_of
 from .proposal import NO_TOKEN, Proposal, check_proposal, first_path
+from .proposal_tree import DraftTree, along
 from .text import Text
 from .text_outputs import StepOutputs
 from .text_positions import Positions
@@ -90,20 +91,35 @@ class TokenChoice:
         self.proposals.append(proposals)
         return drafts
 
+    def chances(self, logits: torch.Tensor, ahead: int, token_ids: torch.Tensor) -> torch.Tensor:
+        """How likely the target takes each of `token_ids` (R, w, C) at the position that `ahead` drafts are in front
+        of, for all that a drafter's logits of them say after w beginnings: logarithms, (R, w, C)."""
+        device = self.text.ids.device
+        logits, token_ids = logits.to(device, torch.float32), token_ids.to(device).expand(logits.shape)
+        scores = logits if self.processors.know_tokens else self.processors.warp(logits)
+        positions = self.text.positions(1, ahead)
+        positions = Positions(*(part.expand(-1, logits.shape[1]) for part in (positions.rows, positions.steps)))
+        return self.rule.chances(scores, positions, self.vocab_size, token_ids)
+
     def checked(self, proposal: Proposal, drafter, num_tokens: int) -> Proposal:
-        """What is verified of a `drafter`'s proposal for `num_tokens`: a chain of tokens for each row, on the text's
-        device.
+        """What is verified of a `drafter`'s proposal for `num_tokens`, on the text's device.
 
         Raises:
             ValueError: what a broken drafter gave, or a tree whose tokens this rule cannot tell from a chain's.
         """
         check_proposal(proposal, drafter, len(self.text.rows), num_tokens, self.vocab_size)
-        if getattr(proposal, "parents", None) is not None and any(each is not None for each in self.proposals):
-            raise ValueError(
-                f"The drafter {name_of(drafter)} proposed a tree, and acceptance='rejection' needs to know what each "
-                "token was sampled from: propose probabilities instead of calling choose(), or no parents."
-            )
-        proposal = first_path(proposal, self.text.ids.device)
+        # it may be of another copy of its class
+        proposal = Proposal(**{field.name: getattr(proposal, field.name, None) for field in fields(Proposal)})
+        proposal.tokens = proposal.tokens.to(self.text.ids.device)
+        if proposal.parents is not None:
+            proposal.parents = proposal.parents.to(self.text.ids.device)
+            if any(each is not None for each in self.proposals):
+                raise ValueError(
+                    f"The drafter {name_of(drafter)} proposed a tree, and acceptance='rejection' needs to know what "
+                    "each token was sampled from: propose probabilities instead of calling choose(), or no parents."
+                )
+            if self.rule.text_depends_on_drafts:
+                proposal = first_path(proposal)
         if proposal.probabilities is not None:
             self.proposals[:] = [proposal.probabilities.to(self.text.ids.device, torch.float32)]
         return proposal
@@ -112,13 +128,25 @@ class TokenChoice:
         """Drafts as the target can read them: a token also where there is none."""
         return drafts.clamp(min=0, max=self.vocab_size - 1)
 
-    def of_target(self, logits: torch.Tensor, drafts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def of_target(
+        self, logits: torch.Tensor, drafts: torch.Tensor, tree: DraftTree | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """The target's tokens (R, k + 1) from its logits (R, k + 1, V) after `drafts` (R, k), and how many drafts it
         accepts (R,): they are the first of its tokens. Tokens after a wrong draft mean nothing.
+
+        Of a `tree` the target takes one path: tokens (R, depth + 1), and the places of the block that it goes through,
+        of the same shape.
         """
         # generate() casts before processors and argmax, on the device of the text
         logits = logits.to(device=drafts.device, dtype=torch.float32)
         self.vocab_size = logits.shape[-1]
+        if tree is not None:
+            self.proposals.clear()
+            descend = self._walk if self.processors.need_prefix else self._descend
+            tokens, accepted, path = descend(logits, tree)
+            if self.logits is not None:
+                self.logits.write(along(logits, path), self.text.positions(path.shape[1]))
+            return tokens, count_accepted(accepted[:, :-1]), path
         if self.logits is not None:
             self.logits.write(logits, self.text.positions(logits.shape[1]))
         drafts = functional.pad(drafts, (0, 1), value=NO_TOKEN)
@@ -128,17 +156,31 @@ class TokenChoice:
             proposals = functional.pad(proposals, (0, 0, 0, 1))
         self.proposals.clear()
         if self.processors.need_prefix:
-            tokens, accepted = self._walk(logits, drafts, proposals)
+            tokens, accepted, _ = self._walk(logits, drafts, proposals)
         else:
             tokens, accepted = self._take(logits, drafts, proposals)
-        return tokens, count_accepted(accepted[:, :-1])
+        return tokens, count_accepted(accepted[:, :-1]), None
 
     def finish(self) -> None:
         self.rule.finish(self.text.stops.limit, self.vocab_size)
 
-    def _take(self, logits, drafts, proposals):
-        """All positions at once."""
-        positions = self.text.positions(logits.shape[1])
+    def _descend(self, logits, tree):
+        """Down a tree, from the newest token on to the child that is the target's token: one position after the other,
+        of all rows."""
+        nodes = torch.zeros_like(tree.parents[:, :1])
+        tokens, accepted, path = [], [], []
+        for ahead in range(tree.depth + 1):
+            path.append(nodes)
+            token, _ = self._take(along(logits, nodes), torch.full_like(nodes, NO_TOKEN), None, ahead)
+            children, found = tree.children(nodes, token)
+            tokens.append(token)
+            accepted.append(found | self.text.device_stopped[:, None])
+            nodes = torch.where(found, children, nodes)
+        return tuple(torch.cat(parts, dim=1) for parts in (tokens, accepted, path))
+
+    def _take(self, logits, drafts, proposals, ahead=0):
+        """All positions at once, from `ahead` tokens after the text on."""
+        positions = self.text.positions(logits.shape[1], ahead)
         few = self.processors.leave_few(logits) if self.rule.takes_few and self.scores is None else None
         if few is not None:
             tokens, accepted = self._take_few(few, logits, drafts, positions)
@@ -160,14 +202,19 @@ class TokenChoice:
             tokens[~sure], accepted[~sure] = (part[:, 0] for part in taken)
         return tokens, accepted
 
-    def _walk(self, logits, drafts, proposals):
-        """Position by position, for the rows whose drafts were right so far.
+    def _walk(self, logits, drafts, proposals=None):
+        """Position by position, for the rows whose drafts, a chain or a tree, were right so far: the target's tokens,
+        whether they are drafts, and the places of the block where they were asked for.
 
         A processor that reads the text is only ever called on text that plain generate() would show it, one call per
         distinct length. This costs a synchronisation per position.
         """
-        text, width = self.text, logits.shape[1]
-        tokens, accepted = torch.zeros_like(drafts), torch.zeros_like(drafts, dtype=torch.bool)
+        text, tree = self.text, drafts if isinstance(drafts, DraftTree) else None
+        width = logits.shape[1] if tree is None else tree.depth + 1
+        tokens = torch.zeros(len(text.rows), width, dtype=torch.long, device=logits.device)
+        accepted, path = torch.zeros_like(tokens, dtype=torch.bool), torch.zeros_like(tokens)
+        if tree is None:
+            path += torch.arange(width, device=path.device)
         full = logits.new_zeros(text.batch_size, logits.shape[-1])  # scores in the order of the original batch
         live = [
             place
@@ -179,7 +226,7 @@ class TokenChoice:
                 places = [place for place in live if text.generated[text.rows[place]] == length]
                 rows = [text.rows[place] for place in places]
                 positions = Positions.at(rows, length + ahead)
-                full[rows] = logits[places, ahead]
+                full[rows] = logits[places, path[places, ahead]]
                 with text.stops.in_step.watch(self.processors.unknown):
                     # plain generate() asks about rows that have stopped as well, and so about all that keep step
                     wanted = rows if text.stops.in_step.reason is None else None
@@ -188,9 +235,14 @@ class TokenChoice:
                     self.scores.write(scores[:, None], positions)
                 here = slice(ahead, ahead + 1)
                 proposal = None if proposals is None else proposals[places, here]
-                taken = self.rule.take(scores[:, None], drafts[places, here], proposal, positions)
+                drafted = tokens[places, here].fill_(NO_TOKEN) if tree is not None else drafts[places, here]
+                taken = self.rule.take(scores[:, None], drafted, proposal, positions)
                 tokens[places, here], accepted[places, here] = taken
             tokens[:, ahead] = text.pad_stopped(tokens[:, ahead : ahead + 1])[:, 0]
+            if tree is not None:
+                children, found = tree.children(path[:, ahead, None], tokens[:, ahead, None])
+                accepted[:, ahead] = found[:, 0]
+                path[:, ahead + 1 :] = torch.where(found, children, path[:, ahead, None])
             accepted[:, ahead] |= text.device_stopped
             if ahead + 1 < width:
                 goes_on = (accepted[:, ahead] & ~text.ends(tokens[:, ahead : ahead + 1])[:, 0]).tolist()
@@ -199,6 +251,6 @@ class TokenChoice:
                     for place, row in enumerate(text.rows)
                     if place in live and goes_on[place] and text.generated[row] + ahead + 1 < text.stops.limit_of(row)
                 ]
-                text.write_ahead(live, ahead, drafts)
+                text.write_ahead(live, ahead, tokens)
                 live = text.stops.going_on(text, live, ahead)
-        return tokens, accepted
+        return tokens, accepted, path

@@ -88,6 +88,14 @@ class RaggedLayer(CacheLayerMixin):
             states = states.gather(2, index.expand(-1, states.shape[1], -1, states.shape[-1]))
             buffer[:, :, : columns.shape[1]].index_copy_(0, rows, states)
 
+    def follow(self, path: torch.Tensor) -> None:
+        """Move what the last pass wrote at places `path` (B, p) of its block to the first p places."""
+        slots = self.owner.slots if self.ring is None else self.owner.ring_slots
+        rows, slots, path = (part.to(self.device) for part in (self.owner.rows, slots, path))
+        taken, places = slots.gather(1, path), slots[:, : path.shape[1]]
+        for buffer in (self.keys, self.values):
+            buffer[rows, :, places] = buffer[rows, :, taken]
+
     def resize(self) -> None:
         """Follow the owner's capacity."""
         if self.is_initialized and self.keys.shape[2] <= self.capacity:
@@ -129,6 +137,8 @@ class RaggedCache(Cache):
         capacity: slots to start with. They double when the longest row needs more.
         max_length: positions at or past it are never kept. They go to the spare slot, and their position ids are
             clamped below it, since models with a position table fail past its end.
+        more_slots: that trees need beyond `max_length`, whose tokens take a slot each until it is known which of them
+            stay.
         ring: most slots of the layers that are rings: their window - 1, and the most tokens that are written after a
             row's length before it is known which of them are kept.
         ring_layers: indices of these layers.
@@ -149,9 +159,12 @@ class RaggedCache(Cache):
         max_length: int,
         ring: int | None = None,
         ring_layers: Collection[int] = (),
+        more_slots: int = 0,
     ):
         self.lengths, self.longest = lengths, longest
         self.capacity, self.max_length, self.ring = capacity, max_length, ring
+        self.max_slots = max_length + more_slots
+        self.branches: tuple[torch.Tensor, torch.Tensor] | None = None  # of the next pass, where it reads trees
         self.kv_length = longest
         self.moves, self.is_recorded = 0, False
         self.span: slice | None = None  # slots of the next pass, where there is but one row, on a CPU
@@ -180,7 +193,7 @@ class RaggedCache(Cache):
 
     def reserve(self, query_length: int) -> None:
         """Make room for the next pass."""
-        needed = min(self.longest + query_length, self.max_length)
+        needed = min(self.longest + query_length, self.max_slots)
         if self.is_recorded:
             needed = whole_steps(needed, KV_LENGTH_STEP_RECORDED)
             if needed > self.capacity:
@@ -188,25 +201,41 @@ class RaggedCache(Cache):
             self.kv_length = needed
             return
         if needed > self.capacity:
-            self._grow(min(max(2 * self.capacity, needed), self.max_length))
+            self._grow(min(max(2 * self.capacity, needed), self.max_slots))
         self.kv_length = min(whole_steps(needed, KV_LENGTH_STEP), self.capacity)
 
-    def prepare(self, query_length: int) -> torch.Tensor:
-        """Choose the slots of the next pass; returns its position ids (B, q)."""
+    def prepare(
+        self, query_length: int, depths: torch.Tensor | None = None, ancestors: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Choose the slots of the next pass; returns its position ids (B, q).
+
+        Args:
+            depths: of the tokens of a tree, (B, q), where the pass reads one: see `DraftTree`.
+            ancestors: which of them each one sees, bool (B, q, q).
+        """
         self.reserve(query_length)
-        self.span = None
+        self.span, self.branches = None, None
         if len(self.lengths) == 1 and is_on_host(self.lengths) and not self.is_recorded:
             start = int(self.lengths[0])
-            if start + query_length <= self.max_length:
+            if start + query_length <= (self.max_length if depths is None else self.max_slots):
                 self.span = slice(start, start + query_length)
-        positions = self.lengths[:, None] + torch.arange(query_length, device=self.lengths.device)
+        slots = positions = self.lengths[:, None] + torch.arange(query_length, device=self.lengths.device)
         is_kept = positions < self.max_length
+        if depths is not None and ancestors is not None:
+            self.branches = depths, ancestors
+            positions, is_kept = self.lengths[:, None] + depths, slots < self.max_slots
         # filled, since torch.where would copy its number from the host
-        self.slots = positions.masked_fill(~is_kept, self.capacity)
+        self.slots = slots.masked_fill(~is_kept, self.capacity)
         if self.ring is not None:
-            self.ring_slots = (positions % self.ring).masked_fill(~is_kept, min(self.ring, self.capacity))
+            self.ring_slots = (slots % self.ring).masked_fill(~is_kept, min(self.ring, self.capacity))
         self.rows = torch.arange(len(positions), device=positions.device)[:, None]
         return positions.clamp(max=self.max_length - 1)
+
+    def follow(self, path: torch.Tensor) -> None:
+        """Of the trees that the last pass read, have the tokens at places `path` (B, p) behind one another, as if the
+        pass had read nothing else."""
+        for layer in self.ragged_layers:
+            layer.follow(path)
 
     def advance(self, counts: torch.Tensor, longest: int) -> None:
         """Keep `counts` (B,) more tokens of each row; `longest` is the largest length that results."""
@@ -236,6 +265,8 @@ class RaggedCache(Cache):
     def mask(self, position_ids: torch.Tensor, window: int | None = None, chunk: int | None = None) -> torch.Tensor:
         """Which slots the queries at `position_ids` (B, q) see, bool (B, 1, q, kv_length): themselves and what came
         before, within a sliding `window` or a `chunk` of positions where the layer has one."""
+        if self.branches is not None:
+            return self._mask_of_trees(position_ids, window, chunk)
         query = position_ids[:, None, :, None]
         slot = torch.arange(self.kv_length, device=position_ids.device)
         visible = slot <= query
@@ -248,6 +279,26 @@ class RaggedCache(Cache):
         if chunk is not None:
             visible = visible & (slot // chunk == query // chunk)
         return visible
+
+    def _mask_of_trees(self, position_ids: torch.Tensor, window: int | None, chunk: int | None) -> torch.Tensor:
+        """The same where tokens of the block stand beside one another: each sees its ancestors, at their depths."""
+        assert self.branches is not None  # `mask` has looked
+        (depths, ancestors), width = self.branches, position_ids.shape[1]
+        lengths = self.lengths[:, None]
+        held = torch.arange(self.kv_length, device=position_ids.device)[None]  # what each slot would hold of a chain
+        if window is not None and self.ring is not None:
+            held = positions_held(lengths + width - 1, min(self.kv_length, self.ring), self.ring)
+        place = held - lengths  # in the block; negative in the text before it: (B, K)
+        inside = place.clamp(0, width - 1)
+        of_block = ancestors.gather(2, inside[:, None].expand(-1, width, -1)) & (place < width)[:, None]  # (B, q, K)
+        visible = torch.where((place < 0)[:, None], (held >= 0)[:, None], of_block)
+        key = torch.where(place < 0, held, lengths + depths.gather(1, inside))[:, None]
+        query = position_ids[..., None]
+        if window is not None:
+            visible = visible & (key > query - window)
+        if chunk is not None:
+            visible = visible & (key // chunk == query // chunk)
+        return visible[:, None]
 
 
 def whole_steps(count: int, step: int) -> int:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from transformers import GenerationMixin
 
 from .accept_rules import AcceptanceRule
-from .argument import whole_number
+from .argument import name_of, whole_number
 from .call_settings import CallSettings
 from .draft_length import AUTO, DraftLength, checked_count, checked_draft_length
 from .draft_length_auto import AutoDraftLength, experience_of
@@ -38,6 +38,7 @@ class DraftSettings:
         prompt_lookup_num_tokens: to copy from the text; `None` if not given, 0: none.
         max_matching_ngram_size: of what has to be found in the text before it is copied.
         prefill_chunk_size: tokens of one pass over prompts, for a causal LM.
+        tree_size: tokens to draft each round as a tree; `None`: a chain.
     """
 
     assistant_model: object
@@ -45,9 +46,10 @@ class DraftSettings:
     prompt_lookup_num_tokens: int | None
     max_matching_ngram_size: int | None
     prefill_chunk_size: int | None
+    tree_size: int | None
 
     @classmethod
-    def of_call(cls, model, assistant_model, num_assistant_tokens, settings: CallSettings) -> DraftSettings:
+    def of_call(cls, model, assistant_model, num_assistant_tokens, tree_size, settings: CallSettings) -> DraftSettings:
         """
         Raises:
             ValueError: a number that is none, or a checkpoint that is of no use.
@@ -64,6 +66,7 @@ class DraftSettings:
             checked_count(settings.take("prompt_lookup_num_tokens"), "prompt_lookup_num_tokens"),
             whole_number(ngram),
             settings.get("prefill_chunk_size"),
+            checked_count(tree_size, "tree_size"),
         )
 
 
@@ -136,6 +139,8 @@ def choose_draft_length(
 ) -> DraftLength:
     """How much each round drafts."""
     requested = requested_length(drafts, drafter)
+    if drafts.tree_size and requested != 0:
+        return tree_shape(drafts, rule, drafter, requested)
     if requested is None:
         if not drafter.default_num_assistant_tokens:
             requested = 0
@@ -151,6 +156,27 @@ def choose_draft_length(
     may_cut = not rule.text_depends_on_drafts
     way = type(drafter), most, may_cut, model.device, model.dtype, cuda_graphs  # what times and drafts depend on
     return AutoDraftLength(most, start, experience_of(model, source, way), may_cut)
+
+
+def tree_shape(
+    drafts: DraftSettings, rule: AcceptanceRule, drafter: Drafter, requested: int | str | None
+) -> DraftLength:
+    """
+    Raises:
+        ValueError: there is nothing that drafts trees, or their tokens would not be the rule's.
+    """
+    if rule.text_depends_on_drafts:
+        raise ValueError(
+            f"tree_size is {drafts.tree_size} and acceptance 'rejection', which is for chains; expected acceptance="
+            "'match' or 'coupled', or no tree_size."
+        )
+    if not getattr(drafter, "proposes_trees", False):
+        raise ValueError(
+            f"tree_size is {drafts.tree_size}, and {name_of(drafter)} proposes chains; expected a SpecFormer drafter, or "
+            "no tree_size."
+        )
+    depth = requested if isinstance(requested, int) else drafter.max_draft_tokens
+    return DraftLength(min(depth, drafter.max_draft_tokens), drafts.tree_size)
 
 
 def requested_length(drafts: DraftSettings, drafter: Drafter) -> int | str | None:

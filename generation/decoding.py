@@ -17,6 +17,7 @@ from .draft_length import DraftLength, round_draft_length
 from .drafter import Drafter, Prompts, Verified
 from .prompt import PromptLayout
 from .proposal import count_drafted
+from .proposal_tree import DraftTree, along
 from .target import prefill, verify
 from .target_positions import positions_in_table
 from .target_states import StateReader
@@ -36,20 +37,21 @@ def decode(
 ) -> GenerationStatistics:
     """Write `text`, which holds the prompts (B, P), until every row has stopped.
 
-    Shapes below: R rows carried by a pass, k drafted tokens, V entries of the vocabulary.
+    Shapes below: R rows carried by a pass, k drafted tokens, V entries of the vocabulary. Of a tree the target takes a
+    path, and from there on it is as if that had been drafted alone.
     """
     input_ids, max_length = text.ids, text.rules.max_length
     statistics = GenerationStatistics(text.batch_size)
     table = positions_in_table(model)
 
     with drafter, choice.rule, fast_linears(model):
-        block_size = draft_length.most + 1
+        widest = max(draft_length.most, draft_length.tree_size)
         states_of = StateReader(model, drafter.hidden_state_layers if draft_length.most else None)
         logits, cache, states = prefill(
-            model, input_ids, layout, max_length, block_size, model_kwargs, prefill_chunk_size, states_of
+            model, input_ids, layout, max_length, widest + 1, model_kwargs, prefill_chunk_size, states_of, widest
         )
         drafts = input_ids.new_empty(text.batch_size, 0)  # (B, 0): the prompt pass verifies nothing
-        tokens, accepted = choice.of_target(logits, drafts)  # (B, 1), (B,)
+        tokens, accepted, _ = choice.of_target(logits, drafts)  # (B, 1), (B,)
         _, outcome, drafted = text.append(tokens, accepted)
         statistics.count(text.rows, 0, drafted, outcome, is_prompt=True)
         statistics.lap("prefill")
@@ -65,22 +67,30 @@ def decode(
             k = round_draft_length(draft_length.next(len(text.rows)), min(text.running_lengths()), text.stops.limit)
             if table is not None:
                 k = max(0, min(k, table - 1 - longest_read(text, layout)))
+            drafts, tree = input_ids.new_empty(len(text.rows), 0), None
             if k and text.stops.in_step.may_draft():
-                proposal = choice.checked(drafter.propose(k, choice.for_drafter), drafter, k)
-                drafts = proposal.tokens  # (R, k) or fewer
-                drafts = drafts[:, : draft_length.keep(drafts, proposal.confidences, text.device_idle, started)]
-            else:
-                drafts = input_ids.new_empty(len(text.rows), 0)
+                if draft_length.tree_size:
+                    proposal = drafter.propose_tree(k, draft_length.tree_size, choice.chances)
+                else:
+                    proposal = drafter.propose(k, choice.for_drafter)
+                proposal = choice.checked(proposal, drafter, max(k, draft_length.tree_size))
+                kept = draft_length.keep(proposal.tokens, proposal.confidences, text.device_idle, started)
+                drafts, tree = proposal.tokens[:, :kept], DraftTree.of(proposal, kept, k)  # (R, k) or fewer
             drafts = text.pad_stopped(drafts)
             statistics.lap("draft")
 
             block = torch.cat([text.last_tokens(), choice.readable(drafts)], dim=1)
-            logits, states = verify(model, cache, block, states_of)  # (R, k + 1, V), (R, k + 1, S, d)
+            branches = () if tree is None else (tree.depths, tree.ancestors)
+            logits, states = verify(model, cache, block, states_of, branches)  # (R, k + 1, V), (R, k + 1, S, d)
             statistics.lap("verify")
 
-            tokens, accepted = choice.of_target(logits, drafts)  # (R, k + 1), (R,)
-            counts, outcome, drafted = text.append(tokens, accepted, count_drafted(drafts))
-            statistics.count(text.rows, drafts.shape[1], drafted, outcome, is_prompt=False)
+            tokens, accepted, path = choice.of_target(logits, drafts, tree)  # (R, k + 1), (R,)
+            if tree is not None:
+                cache.follow(path)
+                logits, states = along(logits, path), None if states is None else along(states, path)
+            drafted = count_drafted(drafts) if tree is None else tree.drafted()  # (R,)
+            counts, outcome, drafted = text.append(tokens, accepted, drafted)
+            statistics.count(text.rows, tokens.shape[1] - 1, drafted, outcome, is_prompt=False)
             draft_length.record(len(text.rows), drafts.shape[1], outcome, perf_counter() - started)
             statistics.lap("accept")
 

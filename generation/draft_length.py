@@ -13,11 +13,12 @@ class DraftLength:
     """The same number every round.
 
     Attributes:
-        most: tokens that a round drafts at most.
+        most: tokens that a round drafts at most, one after the other.
+        tree_size: tokens of a round where these are a tree, `most` being how deep it may be; 0: they are a chain.
     """
 
-    def __init__(self, most: int):
-        self.most = most
+    def __init__(self, most: int, tree_size: int = 0):
+        self.most, self.tree_size = most, tree_size
 
     def next(self, num_rows: int) -> int:
         """Tokens to draft in the next round, whose pass carries `num_rows` rows."""

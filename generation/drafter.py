@@ -99,6 +99,7 @@ class Drafter:
         reads_logits: whether `update` is given the target's logits.
         proposes_known_tokens: whether all tokens that it proposes are the target's for certain. Those of others are
             checked, for which the host waits for a GPU.
+        proposes_trees: whether it has `propose_tree`.
     """
 
     max_draft_tokens: int = 64
@@ -106,6 +107,7 @@ class Drafter:
     hidden_state_layers: Sequence[int] | None = None
     reads_logits: bool = False
     proposes_known_tokens: bool = False
+    proposes_trees: bool = False
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -131,6 +133,14 @@ class Drafter:
         it has no logits.
         """
         raise NotImplementedError(f"{type(self).__name__} has no propose(num_tokens, choose).")
+
+    def propose_tree(self, num_tokens: int, tree_size: int, chances: Callable[..., torch.Tensor]) -> Proposal:
+        """Draft up to `tree_size` tokens for each row as a tree that is no deeper than `num_tokens`.
+
+        `chances(logits, ahead, token_ids)` turns logits (R, w, C) of the tokens `token_ids` (R, w, C), after w
+        beginnings that are `ahead` drafts long each, into logarithms of how likely the call takes each.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no propose_tree(num_tokens, tree_size, chances).")
 
     def update(self, verified: Verified) -> None:
         """A round is over. Also called after rounds for which nothing was asked."""

@@ -8,6 +8,7 @@ from torch.nn import functional
 from .drafter import Drafter, Prompts, Verified
 from .drafter_prompt_lookup import PromptLookupDrafter
 from .proposal import NO_TOKEN, Proposal
+from .proposal_tree import staying
 
 MOST_COPIED = 8
 """Tokens that are copied each round where no number is given."""
@@ -82,7 +83,7 @@ class CopyingDrafter(Drafter):
         self.max_draft_tokens = max(drafter.max_draft_tokens, num_tokens)
         self.default_num_assistant_tokens = drafter.default_num_assistant_tokens
         self.hidden_state_layers, self.reads_logits = drafter.hidden_state_layers, drafter.reads_logits
-        self.proposes_known_tokens = drafter.proposes_known_tokens
+        self.proposes_known_tokens, self.proposes_trees = drafter.proposes_known_tokens, drafter.proposes_trees
         self.knows_confidence = False  # whether the other drafter tells how sure it is
         # of this round: the copies (R, k), and how much stood in front of them before (R,); 0 where none is used
         self.copied: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -119,6 +120,37 @@ class CopyingDrafter(Drafter):
         self.copied = copies, matched * is_copied
         drafts = functional.pad(drafts, (0, num_tokens - drafted), value=NO_TOKEN)
         return Proposal(torch.where(is_copied[:, None], copies, drafts), confidences)
+
+    def propose_tree(self, num_tokens, tree_size, chances) -> Proposal:
+        """Copies are a branch in front of the other drafter's tree, in rows where they are expected to be longer than
+        what is accepted of that."""
+        copies, matched = self.lookup.find(min(num_tokens, tree_size))  # (R, m), (R,)
+        width, of_copies = copies.shape[1], self.rates.chances(matched, copies.shape[1])
+        if self._needs_no_other(of_copies):
+            self.copied = copies, matched
+            return Proposal(copies.masked_fill(matched[:, None] == 0, NO_TOKEN), of_copies)
+        own = min(num_tokens, self.drafter.max_draft_tokens)
+        tree = self.drafter.propose_tree(own, tree_size, chances)
+        self.knows_confidence = True
+        is_copied = expected(of_copies) > staying(tree.confidences, tree.parents).sum(dim=1)
+        self.copied = copies, matched * is_copied
+        shift = torch.where(is_copied, width, 0)[:, None]  # (R, 1)
+        size = max(width, tree.tokens.shape[1])
+        place = torch.arange(size, device=copies.device)
+        in_copy = place < shift  # (R, n)
+        behind = (place - shift).clamp(min=0, max=tree.tokens.shape[1] - 1)  # of the other drafter's tree
+        is_there = in_copy | (place - shift < tree.tokens.shape[1])
+        tokens, confidences, parents = (
+            part.gather(1, behind) for part in (tree.tokens, tree.confidences, tree.parents)
+        )
+        copies, of_copies = (functional.pad(part, (0, size - width)) for part in (copies, of_copies))
+        parents = torch.where(in_copy, place - 1, torch.where(parents < 0, parents, parents + shift))
+        return Proposal(
+            torch.where(in_copy, copies, tokens).masked_fill(~is_there, NO_TOKEN),
+            torch.where(in_copy, of_copies, confidences).masked_fill(~is_there, 0.0),
+            parents=parents.masked_fill(~is_there, -1),
+            depth=max(width, tree.depth),
+        )
 
     def _needs_no_other(self, chances: torch.Tensor) -> bool:
         """Whether the other drafter would hardly be likelier right in any row, so that its time can be saved. A GPU is

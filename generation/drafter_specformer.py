@@ -12,6 +12,7 @@ from .cache_ragged import RaggedCache
 from .drafter import Drafter, Prompts, Verified
 from .drafter_dtype import in_dtype
 from .drafter_states import UnreadStates, read_prompts
+from .drafter_tree import best_first
 from .proposal import Proposal
 from .target import FIRST_CAPACITY
 
@@ -25,7 +26,7 @@ class SpecFormerDrafter(Drafter):
         target: the model it drafts for.
     """
 
-    proposes_known_tokens = True
+    proposes_known_tokens = proposes_trees = True
 
     def __init__(self, network, target):
         self.borrowed = network.borrow(target)
@@ -86,6 +87,27 @@ class SpecFormerDrafter(Drafter):
             return Proposal(*run_pass(self.cache, 0, ("drafts", num_tokens), drafts, *inputs))
         (states,) = run_pass(self.cache, 0, ("slots", num_tokens), slots, *inputs)
         return Proposal(*choose_drafts(self.network, self.borrowed, states, self.newest, choose))
+
+    @torch.no_grad()
+    def propose_tree(self, num_tokens, tree_size, chances) -> Proposal:
+        self._read()
+
+        def slots(context: torch.Tensor, newest: torch.Tensor) -> tuple[torch.Tensor]:
+            return (self._draft(context, newest)[:, :num_tokens].contiguous(),)
+
+        (states,) = run_pass(self.cache, 0, ("slots", num_tokens), slots, self.context, self.newest)
+        config = self.network.config
+        places = self.borrowed.candidates(states, config.num_candidates)  # (R, k, C)
+
+        def candidates(slot: int, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            width = tokens.shape[1]
+            state, place = states[:, slot, None].expand(-1, width, -1), places[:, slot, None].expand(-1, width, -1)
+            if config.previous_token_rank is not None:
+                state = self.network.previous_token_correction(state, embed(self.borrowed, tokens))
+            ids = self.borrowed.tokens_at(place)
+            return ids, chances(self.borrowed.candidate_logits(state, place), slot, ids)
+
+        return best_first(self.newest, num_tokens, tree_size, candidates)
 
     def _draft(self, context: torch.Tensor, newest: torch.Tensor) -> torch.Tensor:
         """States of all slots of every row, (R, D, d), from context states (R, d) and the `newest` tokens (R, 1)."""

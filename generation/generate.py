@@ -66,6 +66,7 @@ def generate(
     tokenizer=None,
     assistant_tokenizer=None,
     num_assistant_tokens: int | str | None = None,
+    tree_size: int | None = None,
     acceptance: str = "match",
     seed: int | list[int] | None = None,
     cuda_graphs: bool = False,
@@ -86,6 +87,8 @@ def generate(
             `draft_length_auto`. `None` takes the generation config's number, else is "auto", but with "rejection" the
             drafter's default. More than the drafter has slots, or than are copied, is cut to that; 0
             decodes plainly.
+        tree_size: tokens to draft each round as a tree, several guesses at a position: `num_assistant_tokens` is then
+            how deep it may be. For drafters that propose trees; not with "rejection".
         acceptance: when sampling, "match" gives the same tokens as plain generate() with the same torch seed;
             "coupled" gives each row a text that depends on its own seed alone; "rejection" accepts most drafts, and
             gives a text with the same distribution. See `accept_rules`.
@@ -114,7 +117,7 @@ def generate(
     check_acceptance(acceptance, seed)
     check_arguments(assistant_model, inputs, synced_gpus, tokenizer, assistant_tokenizer, custom_generate, settings)
     check_target(model)
-    drafts = DraftSettings.of_call(model, assistant_model, num_assistant_tokens, settings)
+    drafts = DraftSettings.of_call(model, assistant_model, num_assistant_tokens, tree_size, settings)
     if cuda_graphs:
         check_recordable(model, drafts.assistant_model)
     strategy = Strategy(

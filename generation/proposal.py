@@ -27,27 +27,29 @@ class Proposal:
         probabilities: the distributions that the tokens were sampled from, (R, n, V), if the drafter sampled them
             itself. `choose` remembers its own.
         parents: where the tokens are a tree, the place of the one that each follows, before its own place, (R, n); -1
-            for the row's newest token. Children stand in the order in which the drafter believes in them: the path of
-            first children is verified, and the rest of the tree is not, yet.
+            for the row's newest token. Tokens stand in the order in which the drafter believes in them: those in front
+            are a tree as well. Under "rejection" the path of first children is all that is verified.
+        depth: tokens of the tree's longest path, if the drafter knows; otherwise the host waits for a device to tell.
     """
 
     tokens: torch.Tensor
     confidences: torch.Tensor | None = None
     probabilities: torch.Tensor | None = None
     parents: torch.Tensor | None = None
+    depth: int | None = None
 
 
-def first_path(proposal: Proposal, device: torch.device) -> Proposal:
-    """What is verified of `proposal`, which may be of another copy of this class: its tokens on `device`; of a tree the
-    first child of the newest token, that one's first child, and so on."""
-    tokens = proposal.tokens
-    confidences, probabilities, parents = (
-        getattr(proposal, name, None) for name in ("confidences", "probabilities", "parents")
+def first_path(proposal: Proposal) -> Proposal:
+    """Of a tree the first child of the newest token, that one's first child, and so on, as a chain."""
+    tokens, confidences, probabilities, parents = (
+        proposal.tokens,
+        proposal.confidences,
+        proposal.probabilities,
+        proposal.parents,
     )
-    if parents is None:
-        return Proposal(tokens.to(device), confidences, probabilities)
+    assert parents is not None  # it is a tree
     rows, width = tokens.shape
-    parents, places = parents.to(tokens.device), torch.arange(width, device=tokens.device)
+    places = torch.arange(width, device=tokens.device)
     node, path = parents.new_full((rows, 1), -1), [parents.new_empty(rows, 0)]
     for _ in range(width):
         is_child = (parents == node) & (places > node) & (tokens != NO_TOKEN)
@@ -63,7 +65,7 @@ def first_path(proposal: Proposal, device: torch.device) -> Proposal:
         return filled[torch.arange(rows, device=here.device)[:, None], here]
 
     return Proposal(
-        along(tokens, NO_TOKEN).to(device),
+        along(tokens, NO_TOKEN),
         None if confidences is None else along(confidences, 0.0),
         None if probabilities is None else along(probabilities, 0.0),
     )

@@ -38,6 +38,7 @@ def prefill(
     model_kwargs: dict,
     chunk_size: int | None = None,
     states_of: StateReader | None = None,
+    more_slots: int = 0,
 ) -> tuple[torch.Tensor, RaggedCache, list[torch.Tensor] | None]:
     """Read the prompts (B, P), those of similar length together, and keep their keys and values in a ragged cache.
 
@@ -47,6 +48,7 @@ def prefill(
         model_kwargs: what generate() prepared: attention_mask, position_ids, logits_to_keep.
         chunk_size: tokens of one pass (`prefill_chunk_size`); default all.
         states_of: passes of `model` that give states as well, if they are wanted.
+        more_slots: see `RaggedCache`.
 
     Returns:
         Logits of the last prompt position (B, 1, V), the cache, and the states of each group, (N, width, S, d).
@@ -72,7 +74,9 @@ def prefill(
             ring = longest_text if window is None or not sliding or not block_size else window - 1 + block_size
             # Where no text grows out of the window, slots are those of full attention.
             rings = (ring, sliding) if ring < longest_text else ()
-            cache = RaggedCache(num_layers, layout.lengths, layout.longest, capacity, longest_text, *rings)
+            cache = RaggedCache(
+                num_layers, layout.lengths, layout.longest, capacity, longest_text, *rings, more_slots=more_slots
+            )
         cache.load(group.rows, prompt_cache, group.layout.columns[:, : group.layout.longest])
         logits.append(last)
         if states_of_group is not None:
@@ -122,17 +126,22 @@ def read_prompts(
 
 
 def verify(
-    model, cache: RaggedCache, tokens: torch.Tensor, states_of: StateReader | None = None
+    model,
+    cache: RaggedCache,
+    tokens: torch.Tensor,
+    states_of: StateReader | None = None,
+    branches: tuple[torch.Tensor, ...] = (),
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """One pass over `tokens` (B, q), which follow what the cache holds of each row: logits (B, q, V), and the states
-    that `states_of` reads (B, q, S, d)."""
+    """One pass over `tokens` (B, q), which follow what the cache holds of each row, one after the other, or as
+    `branches` have it, the depths and ancestors of a `DraftTree`: logits (B, q, V), and the states that `states_of`
+    reads (B, q, S, d)."""
 
-    def one_pass(tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        position_ids = cache.prepare(tokens.shape[1])
+    def one_pass(tokens: torch.Tensor, *branches: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        position_ids = cache.prepare(tokens.shape[1], *branches)
         masks = attention_masks(model.config, cache, position_ids, model.dtype)
         return read_block(model, cache, tokens, position_ids, masks, states_of)
 
-    return run_pass(cache, tokens.shape[1], ("verify",), one_pass, tokens)
+    return run_pass(cache, tokens.shape[1], ("verify", len(branches)), one_pass, tokens, *branches)
 
 
 def read_block(

@@ -101,13 +101,14 @@ class TokenChoice:
         positions = Positions(*(part.expand(-1, logits.shape[1]) for part in (positions.rows, positions.steps)))
         return self.rule.chances(scores, positions, self.vocab_size, token_ids)
 
-    def checked(self, proposal: Proposal, drafter, num_tokens: int) -> Proposal:
-        """What is verified of a `drafter`'s proposal for `num_tokens`, on the text's device.
+    def checked(self, proposal: Proposal, drafter, num_tokens: int, tree_size: int = 0) -> Proposal:
+        """What is verified of a `drafter`'s proposal for `num_tokens`, on the text's device: a chain, or a tree of up
+        to `tree_size` tokens where one was asked for.
 
         Raises:
             ValueError: what a broken drafter gave, or a tree whose tokens this rule cannot tell from a chain's.
         """
-        check_proposal(proposal, drafter, len(self.text.rows), num_tokens, self.vocab_size)
+        check_proposal(proposal, drafter, len(self.text.rows), tree_size or num_tokens, self.vocab_size)
         # it may be of another copy of its class
         proposal = Proposal(**{field.name: getattr(proposal, field.name, None) for field in fields(Proposal)})
         proposal.tokens = proposal.tokens.to(self.text.ids.device)
@@ -118,7 +119,7 @@ class TokenChoice:
                     f"The drafter {name_of(drafter)} proposed a tree, and acceptance='rejection' needs to know what "
                     "each token was sampled from: propose probabilities instead of calling choose(), or no parents."
                 )
-            if self.rule.text_depends_on_drafts:
+            if not tree_size:
                 proposal = first_path(proposal)
         if proposal.probabilities is not None:
             self.proposals[:] = [proposal.probabilities.to(self.text.ids.device, torch.float32)]

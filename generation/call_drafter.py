@@ -172,8 +172,8 @@ def tree_shape(
         )
     if not getattr(drafter, "proposes_trees", False):
         raise ValueError(
-            f"tree_size is {drafts.tree_size}, and {name_of(drafter)} proposes chains; expected a SpecFormer drafter, or "
-            "no tree_size."
+            f"tree_size is {drafts.tree_size}, and {name_of(drafter)} proposes chains; expected a SpecFormer drafter, "
+            "or no tree_size."
         )
     depth = requested if isinstance(requested, int) else drafter.max_draft_tokens
     return DraftLength(min(depth, drafter.max_draft_tokens), drafts.tree_size)

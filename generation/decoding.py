@@ -73,7 +73,7 @@ def decode(
                     proposal = drafter.propose_tree(k, draft_length.tree_size, choice.chances)
                 else:
                     proposal = drafter.propose(k, choice.for_drafter)
-                proposal = choice.checked(proposal, drafter, max(k, draft_length.tree_size))
+                proposal = choice.checked(proposal, drafter, k, draft_length.tree_size)
                 kept = draft_length.keep(proposal.tokens, proposal.confidences, text.device_idle, started)
                 drafts, tree = proposal.tokens[:, :kept], DraftTree.of(proposal, kept, k)  # (R, k) or fewer
             drafts = text.pad_stopped(drafts)

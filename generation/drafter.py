@@ -99,7 +99,7 @@ class Drafter:
         reads_logits: whether `update` is given the target's logits.
         proposes_known_tokens: whether all tokens that it proposes are the target's for certain. Those of others are
             checked, for which the host waits for a GPU.
-        proposes_trees: whether it has `propose_tree`.
+        proposes_trees: whether it has `propose_tree`, which is asked where the caller gives a `tree_size`.
     """
 
     max_draft_tokens: int = 64

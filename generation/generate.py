@@ -23,7 +23,7 @@ from .drafter import NoDrafter
 from .prompt import PromptLayout
 from .prompt_groups import tokens_of_a_pass
 from .target_attention import usable_attention
-from .target_probe import probe_target
+from .target_probe import probe_target, probe_trees
 from .target_refusals import check_target, unwrapped
 from .text import Text
 from .text_in_step import InStep
@@ -166,6 +166,8 @@ class Strategy:
         if not draft_length.most:
             drafter = NoDrafter()
         probe_target(model)
+        if draft_length.tree_size:
+            probe_trees(model)
 
         processors = Processors(logits_processor, self.prefix_function)
         wants = generation_config if generation_config.return_dict_in_generate else None

@@ -28,7 +28,7 @@ class Proposal:
             itself. `choose` remembers its own.
         parents: where the tokens are a tree, the place of the one that each follows, before its own place, (R, n); -1
             for the row's newest token. Tokens stand in the order in which the drafter believes in them: those in front
-            are a tree as well. Under "rejection" the path of first children is all that is verified.
+            are a tree as well. Where no tree was asked for, the path of first children is verified.
         depth: tokens of the tree's longest path, if the drafter knows; otherwise the host waits for a device to tell.
     """
 

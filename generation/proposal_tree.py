@@ -49,7 +49,8 @@ class DraftTree:
         for _ in range((width - 1).bit_length()):  # and twice as far back each time
             seen = (seen.float() @ seen.float()).bool()
         depths = seen.sum(dim=2) - 1
-        is_there = (tokens != NO_TOKEN) & (depths[:, 1:] <= most_depth)
+        missing = functional.pad(tokens == NO_TOKEN, (1, 0))
+        is_there = ~(seen & missing[:, None]).any(dim=2)[:, 1:] & (depths[:, 1:] <= most_depth)
         depth = proposal.depth
         if depth is None:
             depth = int(depths[:, 1:].masked_fill(~is_there, 0).amax())

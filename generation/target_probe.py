@@ -27,7 +27,7 @@ from .target_attention import attention_of
 from .target_refusals import UnsupportedTargetError, input_device
 
 _probed: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # model -> attention implementations that passed
-
+_probed_with_trees: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # the same
 
 MOST_SLOTS = 4096
 """That are shown in addition to those in use: more than any number of the config up to here."""
@@ -109,10 +109,7 @@ def probe_target(model) -> None:
     passed = _probed.setdefault(model, set())
     if attention_of(model) in passed:
         return
-    device = input_device(model)
-    autocast = torch.is_autocast_enabled(device.type)
-    dtype = torch.get_autocast_dtype(device.type) if autocast else model.dtype
-    precision = max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps) ** 0.5
+    device, precision = input_device(model), usual_error(model)
     width, block = 5, 3
     # In float64, eager attention (softmax in float32) is NaN wherever a row is padded, in plain generate() as well.
     padding = 0 if (attention_of(model), model.dtype) == ("eager", torch.float64) else 2
@@ -153,5 +150,56 @@ def probe_target(model) -> None:
             f"{type(model).__name__} cannot be decoded speculatively: a trial with two rows of different length did "
             f"not agree with plain decoding ({type(error).__name__}: {error}). Call generate() without custom_generate "
             "and assistant_model instead." + untested()
+        ) from error
+    passed.add(attention_of(model))
+
+
+def usual_error(model) -> float:
+    """By how much of their spread logits of the same text may differ."""
+    device = input_device(model)
+    autocast = torch.is_autocast_enabled(device.type)
+    dtype = torch.get_autocast_dtype(device.type) if autocast else model.dtype
+    return max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps) ** 0.5
+
+
+@torch.no_grad()
+@recorded_passes(False)
+def probe_trees(model) -> None:
+    """Once per model and attention: verify a tree of two branches in each of two rows, against passes over each branch
+    alone, which `probe_target` has shown to be right.
+
+    Raises:
+        UnsupportedTargetError: the logits differ: code of the model does not take a token's position, or what it sees,
+            from what it is told.
+    """
+    passed = _probed_with_trees.setdefault(model, set())
+    if attention_of(model) in passed:
+        return
+    device, vocab_size = input_device(model), model.config.get_text_config(decoder=True).vocab_size
+    width, branches = 5, ([0, 1, 3, 5], [0, 2, 4])  # places of a block of six
+    tokens = (torch.arange(2 * (width + 6), device=device).view(2, -1) * 7919 + 11) % vocab_size
+    prompt, block = tokens.split([width, 6], dim=1)
+    mask = torch.ones_like(prompt)
+    if (attention_of(model), model.dtype) != ("eager", torch.float64):  # see `probe_target`
+        mask[1, :2] = 0
+    depths, seen = torch.zeros(6, dtype=torch.long, device=device), torch.eye(6, dtype=torch.bool, device=device)
+    for places in branches:
+        depths[places] = torch.arange(len(places), device=device)
+        seen[torch.tensor(places)[:, None], torch.tensor(places)] |= depths[places, None] >= depths[places]
+    layout = PromptLayout.from_mask(mask, prompt)
+    try:
+        _, cache, _ = prefill(model, prompt, layout, width + 6, 6, prompt_arguments(model, layout), more_slots=6)
+        ours = verify(model, cache, block, branches=(depths.expand(2, -1), seen.expand(2, -1, -1)))[0].double()
+        for places in branches:
+            alone = verify(model, cache, block[:, places])[0].double()
+            error, allowed = (ours[:, places] - alone).abs().median(), usual_error(model) * alone.std()
+            if not error <= allowed:  # also when it is NaN
+                raise ValueError(f"logits differ by {error:.2g} from those of a chain, where {allowed:.2g} is usual")
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        raise UnsupportedTargetError(
+            f"{type(model).__name__} cannot verify trees: a trial did not agree with passes over chains "
+            f"({type(error).__name__}: {error}). Leave out tree_size." + untested()
         ) from error
     passed.add(attention_of(model))

@@ -252,9 +252,9 @@ def test_rows_leave_when_half_of_the_carried_ones_have_finished(target, monkeypa
         passes.append((len(self.rows), len(running)))
         return index
 
-    def watched_verify(model, cache, tokens, state_layers):
+    def watched_verify(model, cache, tokens, *more):
         assert len(tokens) == passes[-1][0]
-        return verify(model, cache, tokens, state_layers)
+        return verify(model, cache, tokens, *more)
 
     monkeypatch.setattr(Text, "drop_finished", watched_drop)
     monkeypatch.setattr(decoding, "verify", watched_verify)

@@ -210,11 +210,11 @@ def test_first_path_of_rows_with_trees_of_their_own():
     tokens = torch.tensor([[7, 8, 9, 10], [7, 8, 9, -1], [-1, -1, -1, -1], [5, 6, 7, 8]])
     parents = torch.tensor([[-1, -1, 1, 0], [-1, 0, 1, 2], [-1, 0, 1, 2], [-1, -1, -1, -1]])
     confidences = torch.rand(4, 4)
-    path = first_path(Proposal(tokens, confidences, parents=parents), torch.device("cpu"))
+    path = first_path(Proposal(tokens, confidences, parents=parents))
     assert path.tokens.tolist() == [[7, 10, -1], [7, 8, 9], [-1] * 3, [5, -1, -1]]
     assert path.confidences[0, :2].tolist() == confidences[0, [0, 3]].tolist()
     nothing = Proposal(tokens[:, :0], parents=parents[:, :0])
-    assert first_path(nothing, torch.device("cpu")).tokens.shape == (4, 0)
+    assert first_path(nothing).tokens.shape == (4, 0)
 
 
 def test_a_tree_of_chosen_tokens_is_refused_where_the_text_depends_on_what_they_were_sampled_from():

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+
 import pytest
 import torch
-from architectures import FAMILIES
+from architectures import FAMILIES, make_target
 from exactness import Reference, check, plain
 from test_exactness import NEW_TOKENS, SAMPLING, SETTINGS, meaningful_target
+from tiny import llama, ragged_batch
 from trees import OracleTree
 
-from specformer import SpecFormerConfig, SpecFormerModel
+from specformer import SpecFormerConfig, SpecFormerModel, generate
+from specformer.generation import accept_tokens
+from specformer.generation import generate as entry
+from specformer.generation.cache_ragged import RaggedCache, RaggedLayer
+from specformer.generation.proposal_tree import DraftTree
+from specformer.generation.target_probe import probe_trees
+from specformer.generation.target_refusals import UnsupportedTargetError
 
 
 def oracle_tree(reference: Reference, batch: dict, kind: str, eos: int | None, **options) -> OracleTree:
@@ -52,9 +62,6 @@ def test_settings(setting: str, knows_depth: bool):
 
 
 def test_the_end_of_a_position_table():
-    from architectures import make_target
-    from tiny import ragged_batch
-
     target, batch = make_target("gpt2", n_positions=32), ragged_batch(padding=(0, 3, 5, 0, 8))
     reference = plain(target, batch, max_length=32)
     check(target, batch, reference, oracle_tree(reference, batch, "always", None), 6, tree_size=16, max_length=32)
@@ -71,3 +78,113 @@ def test_the_network(name: str, fields: dict):
         reference = plain(target, batch, **arguments)
         for copies in (0, 3):
             check(target, batch, reference, drafter, 4, tree_size=12, prompt_lookup_num_tokens=copies, **arguments)
+
+
+def of_other_trees(change: Callable[[DraftTree], DraftTree]) -> Callable:
+    """A fault in what the passes are told of trees."""
+    made = DraftTree.of
+
+    def plant(monkeypatch) -> None:
+        def other(*args):
+            return None if (tree := made(*args)) is None else change(tree)
+
+        monkeypatch.setattr(DraftTree, "of", other)
+
+    return plant
+
+
+def at_other_depths(change: Callable[[torch.Tensor], torch.Tensor]) -> Callable:
+    """Tokens of trees stand at other positions than they should."""
+    prepare = RaggedCache.prepare
+
+    def other(self, width, *branches):
+        return prepare(self, width, change(branches[0]), branches[1]) if branches else prepare(self, width)
+
+    return lambda monkeypatch: monkeypatch.setattr(RaggedCache, "prepare", other)
+
+
+def not_moved(monkeypatch) -> None:
+    monkeypatch.setattr(RaggedCache, "follow", lambda self, path: None)
+
+
+def moved_one_place_further(monkeypatch) -> None:
+    follow = RaggedLayer.follow
+    monkeypatch.setattr(RaggedLayer, "follow", lambda self, path: follow(self, path.roll(-1, dims=1)))
+
+
+def the_first_child_whatever_it_is(monkeypatch) -> None:
+    """Down another path than the target's."""
+
+    def children(self, nodes, tokens):
+        is_child = self.parents == nodes
+        return is_child.long().argmax(dim=1, keepdim=True) + 1, is_child.any(dim=1, keepdim=True)
+
+    monkeypatch.setattr(DraftTree, "children", children)
+
+
+def states_of_the_wrong_nodes(monkeypatch) -> None:
+    """The target's logits at the newest token, wherever the path is."""
+    monkeypatch.setattr(accept_tokens, "along", lambda values, path: values[:, :1].expand(-1, path.shape[1], -1))
+
+
+FAULTS = {
+    "the parent is not seen": of_other_trees(
+        lambda tree: replace(tree, ancestors=torch.eye(tree.ancestors.shape[1], dtype=torch.bool) & tree.ancestors)
+    ),
+    "siblings are seen": of_other_trees(lambda tree: replace(tree, ancestors=torch.ones_like(tree.ancestors).tril())),
+    "positions of a chain": at_other_depths(lambda depths: torch.arange(depths.shape[1]).expand_as(depths)),
+    "one position too far": at_other_depths(lambda depths: depths + (depths > 0)),
+    "not moved": not_moved,
+    "moved one place further": moved_one_place_further,
+    "another path": the_first_child_whatever_it_is,
+    "logits of other nodes": states_of_the_wrong_nodes,
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("name", ["gpt2", "gemma3"])
+def test_planted_fault_is_found(name: str, fault: str, monkeypatch):
+    target, batch, eos = meaningful_target(name)
+    arguments = dict(eos_token_id=eos, max_new_tokens=NEW_TOKENS)
+    reference = plain(target, batch, **arguments)
+
+    def run() -> None:
+        for kind in ("always", "sometimes"):
+            check(target, batch, reference, oracle_tree(reference, batch, kind, eos), 5, tree_size=10, **arguments)
+
+    run()
+    # the trial would refuse some of these, and must not be what saves the check
+    monkeypatch.setattr(entry, "probe_trees", lambda model: None)
+    FAULTS[fault](monkeypatch)
+    with pytest.raises((AssertionError, RuntimeError)):
+        run()
+
+
+def test_what_is_refused():
+    target, batch = llama(), ragged_batch()
+    drafter = SpecFormerModel(SpecFormerConfig.from_target_config(target.config))
+    for arguments, sentence in (
+        (dict(prompt_lookup_num_tokens=3), "tree_size is 8, and .* proposes chains"),
+        (dict(assistant_model=llama(seed=1)), "tree_size is 8, and .* proposes chains"),
+        (dict(assistant_model=drafter, do_sample=True, acceptance="rejection"), "tree_size is 8 and acceptance 'rej"),
+        (dict(assistant_model=drafter, tree_size=-1), "tree_size is -1; expected an integer"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            generate(target, **{"tree_size": 8, **arguments}, **batch, max_new_tokens=4)
+
+
+@pytest.mark.parametrize("fault", ["siblings are seen", "positions of a chain", "one position too far"])
+def test_the_trial_finds_a_target_that_does_not_see_trees(fault: str, monkeypatch):
+    target = make_target("gpt2")
+    probe_trees(make_target("gpt2"))
+    if fault == "siblings are seen":
+        prepare = RaggedCache.prepare
+        monkeypatch.setattr(
+            RaggedCache,
+            "prepare",
+            lambda self, width, *branches: prepare(self, width, *(branches and (branches[0], branches[1] | True))),
+        )
+    else:
+        FAULTS[fault](monkeypatch)
+    with pytest.raises(UnsupportedTargetError, match=r"GPT2LMHeadModel cannot verify trees: .*Leave out tree_size"):
+        probe_trees(target)

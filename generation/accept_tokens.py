@@ -6,7 +6,7 @@ Logits become scores as in plain generate(), through its processors; the accepta
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch.nn import functional
@@ -109,11 +109,11 @@ class TokenChoice:
             ValueError: what a broken drafter gave, or a tree whose tokens this rule cannot tell from a chain's.
         """
         check_proposal(proposal, drafter, len(self.text.rows), tree_size or num_tokens, self.vocab_size)
+        device, optional = self.text.ids.device, ("confidences", "probabilities", "parents", "depth")
         # it may be of another copy of its class
-        proposal = Proposal(**{field.name: getattr(proposal, field.name, None) for field in fields(Proposal)})
-        proposal.tokens = proposal.tokens.to(self.text.ids.device)
+        proposal = Proposal(proposal.tokens.to(device), *(getattr(proposal, name, None) for name in optional))
         if proposal.parents is not None:
-            proposal.parents = proposal.parents.to(self.text.ids.device)
+            proposal.parents = proposal.parents.to(device)
             if any(each is not None for each in self.proposals):
                 raise ValueError(
                     f"The drafter {name_of(drafter)} proposed a tree, and acceptance='rejection' needs to know what "
@@ -175,7 +175,7 @@ class TokenChoice:
             token, _ = self._take(along(logits, nodes), torch.full_like(nodes, NO_TOKEN), None, ahead)
             children, found = tree.children(nodes, token)
             tokens.append(token)
-            accepted.append(found | self.text.device_stopped[:, None])
+            accepted.append(found)
             nodes = torch.where(found, children, nodes)
         return tuple(torch.cat(parts, dim=1) for parts in (tokens, accepted, path))
 
@@ -244,7 +244,8 @@ class TokenChoice:
                 children, found = tree.children(path[:, ahead, None], tokens[:, ahead, None])
                 accepted[:, ahead] = found[:, 0]
                 path[:, ahead + 1 :] = torch.where(found, children, path[:, ahead, None])
-            accepted[:, ahead] |= text.device_stopped
+            else:
+                accepted[:, ahead] |= text.device_stopped
             if ahead + 1 < width:
                 goes_on = (accepted[:, ahead] & ~text.ends(tokens[:, ahead : ahead + 1])[:, 0]).tolist()
                 live = [

@@ -11,6 +11,7 @@ from .argument import name_of, whole_number
 from .call_settings import CallSettings
 from .draft_length import AUTO, DraftLength, checked_count, checked_draft_length
 from .draft_length_auto import AutoDraftLength, experience_of
+from .draft_length_tree import AutoTreeSize
 from .drafter import Drafter, NoDrafter, is_drafter
 from .drafter_assistant import AssistantDrafter
 from .drafter_copying import MOST_COPIED, CopyingDrafter, CopyRates
@@ -22,10 +23,13 @@ from .drafter_loading import drafting_model
 from .drafter_parallel import ParallelDrafter
 from .drafter_prompt_lookup import PromptLookupDrafter
 from .drafter_specformer import SpecFormerDrafter
-from .target_refusals import unwrapped
+from .target_probe import tree_obstacle
+from .target_refusals import UnsupportedTargetError, unwrapped
 
 MOST_WITHOUT_NUMBER = 16
 """A drafter without an end of its own, such as a causal LM, drafts no more than this where no number is given."""
+MOST_IN_TREE = 16
+"""Tokens of a tree where no number is given."""
 
 
 @dataclass
@@ -38,7 +42,7 @@ class DraftSettings:
         prompt_lookup_num_tokens: to copy from the text; `None` if not given, 0: none.
         max_matching_ngram_size: of what has to be found in the text before it is copied.
         prefill_chunk_size: tokens of one pass over prompts, for a causal LM.
-        tree_size: tokens to draft each round as a tree; `None`: a chain.
+        tree_size: tokens to draft each round as a tree; `None` if not given, 0: a chain.
     """
 
     assistant_model: object
@@ -137,46 +141,57 @@ def model_type_of(model) -> str | None:
 def choose_draft_length(
     model, drafts: DraftSettings, rule: AcceptanceRule, drafter: Drafter, cuda_graphs: bool
 ) -> DraftLength:
-    """How much each round drafts."""
-    requested = requested_length(drafts, drafter)
-    if drafts.tree_size and requested != 0:
-        return tree_shape(drafts, rule, drafter, requested)
+    """How much each round drafts.
+
+    Raises:
+        ValueError: a tree is wanted where there can be none.
+        UnsupportedTargetError: the same, for what the target does.
+    """
+    requested, tree_size = requested_length(drafts, drafter), drafts.tree_size
     if requested is None:
         if not drafter.default_num_assistant_tokens:
             requested = 0
         elif rule.text_depends_on_drafts:  # and would depend on the clock
             requested = drafter.default_num_assistant_tokens
+    if tree_size and requested != 0:
+        check_tree_size(model, drafts, rule, drafter)
     if isinstance(requested, int):
-        return DraftLength(min(requested, drafter.max_draft_tokens))
+        most = min(requested, drafter.max_draft_tokens)
+        return DraftLength(most, tree_size or 0 if most else 0)
     most = min(drafter.max_draft_tokens, MOST_WITHOUT_NUMBER)
     if most == 0:
         return DraftLength(0)
+    if tree_size is None and drafter.proposes_trees and not rule.text_depends_on_drafts and not cuda_graphs:
+        tree_size = MOST_IN_TREE if tree_obstacle(model) is None else 0
     start = drafter.default_num_assistant_tokens or most
     source = model if drafts.assistant_model is None else drafts.assistant_model
     may_cut = not rule.text_depends_on_drafts
-    way = type(drafter), most, may_cut, model.device, model.dtype, cuda_graphs  # what times and drafts depend on
-    return AutoDraftLength(most, start, experience_of(model, source, way), may_cut)
+    # what times and drafts depend on
+    way = type(drafter), most, may_cut, model.device, model.dtype, cuda_graphs, tree_size
+    experience = experience_of(model, source, way)
+    if tree_size:
+        return AutoTreeSize(most, tree_size, start, experience)
+    return AutoDraftLength(most, start, experience, may_cut)
 
 
-def tree_shape(
-    drafts: DraftSettings, rule: AcceptanceRule, drafter: Drafter, requested: int | str | None
-) -> DraftLength:
+def check_tree_size(model, drafts: DraftSettings, rule: AcceptanceRule, drafter: Drafter) -> None:
     """
     Raises:
-        ValueError: there is nothing that drafts trees, or their tokens would not be the rule's.
+        ValueError: the drafter proposes no trees, or the rule is for chains.
+        UnsupportedTargetError: the target does not verify them as it verifies chains.
     """
     if rule.text_depends_on_drafts:
         raise ValueError(
             f"tree_size is {drafts.tree_size} and acceptance 'rejection', which is for chains; expected acceptance="
             "'match' or 'coupled', or no tree_size."
         )
-    if not getattr(drafter, "proposes_trees", False):
+    if not drafter.proposes_trees:
         raise ValueError(
             f"tree_size is {drafts.tree_size}, and {name_of(drafter)} proposes chains; expected a SpecFormer drafter, "
             "or no tree_size."
         )
-    depth = requested if isinstance(requested, int) else drafter.max_draft_tokens
-    return DraftLength(min(depth, drafter.max_draft_tokens), drafts.tree_size)
+    if (obstacle := tree_obstacle(model)) is not None:
+        raise UnsupportedTargetError(f"{obstacle} Leave out tree_size.")
 
 
 def requested_length(drafts: DraftSettings, drafter: Drafter) -> int | str | None:

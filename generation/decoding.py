@@ -45,7 +45,7 @@ def decode(
     table = positions_in_table(model)
 
     with drafter, choice.rule, fast_linears(model):
-        widest = max(draft_length.most, draft_length.tree_size)
+        widest = draft_length.widest
         states_of = StateReader(model, drafter.hidden_state_layers if draft_length.most else None)
         logits, cache, states = prefill(
             model, input_ids, layout, max_length, widest + 1, model_kwargs, prefill_chunk_size, states_of, widest
@@ -64,19 +64,20 @@ def decode(
                 cache.select_rows(kept, longest)
                 drafter.select_rows(kept, longest)
             started = perf_counter()
-            k = round_draft_length(draft_length.next(len(text.rows)), min(text.running_lengths()), text.stops.limit)
+            wanted = draft_length.next(len(text.rows))
+            k = round_draft_length(min(wanted, draft_length.most), min(text.running_lengths()), text.stops.limit)
             if table is not None:
                 k = max(0, min(k, table - 1 - longest_read(text, layout)))
             drafts, tree = input_ids.new_empty(len(text.rows), 0), None
             if k and text.stops.in_step.may_draft():
                 if draft_length.tree_size:
-                    proposal = drafter.propose_tree(k, draft_length.tree_size, choice.chances)
+                    proposal = drafter.propose_tree(k, wanted, choice.chances)
                 else:
                     proposal = drafter.propose(k, choice.for_drafter)
                 proposal = choice.checked(proposal, drafter, k, draft_length.tree_size)
-                kept = draft_length.keep(proposal.tokens, proposal.confidences, text.device_idle, started)
-                drafts, tree = proposal.tokens[:, :kept], DraftTree.of(proposal, kept, k)  # (R, k) or fewer
-            drafts = text.pad_stopped(drafts)
+                kept = draft_length.keep(proposal, text.device_idle, started)
+                drafts = text.pad_stopped(proposal.tokens[:, :kept])  # (R, k) or fewer
+                tree = DraftTree.of(drafts, proposal, k)
             statistics.lap("draft")
 
             block = torch.cat([text.last_tokens(), choice.readable(drafts)], dim=1)
@@ -85,13 +86,13 @@ def decode(
             statistics.lap("verify")
 
             tokens, accepted, path = choice.of_target(logits, drafts, tree)  # (R, k + 1), (R,)
-            if tree is not None:
+            if path is not None:
                 cache.follow(path)
                 logits, states = along(logits, path), None if states is None else along(states, path)
             drafted = count_drafted(drafts) if tree is None else tree.drafted()  # (R,)
             counts, outcome, drafted = text.append(tokens, accepted, drafted)
             statistics.count(text.rows, tokens.shape[1] - 1, drafted, outcome, is_prompt=False)
-            draft_length.record(len(text.rows), drafts.shape[1], outcome, perf_counter() - started)
+            draft_length.record(len(text.rows), drafts.shape[1], outcome, perf_counter() - started, path)
             statistics.lap("accept")
 
             if not text.done:

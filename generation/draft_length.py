@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from .argument import whole_number
+from .proposal import Proposal
 
 AUTO = "auto"
 
@@ -13,30 +14,41 @@ class DraftLength:
     """The same number every round.
 
     Attributes:
-        most: tokens that a round drafts at most, one after the other.
-        tree_size: tokens of a round where these are a tree, `most` being how deep it may be; 0: they are a chain.
+        most: tokens that a round drafts at most one after the other.
+        tree_size: most tokens of a round where these are a tree, `most` being how deep it may be; 0: they are a chain.
     """
 
     def __init__(self, most: int, tree_size: int = 0):
         self.most, self.tree_size = most, tree_size
 
+    @property
+    def widest(self) -> int:
+        """Tokens that a round drafts at most."""
+        return max(self.most, self.tree_size)
+
     def next(self, num_rows: int) -> int:
         """Tokens to draft in the next round, whose pass carries `num_rows` rows."""
-        return self.most
+        return self.tree_size or self.most
 
-    def keep(self, drafts: torch.Tensor, confidences: torch.Tensor | None, idle: torch.Tensor, started: float) -> int:
+    def keep(self, proposal: Proposal, idle: torch.Tensor, started: float) -> int:
         """How many of the drafts (R, k) to verify.
 
         Args:
-            confidences: how likely each is accepted once those in front of it are, (R, k), if the drafter knows.
             idle: rows that are only carried along, bool (R,).
             started: when the round began, as `perf_counter` tells.
         """
-        return drafts.shape[1]
+        return proposal.tokens.shape[1]
 
-    def record(self, num_rows: int, drafted: int, outcome: list[tuple[int, int]], seconds: float) -> None:
+    def record(
+        self,
+        num_rows: int,
+        drafted: int,
+        outcome: list[tuple[int, int]],
+        seconds: float,
+        path: torch.Tensor | None = None,
+    ) -> None:
         """What became of a round that verified `drafted` tokens: per row (drafts accepted, tokens added), and how long
-        it took."""
+        it took. Of trees also the places of the block that the target's tokens were asked for at, (R, depth + 1)."""
 
 
 def checked_draft_length(value) -> int | str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable, Sequence
 from itertools import accumulate
 from operator import mul
 from statistics import NormalDist
@@ -14,6 +14,7 @@ import torch
 
 from .draft_length import DraftLength
 from .draft_length_times import RoundTimes
+from .proposal import Proposal
 
 
 class Experience:
@@ -66,6 +67,7 @@ class AutoDraftLength(DraftLength):
     def __init__(self, most: int, start: int, experience: Experience, may_cut: bool = True):
         super().__init__(most)
         self.start, self.experience, self.may_cut = min(start, most), experience, may_cut
+        self.lengths: Sequence[int] = range(most + 1)  # that come into question
         self.first_trust = list(experience.trust)
         self.promised, self.kept = [0.0] * most, [0.0] * most  # per slot, where those in front are accepted; fading
         self.length, self.more_trials = 0, 0  # what this round drafts, and how many more rounds try that
@@ -91,13 +93,13 @@ class AutoDraftLength(DraftLength):
         return self.length
 
     def _choose(self, num_rows: int) -> None:
-        known, lengths = self.experience, range(self.most + 1)
-        self.passes = known.passes.estimate(num_rows, self.most)
-        self.drafting = [0.0, *known.drafting.estimate(num_rows, self.most)[1:]]
+        known, lengths = self.experience, self.lengths
+        self.passes = known.passes.estimate(num_rows, self.widest)
+        self.drafting = [0.0, *known.drafting.estimate(num_rows, self.widest)[1:]]
         self.worth = self._worth(num_rows)
         self.speed = max(self.speed, 1 / self.passes[0])
         recent = [self._expected(promises) for promises in list(known.promises)]  # another thread may add to them
-        tokens, seconds = [0.0] * len(lengths), [0.0] * len(lengths)  # of a round that drafts so many
+        tokens, seconds = dict.fromkeys(lengths, 0.0), dict.fromkeys(lengths, 0.0)  # of a round that drafts so many
         for expected in recent:
             verified = 0
             for drafted in lengths:
@@ -106,7 +108,8 @@ class AutoDraftLength(DraftLength):
                 tokens[drafted] += expected[verified] / len(recent)
                 seconds[drafted] += (self.drafting[drafted] + self.passes[verified]) / len(recent)
         # a drafter that was tried with few tokens may take as long for each of many
-        likely = lengths[: 2 * max(1, *(verified for _, verified in known.passes.known())) + 1]
+        longest = 2 * max(1, *(verified for _, verified in known.passes.known()))
+        likely = [drafted for drafted in lengths if drafted <= longest]
         best = max(likely, key=lambda drafted: tokens[drafted] / seconds[drafted])
         self.speed, self.length, self.is_trial = tokens[best] / seconds[best], best, False
         known.allowance += self.LOST * seconds[best]
@@ -128,7 +131,11 @@ class AutoDraftLength(DraftLength):
         first = trust[0] * sum(promises[0] for promises in list(known.promises) if promises) / len(known.promises)
         lasting = min(known.passes.estimate(1, 0)[0] / self.passes[0], 1.0)
         worth = worth_of_drafts(num_rows, lasting, min(first, 1.0))
-        return [worth * share for share in accumulate(trust, mul)]
+        return [worth * share for share in self._shares(trust)]
+
+    def _shares(self, trust: list[float]) -> Iterable[float]:
+        """Of each promise, what is kept of it."""
+        return accumulate(trust, mul)
 
     def _trust(self) -> list[float]:
         trust, before = [], self.FIRST_TRUST
@@ -155,13 +162,17 @@ class AutoDraftLength(DraftLength):
         """Of a pass, in tokens beside those that its time is worth elsewhere."""
         return expected[verified] - self.speed * self.passes[verified]
 
-    def keep(self, drafts: torch.Tensor, confidences: torch.Tensor | None, idle: torch.Tensor, started: float) -> int:
-        width, rows = drafts.shape[1], 1.0
+    def _chances(self, proposal: Proposal) -> torch.Tensor | None:
+        """How likely each draft is accepted, those in front of it too, (R, k), if the drafter knows."""
+        # of a drafter whose numbers are broken nothing is expected
+        return None if proposal.confidences is None else proposal.confidences.nan_to_num(0.0).cumprod(dim=1)
+
+    def keep(self, proposal: Proposal, idle: torch.Tensor, started: float) -> int:
+        width, rows = proposal.tokens.shape[1], 1.0
         self.promises = [1.0] * width
-        if confidences is not None and width and self.may_cut:
-            running = ~idle.to(confidences.device)[:, None]  # (R, 1)
-            # of a drafter whose numbers are broken nothing is expected
-            chances = confidences.nan_to_num(0.0).cumprod(dim=1).masked_fill(~running, 0.0)
+        if (chances := self._chances(proposal)) is not None and width and self.may_cut:
+            running = ~idle.to(chances.device)[:, None]  # (R, 1)
+            chances = chances.masked_fill(~running, 0.0)
             # the one wait of a round that the drafter's confidences cost
             *promised, rows = torch.cat([chances, running.to(chances)], dim=1).sum(dim=0).tolist()
             self.promises = [chance / max(rows, 1.0) for chance in promised]
@@ -172,9 +183,10 @@ class AutoDraftLength(DraftLength):
         if self.is_trial or not self.may_cut:
             return width
         expected = self._expected(self.promises)
-        return max(range(width + 1), key=lambda verified: self._gain(expected, verified))
+        verifiable = {width, *(length for length in self.lengths if length < width)}
+        return max(sorted(verifiable), key=lambda verified: self._gain(expected, verified))
 
-    def record(self, num_rows: int, drafted: int, outcome: list[tuple[int, int]], seconds: float) -> None:
+    def record(self, num_rows, drafted, outcome, seconds, path=None) -> None:
         known = self.experience
         known.rounds += 1
         known.tried[drafted] = known.rounds
@@ -187,6 +199,11 @@ class AutoDraftLength(DraftLength):
         else:
             known.drafting.add(num_rows, self.length, self.seconds)
         self.is_behind = False
+        self._count_kept(drafted, outcome, path)
+        known.trust = self._trust()
+
+    def _count_kept(self, drafted: int, outcome: list[tuple[int, int]], path: torch.Tensor | None) -> None:
+        """What was promised of a round's drafts, and what was kept of it."""
         verified = [accepted for accepted, added in outcome if added]  # others stopped earlier and are carried along
         fading, before = self.FADING ** len(verified), 1.0
         for slot, promise in enumerate(self.promises[:drafted]):
@@ -194,7 +211,6 @@ class AutoDraftLength(DraftLength):
             self.promised[slot] = fading * self.promised[slot] + reached * promise / max(before, 1e-9)
             self.kept[slot] = fading * self.kept[slot] + sum(accepted > slot for accepted in verified)
             before = promise
-        known.trust = self._trust()
 
 
 def worth_of_drafts(num_rows: int, lasting: float, rate: float) -> float:

@@ -23,7 +23,7 @@ from .drafter import NoDrafter
 from .prompt import PromptLayout
 from .prompt_groups import tokens_of_a_pass
 from .target_attention import usable_attention
-from .target_probe import probe_target, probe_trees
+from .target_probe import probe_target
 from .target_refusals import check_target, unwrapped
 from .text import Text
 from .text_in_step import InStep
@@ -88,7 +88,8 @@ def generate(
             drafter's default. More than the drafter has slots, or than are copied, is cut to that; 0
             decodes plainly.
         tree_size: tokens to draft each round as a tree, several guesses at a position: `num_assistant_tokens` is then
-            how deep it may be. For drafters that propose trees; not with "rejection".
+            how deep it may be, and where that is "auto", so many at most. For drafters that propose trees; not with
+            "rejection". `None`: trees under "auto" alone, where they pay; 0: none.
         acceptance: when sampling, "match" gives the same tokens as plain generate() with the same torch seed;
             "coupled" gives each row a text that depends on its own seed alone; "rejection" accepts most drafts, and
             gives a text with the same distribution. See `accept_rules`.
@@ -162,12 +163,10 @@ class Strategy:
         check_call(model, layout, generation_config, model_kwargs, rules.max_length)
         rule = acceptance_rule(self.acceptance, generation_config.do_sample, batch_size, input_ids.device, self.seed)
         drafter = choose_drafter(model, self.drafts, rule)
+        probe_target(model)
         draft_length = choose_draft_length(model, self.drafts, rule, drafter, self.cuda_graphs)
         if not draft_length.most:
             drafter = NoDrafter()
-        probe_target(model)
-        if draft_length.tree_size:
-            probe_trees(model)
 
         processors = Processors(logits_processor, self.prefix_function)
         wants = generation_config if generation_config.return_dict_in_generate else None

@@ -35,15 +35,15 @@ class DraftTree:
     depth: int
 
     @classmethod
-    def of(cls, proposal: Proposal, most_tokens: int, most_depth: int) -> DraftTree | None:
-        """The first `most_tokens` tokens of a proposal that are no deeper than `most_depth`; `None` for a chain.
+    def of(cls, tokens: torch.Tensor, proposal: Proposal, most_depth: int) -> DraftTree | None:
+        """Of a proposal that is a tree its first `tokens` (R, n), as far as they are no deeper than `most_depth`;
+        `None` for a chain.
 
         Where the drafter did not say how deep its tree is, the host waits for a device to tell.
         """
-        if proposal.parents is None or not proposal.tokens[:, :most_tokens].numel():
+        if proposal.parents is None or not tokens.numel():
             return None
-        tokens, parents = proposal.tokens[:, :most_tokens], proposal.parents[:, :most_tokens] + 1
-        width = tokens.shape[1] + 1
+        parents, width = proposal.parents[:, : tokens.shape[1]] + 1, tokens.shape[1] + 1
         seen = functional.one_hot(functional.pad(parents, (1, 0)), width).bool()
         seen = seen | torch.eye(width, dtype=torch.bool, device=tokens.device)  # itself, and its parent
         for _ in range((width - 1).bit_length()):  # and twice as far back each time

@@ -72,10 +72,10 @@ def prefill(
             capacity = min(layout.longest + FIRST_CAPACITY + (block_size or 1), longest_text)
             window, sliding = sliding_layers(model.config, num_layers)
             ring = longest_text if window is None or not sliding or not block_size else window - 1 + block_size
-            # Where no text grows out of the window, slots are those of full attention.
-            rings = (ring, sliding) if ring < longest_text else ()
+            if ring >= longest_text:  # where no text grows out of the window, slots are those of full attention
+                ring, sliding = None, []
             cache = RaggedCache(
-                num_layers, layout.lengths, layout.longest, capacity, longest_text, *rings, more_slots=more_slots
+                num_layers, layout.lengths, layout.longest, capacity, longest_text, ring, sliding, more_slots
             )
         cache.load(group.rows, prompt_cache, group.layout.columns[:, : group.layout.longest])
         logits.append(last)

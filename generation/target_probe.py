@@ -27,7 +27,7 @@ from .target_attention import attention_of
 from .target_refusals import UnsupportedTargetError, input_device
 
 _probed: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # model -> attention implementations that passed
-_probed_with_trees: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # the same
+_verifying_trees: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # model -> by attention, what is in the way
 
 MOST_SLOTS = 4096
 """That are shown in addition to those in use: more than any number of the config up to here."""
@@ -164,17 +164,32 @@ def usual_error(model) -> float:
 
 @torch.no_grad()
 @recorded_passes(False)
-def probe_trees(model) -> None:
-    """Once per model and attention: verify a tree of two branches in each of two rows, against passes over each branch
-    alone, which `probe_target` has shown to be right.
-
-    Raises:
-        UnsupportedTargetError: the logits differ: code of the model does not take a token's position, or what it sees,
-            from what it is told.
+def tree_obstacle(model) -> str | None:
+    """Why `model` cannot verify trees, `None` where it can. Once per model and attention two rows verify a tree of two
+    branches, against passes over each branch alone, which `probe_target` has shown to be right: code of a model might
+    not take a token's position, or what it sees, from what it is told.
     """
-    passed = _probed_with_trees.setdefault(model, set())
-    if attention_of(model) in passed:
-        return
+    found = _verifying_trees.setdefault(model, {})
+    if attention_of(model) not in found:
+        try:
+            compare_tree_with_chains(model)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            found[attention_of(model)] = (
+                f"{type(model).__name__} cannot verify trees: a trial did not agree with passes over chains "
+                f"({type(error).__name__}: {error})." + untested()
+            )
+        else:
+            found[attention_of(model)] = None
+    return found[attention_of(model)]
+
+
+def compare_tree_with_chains(model) -> None:
+    """
+    Raises:
+        ValueError: the logits differ by more than rounding.
+    """
     device, vocab_size = input_device(model), model.config.get_text_config(decoder=True).vocab_size
     width, branches = 5, ([0, 1, 3, 5], [0, 2, 4])  # places of a block of six
     tokens = (torch.arange(2 * (width + 6), device=device).view(2, -1) * 7919 + 11) % vocab_size
@@ -187,19 +202,10 @@ def probe_trees(model) -> None:
         depths[places] = torch.arange(len(places), device=device)
         seen[torch.tensor(places)[:, None], torch.tensor(places)] |= depths[places, None] >= depths[places]
     layout = PromptLayout.from_mask(mask, prompt)
-    try:
-        _, cache, _ = prefill(model, prompt, layout, width + 6, 6, prompt_arguments(model, layout), more_slots=6)
-        ours = verify(model, cache, block, branches=(depths.expand(2, -1), seen.expand(2, -1, -1)))[0].double()
-        for places in branches:
-            alone = verify(model, cache, block[:, places])[0].double()
-            error, allowed = (ours[:, places] - alone).abs().median(), usual_error(model) * alone.std()
-            if not error <= allowed:  # also when it is NaN
-                raise ValueError(f"logits differ by {error:.2g} from those of a chain, where {allowed:.2g} is usual")
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:
-        raise UnsupportedTargetError(
-            f"{type(model).__name__} cannot verify trees: a trial did not agree with passes over chains "
-            f"({type(error).__name__}: {error}). Leave out tree_size." + untested()
-        ) from error
-    passed.add(attention_of(model))
+    _, cache, _ = prefill(model, prompt, layout, width + 6, 6, prompt_arguments(model, layout), more_slots=6)
+    ours = verify(model, cache, block, branches=(depths.expand(2, -1), seen.expand(2, -1, -1)))[0].double()
+    for places in branches:
+        alone = verify(model, cache, block[:, places])[0].double()
+        error, allowed = (ours[:, places] - alone).abs().median(), usual_error(model) * alone.std()
+        if not error <= allowed:  # also when it is NaN
+            raise ValueError(f"logits differ by {error:.2g} from those of a chain, where {allowed:.2g} is usual")

@@ -19,6 +19,7 @@ from specformer.generation import draft_length_auto as auto_draft_length
 from specformer.generation import generate as entry
 from specformer.generation.draft_length import DraftLength
 from specformer.generation.draft_length_auto import AutoDraftLength, Experience
+from specformer.generation.draft_length_tree import AutoTreeSize
 from specformer.generation.drafter import NoDrafter
 from specformer.generation.proposal import Proposal
 
@@ -73,7 +74,7 @@ def verified_of(length: AutoDraftLength, world: World, asked: int, slowness: flo
     if not asked:
         return 0, 0.0
     none, started = torch.zeros(world.rows, dtype=torch.bool), time.perf_counter() - world.draft * slowness
-    verified = length.keep(torch.zeros(world.rows, asked), None, none, started)
+    verified = length.keep(Proposal(torch.zeros(world.rows, asked), None), none, started)
     return verified, 0.0 if verified else world.draft
 
 
@@ -217,7 +218,7 @@ def test_a_drafter_that_drafts_less_than_asked_is_not_asked_for_ever(proposed: i
         if k:
             asked, seconds = asked + 1, 1.2
             none, started = torch.zeros(8, dtype=torch.bool), time.perf_counter() - 0.2
-            k = length.keep(torch.zeros(8, min(proposed, k)), None, none, started)
+            k = length.keep(Proposal(torch.zeros(8, min(proposed, k)), None), none, started)
         length.record(8, k, [(0, 1)] * 8, seconds + 0.5 * k)
     assert 1 < asked < 50
 
@@ -506,12 +507,14 @@ def test_experience_is_kept_with_the_models_and_goes_with_them():
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ({}, "auto, cut"),
-        (dict(num_assistant_tokens="auto"), "auto, cut"),
+        ({}, "auto, trees"),
+        (dict(num_assistant_tokens="auto"), "auto, trees"),
+        (dict(tree_size=0), "auto, cut"),
+        (dict(tree_size=8), "auto, trees"),
         (dict(num_assistant_tokens="auto", acceptance="rejection", do_sample=True), "auto, whole"),
-        (dict(acceptance="rejection"), "auto, cut"),  # greedy has one text
+        (dict(acceptance="rejection", tree_size=0), "auto, cut"),  # greedy has one text
         (dict(acceptance="rejection", do_sample=True), 3),  # its text depends on the length
-        (dict(acceptance="coupled", do_sample=True), "auto, cut"),
+        (dict(acceptance="coupled", do_sample=True), "auto, trees"),
         (dict(num_assistant_tokens=2), 2),
         (dict(num_assistant_tokens=100), 8),  # copies
         (dict(num_assistant_tokens=100, prompt_lookup_num_tokens=5), 5),
@@ -527,7 +530,10 @@ def test_who_decides(arguments: dict, expected, monkeypatch):
     generate(target, SpecFormerModel(config).to(torch.float64), **ragged_batch(), max_new_tokens=6, **arguments)
     (length,) = seen
     if isinstance(expected, int):
-        assert type(length) is DraftLength and length.most == expected
+        assert type(length) is DraftLength and length.most == expected and not length.tree_size
+    elif expected == "auto, trees":
+        assert type(length) is AutoTreeSize and (length.most, length.start) == (8, 3)
+        assert length.tree_size == arguments.get("tree_size", 16)
     else:
         assert type(length) is AutoDraftLength and length.start == 3
         assert (length.most, length.may_cut) == ((4, False) if expected == "auto, whole" else (8, True))  # with copies

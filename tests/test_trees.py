@@ -10,15 +10,15 @@ import torch
 from architectures import FAMILIES, make_target
 from exactness import Reference, check, plain
 from test_exactness import NEW_TOKENS, SAMPLING, SETTINGS, meaningful_target
+from test_outputs import OUTPUTS, assert_same_steps
 from tiny import llama, ragged_batch
 from trees import OracleTree
 
 from specformer import SpecFormerConfig, SpecFormerModel, generate
-from specformer.generation import accept_tokens
-from specformer.generation import generate as entry
+from specformer.generation import accept_tokens, call_drafter
 from specformer.generation.cache_ragged import RaggedCache, RaggedLayer
 from specformer.generation.proposal_tree import DraftTree
-from specformer.generation.target_probe import probe_trees
+from specformer.generation.target_probe import tree_obstacle
 from specformer.generation.target_refusals import UnsupportedTargetError
 
 
@@ -154,7 +154,7 @@ def test_planted_fault_is_found(name: str, fault: str, monkeypatch):
 
     run()
     # the trial would refuse some of these, and must not be what saves the check
-    monkeypatch.setattr(entry, "probe_trees", lambda model: None)
+    monkeypatch.setattr(call_drafter, "tree_obstacle", lambda model: None)
     FAULTS[fault](monkeypatch)
     with pytest.raises((AssertionError, RuntimeError)):
         run()
@@ -176,7 +176,8 @@ def test_what_is_refused():
 @pytest.mark.parametrize("fault", ["siblings are seen", "positions of a chain", "one position too far"])
 def test_the_trial_finds_a_target_that_does_not_see_trees(fault: str, monkeypatch):
     target = make_target("gpt2")
-    probe_trees(make_target("gpt2"))
+    drafter = SpecFormerModel(SpecFormerConfig.from_target_config(target.config))
+    assert tree_obstacle(make_target("gpt2")) is None
     if fault == "siblings are seen":
         prepare = RaggedCache.prepare
         monkeypatch.setattr(
@@ -186,5 +187,35 @@ def test_the_trial_finds_a_target_that_does_not_see_trees(fault: str, monkeypatc
         )
     else:
         FAULTS[fault](monkeypatch)
-    with pytest.raises(UnsupportedTargetError, match=r"GPT2LMHeadModel cannot verify trees: .*Leave out tree_size"):
-        probe_trees(target)
+    with pytest.raises(UnsupportedTargetError, match=r"GPT2LMHeadModel cannot verify trees: .* Leave out tree_size"):
+        generate(target, drafter, **ragged_batch(), max_new_tokens=4, num_assistant_tokens=4, tree_size=8)
+    monkeypatch.setattr(RaggedCache, "follow", lambda self, path: pytest.fail("a tree was verified"))
+    generate(target, drafter, **ragged_batch(), max_new_tokens=12)  # "auto" goes on with chains
+
+
+@pytest.mark.parametrize("arguments", [{}, SAMPLING], ids=["greedy", "sampling"])
+def test_trees_of_any_size_under_auto(arguments: dict):
+    target, batch, eos = meaningful_target("llama")
+    arguments = dict(arguments, eos_token_id=eos, max_new_tokens=NEW_TOKENS)
+    reference = plain(target, batch, **arguments)
+    widths = set()
+    for kind in ("always", "sometimes", "never") * 2:
+        drafter = oracle_tree(reference, batch, kind, eos)
+        drafter.default_num_assistant_tokens = 4
+        widths |= check(target, batch, reference, drafter, "auto", tree_size=12, **arguments).rounds_per_length.keys()
+    assert len(widths) > 2
+
+
+@pytest.mark.parametrize("setting", ["greedy", "sampling with a penalty"])
+def test_scores_and_logits(setting: str):
+    target, batch, eos = meaningful_target("llama")
+    arguments = dict(SETTINGS[setting], eos_token_id=eos, max_new_tokens=NEW_TOKENS)
+    reference = plain(target, batch, **arguments)
+    torch.manual_seed(3)
+    expected = target.generate(**batch, **arguments, **OUTPUTS)
+    for kind in ("always", "sometimes"):
+        drafter = oracle_tree(reference, batch, kind, eos)
+        torch.manual_seed(3)
+        ours = generate(target, drafter, **batch, **arguments, **OUTPUTS, num_assistant_tokens=4, tree_size=9)
+        assert_same_steps(ours.scores, expected.scores)
+        assert_same_steps(ours.logits, expected.logits)

@@ -50,7 +50,7 @@ class DraftSettings:
     prompt_lookup_num_tokens: int | None
     max_matching_ngram_size: int | None
     prefill_chunk_size: int | None
-    tree_size: int | None
+    tree_size: int | None = None
 
     @classmethod
     def of_call(cls, model, assistant_model, num_assistant_tokens, tree_size, settings: CallSettings) -> DraftSettings:

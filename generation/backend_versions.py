@@ -15,7 +15,16 @@ import transformers
 from transformers.integrations.sdpa_attention import sdpa_attention_forward as sdpa_attention  # noqa: F401
 
 NEWEST_TESTED = "5.24.0"
-CACHE_NAMES = ("cache", "past_key_values")  # since 5.24, and before
+CACHE_NAMES = ("cache", "past_key_values", "cache_params")  # since 5.24, and before, where states alone are kept last
+
+
+STATE_LAYERS = (
+    "LinearAttentionLayer",
+    "LinearAttentionAndFullAttentionLayer",
+    "LinearAttentionAndSlidingWindowAttentionLayer",
+    "DummyLayer",
+)
+"""Layers of a cache that keep states, alone or beside keys and values, or nothing. Some versions lack some of them."""
 
 
 def cache_name(function: Callable) -> str | None:

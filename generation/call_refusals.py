@@ -148,7 +148,8 @@ def check_call(model, layout: PromptLayout, generation_config: GenerationConfig,
         limit = (
             rope.get("original_max_position_embeddings")
             or getattr(config, "original_max_position_embeddings", None)
-            or config.max_position_embeddings
+            or getattr(config, "max_position_embeddings", None)
+            or 0
         )
         starts_above = kind == "longrope" and min(layout.host_lengths) > limit
         if kind in ("dynamic", "longrope") and longest_text > limit and not starts_above:

@@ -75,13 +75,16 @@ class AssistantDrafter(Drafter):
     @torch.no_grad()
     def propose(self, num_tokens, choose) -> Proposal:
         lengths, longest = self.cache.lengths, self.cache.longest
+        self.cache.keep_states(num_tokens + 4)  # what is read here, two tokens before it, and the one it goes on from
         tokens, drafts = self.newest, []
         for ahead in range(num_tokens):
             logits, _ = verify(self.assistant, self.cache, tokens)
             drafts.append(choose(logits[:, -1:], ahead))  # (R, 1)
             self.cache.advance(torch.full_like(lengths, tokens.shape[1]), self.cache.longest + tokens.shape[1])
             tokens = self._known(drafts[-1])
-        self.cache.advance(lengths - self.cache.lengths, longest)
+        read = max(self.newest.shape[1] - 2, 0)  # and is not read again
+        self.cache.advance(lengths + read - self.cache.lengths, longest + read)
+        self.newest = self.newest[:, read:]
         return Proposal(torch.cat(drafts, dim=1))
 
     def update(self, verified: Verified) -> None:

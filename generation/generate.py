@@ -20,8 +20,7 @@ from .call_settings import CallSettings
 from .call_statistics import GenerationStatistics
 from .decoding import decode
 from .drafter import NoDrafter
-from .prompt import PromptLayout
-from .prompt_groups import tokens_of_a_pass
+from .target import prompt_layout
 from .target_attention import usable_attention
 from .target_probe import probe_target
 from .target_refusals import check_target, unwrapped
@@ -76,7 +75,7 @@ def generate(
     """Generate what `model.generate(...)` generates, with drafted tokens.
 
     Args:
-        model: the target, any decoder-only causal LM that keeps keys and values of all tokens.
+        model: the target, any decoder-only causal LM that keeps keys and values of all tokens, or states, in its cache.
         assistant_model: what drafts: the SpecFormer drafter of that target, which is moved to the target's
             device and computes in its dtype; the folder or Hub id of a DFlash, DSpark or EAGLE-3 drafter; or a smaller
             causal LM with the same tokenizer. Where a row's text repeats itself, drafters that read the target's hidden
@@ -159,7 +158,7 @@ class Strategy:
         input_ids = input_ids.long()  # plain generate() takes int32 as well, and returns int64
         batch_size, width = input_ids.shape
         rules = StoppingRules(stopping_criteria, generation_config.max_length, width)
-        layout = PromptLayout.from_mask(model_kwargs.get("attention_mask"), input_ids, tokens_of_a_pass(model))
+        layout = prompt_layout(model, model_kwargs.get("attention_mask"), input_ids)
         check_call(model, layout, generation_config, model_kwargs, rules.max_length)
         rule = acceptance_rule(self.acceptance, generation_config.do_sample, batch_size, input_ids.device, self.seed)
         drafter = choose_drafter(model, self.drafts, rule)

@@ -10,20 +10,25 @@ well, once it is shown many more slots: they are masked, so they must not matter
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch.nn import functional
 from transformers import DynamicCache
-from transformers.cache_utils import CacheLayerMixin
 
 from .backend_graphs import recorded_passes
 from .backend_versions import cache_argument, untested
-from .cache_ragged import KV_LENGTH_STEP, RaggedCache, RaggedLayer, attention_masks
+from .cache_layers import RaggedLayer
+from .cache_masks import attention_masks
+from .cache_ragged import KV_LENGTH_STEP, RaggedCache
 from .prompt import PromptLayout
 from .target import prefill, prompt_arguments, read_block, verify
 from .target_attention import attention_of
+from .target_mixers import keeps_states
 from .target_refusals import UnsupportedTargetError, input_device
 
 _probed: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # model -> attention implementations that passed
@@ -35,31 +40,26 @@ MOST_TOKENS = 2**24
 BY_NUMBER_OF_KEYS = "its attention goes by the number of keys, masked ones included, and not by each token's position"
 
 
-class StretchedLayer(CacheLayerMixin):
-    """A layer of a ragged cache that seems to hold more: `slots` of zeros after its own, and `tokens` in all."""
+@contextmanager
+def stretched(layers: list[RaggedLayer], slots: int, tokens: int):
+    """These layers of a ragged cache seem to hold more inside: `slots` of zeros after their own, `tokens` in all."""
 
-    is_compileable = False
-    is_sliding = False
+    def update(layer: RaggedLayer, *states: torch.Tensor, **kwargs):
+        seen = type(layer).update(layer, *states)
+        return tuple(functional.pad(part, (0, 0, 0, slots)) for part in seen)
 
-    def __init__(self, layer: RaggedLayer, slots: int, tokens: int):
-        super().__init__()
-        self.layer, self.slots, self.tokens = layer, slots, tokens
-
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        self.layer.lazy_initialization(key_states, value_states)
-
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
-        seen = self.layer.update(key_states, value_states)
-        return tuple(functional.pad(states, (0, 0, 0, self.slots)) for states in seen)
-
-    def get_seq_length(self) -> int:
-        return self.layer.get_seq_length() + self.tokens
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.layer.kv_length + self.slots, 0
-
-    def get_max_length(self) -> int:
-        return -1
+    try:
+        for layer in layers:
+            vars(layer).update(
+                update=partial(update, layer),
+                get_seq_length=lambda layer=layer: type(layer).get_seq_length(layer) + tokens,
+                get_mask_sizes=lambda query_length, layer=layer: (layer.kv_length + slots, 0),
+            )
+        yield
+    finally:
+        for layer in layers:
+            for name in ("update", "get_seq_length", "get_mask_sizes"):
+                vars(layer).pop(name, None)
 
 
 def verify_among_many_slots(model, cache: RaggedCache, tokens: torch.Tensor) -> torch.Tensor:
@@ -71,17 +71,15 @@ def verify_among_many_slots(model, cache: RaggedCache, tokens: torch.Tensor) -> 
     masks = attention_masks(model.config, cache, position_ids, model.dtype)
     hidden = False if attention_of(model) == "sdpa" else torch.finfo(model.dtype).min
 
-    def stretched(mask: torch.Tensor) -> torch.Tensor:
-        return functional.pad(mask, (0, slots), value=hidden)
+    def wider(mask: torch.Tensor | None) -> torch.Tensor | None:
+        return None if mask is None else functional.pad(mask, (0, slots), value=hidden)
 
-    masks = {kind: stretched(mask) for kind, mask in masks.items()} if isinstance(masks, dict) else stretched(masks)
-    layers, cache.layers = cache.layers, [StretchedLayer(layer, slots, longest) for layer in cache.ragged_layers]
-    try:
-        return read_block(model, cache, tokens, position_ids, masks)[0]
-    except RuntimeError as error:  # shapes, as a rule
-        raise ValueError(f"{BY_NUMBER_OF_KEYS} ({error})") from error
-    finally:
-        cache.layers = layers
+    masks = {kind: wider(mask) for kind, mask in masks.items()} if isinstance(masks, dict) else wider(masks)
+    with stretched(cache.ragged_layers, slots, longest):
+        try:
+            return read_block(model, cache, tokens, position_ids, masks)[0]
+        except RuntimeError as error:  # shapes, as a rule
+            raise ValueError(f"{BY_NUMBER_OF_KEYS} ({error})") from error
 
 
 def numbers_of(value) -> Iterator[int]:
@@ -117,6 +115,15 @@ def probe_target(model) -> None:
     prompt, first, second = tokens.split([width, block, block], dim=1)
     mask = torch.ones_like(prompt)
     mask[1, :padding] = 0
+    # what reads several tokens after a state may begin anew, and plain decoding does not do that
+    step = 1 if keeps_states(model) else block
+    takes_places = "position_ids" in inspect.signature(model.forward).parameters
+
+    def run(tokens: torch.Tensor, places: torch.Tensor, **arguments) -> torch.Tensor:
+        if takes_places:
+            arguments["position_ids"] = places
+        return model(input_ids=tokens, **arguments).logits
+
     kept = [block, 1]  # of the first block, so that the second one stands at another position in each row
     try:
         layout = PromptLayout.from_mask(mask, prompt)
@@ -130,17 +137,20 @@ def probe_target(model) -> None:
             text = torch.cat([context, second[row : row + 1]], dim=1)
             # as plain generate() numbers them: some families would begin elsewhere by themselves
             places = torch.arange(text.shape[1], device=device)[None]
-            whole = model(input_ids=text, position_ids=places, use_cache=False).logits[0, -block:].cpu().double()
-            own_cache = DynamicCache(config=model.config)
-            cached = dict(cache_argument(model, own_cache), use_cache=True)
-            model(input_ids=context, position_ids=places[:, :-block], **cached)
-            cached = model(input_ids=second[row : row + 1], position_ids=places[:, -block:], **cached).logits[0]
-            own_error = (cached.cpu().double() - whole).abs().median()
+            whole = run(text, places, use_cache=False)[0, -block:].cpu().double()
+            own_cache = cache_argument(model, DynamicCache(config=model.config))
+            cached = [run(context, places[:, :-block], **own_cache, use_cache=True)]
+            for read in range(0, block, step):
+                columns = slice(text.shape[1] - block + read, text.shape[1] - block + read + step)
+                cached.append(run(text[:, columns], places[:, columns], **own_cache, use_cache=True))
+            last = torch.cat(cached[1:], dim=1)[0].cpu().double()
+            own_error = (last - whole).abs().median()
             allowed = 8 * own_error + precision * whole.std()
-            error = (ours[row] - whole).abs().median()
+            plain = last if step == 1 else whole  # in some families what keeps states computes something else by steps
+            error = (ours[row] - plain).abs().median()
             if not error <= allowed:  # also when it is NaN
                 raise ValueError(f"logits differ by {error:.2g} from plain decoding, where {allowed:.2g} is usual")
-            error = (among_many[row] - whole).abs().median()
+            error = (among_many[row] - plain).abs().median()
             if not error <= allowed:
                 raise ValueError(f"{BY_NUMBER_OF_KEYS} (logits differ by {error:.2g})")
     except torch.OutOfMemoryError:
@@ -169,6 +179,10 @@ def tree_obstacle(model) -> str | None:
     branches, against passes over each branch alone, which `probe_target` has shown to be right: code of a model might
     not take a token's position, or what it sees, from what it is told.
     """
+    if keeps_states(model):
+        return (
+            f"{type(model).__name__} cannot verify trees: it keeps states, which follow one text and not its branches."
+        )
     found = _verifying_trees.setdefault(model, {})
     if attention_of(model) not in found:
         try:

@@ -13,7 +13,8 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from .backend_versions import CACHE_NAMES, cache_name, keeps_recurrent_state, untested
+from .backend_versions import CACHE_NAMES, STATE_LAYERS, cache_name, keeps_recurrent_state, untested
+from .target_mixers import keeps_states
 
 
 class UnsupportedTargetError(ValueError):
@@ -68,12 +69,16 @@ def check_target(model) -> None:
     if model.config.is_encoder_decoder:
         refuse(model, "it is an encoder-decoder, and only decoder-only models are supported.")
     config = model.config.get_text_config(decoder=True)
-    if keeps_recurrent_state(model):
-        refuse(model, "it keeps a recurrent state, from which rejected tokens cannot be taken back.")
+    layers = DynamicCache(config=model.config).layers
+    with_states = keeps_states(model)
+    if keeps_recurrent_state(model) and not with_states:
+        refuse(model, "it keeps a recurrent state of its own, from which rejected tokens cannot be taken back.")
     arguments = inspect.signature(model.forward).parameters
     missing = [name for name in ("attention_mask", "position_ids") if name not in arguments]
+    if with_states:  # which may be all that tells positions apart
+        missing = [name for name in missing if name != "position_ids"]
     if cache_name(model.forward) is None:
-        missing.append(" or ".join(CACHE_NAMES))
+        missing.append(" or ".join(CACHE_NAMES[:2]))
     if missing:
         refuse(
             model,
@@ -84,8 +89,9 @@ def check_target(model) -> None:
         refuse(model, "it uses ALiBi, whose biases follow the padded columns and not each row's own positions.")
     strange = {
         type(layer).__name__
-        for layer in DynamicCache(config=model.config).layers
+        for layer in layers
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer)
+        and not (with_states and type(layer).__name__ in STATE_LAYERS)
     }
     if strange:
         refuse(model, f"it needs cache layers that cannot take back tokens ({', '.join(sorted(strange))}).")

@@ -24,7 +24,7 @@ ROOMS = {
     "target": "the target's passes, and what is found out about it",
     "prompt": "where the tokens of padded prompts are, and which rows read theirs together",
     "backend": "what belongs to torch, transformers, the machine and the process",
-    "cache": "keys and values of rows that have lengths of their own",
+    "cache": "keys, values and states of rows that have lengths of their own",
     "argument": "what a caller passed, in messages",
 }
 """From the entry down. A room is the beginning of its files' names; none imports from one that is above it, in the

@@ -153,6 +153,7 @@ OVERRIDES: dict[str, dict] = {
     "MllamaForCausalLM": dict(cross_attention_layers=[1]),
     "MiniMaxM3VLForCausalLM": dict(layer_types=["full_attention", "minimax_m3_sparse"] * 2),
     "NemotronForCausalLM": dict(rope_parameters=dict(rope_type="default", rope_theta=1e4, partial_rotary_factor=0.5)),
+    "Qwen3_5MoeForCausalLM": dict(num_experts=8),  # a text in which something stands twice, so that copies are right
     "Qwen4ExpForCausalLM": dict(
         indexer_n_heads=2, indexer_kv_heads=1, indexer_head_dim=8, indexer_budget=8, indexer_compress_ratio=2
     ),

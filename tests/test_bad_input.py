@@ -142,9 +142,7 @@ SIZES = dict(
     eos_token_id=EOS,
 )
 TOKENS = {name: SIZES[name] for name in ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id")}
-SSM = dict(mamba_d_state=4, mamba_n_heads=8, mamba_n_groups=1)
 BART = dict(d_model=32, encoder_layers=2, decoder_layers=2, encoder_ffn_dim=48, decoder_ffn_dim=48)
-LINEAR = dict(linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=8)
 MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
 
 # name -> (prefix and suffix of the classes, fields, what the message says about it)
@@ -164,33 +162,7 @@ REFUSED_TARGETS: dict[str, tuple[str, str, dict, str]] = {
     "bloom": ("Bloom", "ForCausalLM", dict(TOKENS, hidden_size=32, n_layer=2, n_head=4), "ALiBi"),
     "falcon-alibi": ("Falcon", "ForCausalLM", dict(SIZES, alibi=True, new_decoder_architecture=False), "ALiBi"),
     "mpt": ("Mpt", "ForCausalLM", dict(TOKENS, d_model=32, n_layers=2, n_heads=4, max_seq_len=64), "ALiBi"),
-    "mamba": (
-        "Mamba",
-        "ForCausalLM",
-        dict(TOKENS, hidden_size=32, num_hidden_layers=2, state_size=4),
-        "recurrent state",
-    ),
-    "mamba2": (
-        "Mamba2",
-        "ForCausalLM",
-        dict(TOKENS, hidden_size=32, num_hidden_layers=2, state_size=4, num_heads=8, head_dim=8, n_groups=1),
-        "recurrent state",
-    ),
-    "jamba": (
-        "Jamba",
-        "ForCausalLM",
-        dict(SIZES, num_experts=2, mamba_d_state=4, attn_layer_period=2, attn_layer_offset=1),
-        "recurrent state",
-    ),
-    "bamba": ("Bamba", "ForCausalLM", dict(SIZES, **SSM, mamba_d_head=8, attn_layer_indices=[1]), "recurrent state"),
-    "falcon-h1": ("FalconH1", "ForCausalLM", dict(SIZES, **SSM, mamba_d_head=4, mamba_d_ssm=32), "recurrent state"),
-    "qwen3-next": (
-        "Qwen3Next",
-        "ForCausalLM",
-        dict(SIZES, **LINEAR, head_dim=8, num_experts=2, num_experts_per_tok=1, moe_intermediate_size=16),
-        "recurrent state",
-    ),
-    "lfm2": ("Lfm2", "ForCausalLM", dict(SIZES, layer_types=["conv", "full_attention"] * 2), "take back"),
+    "rwkv": ("Rwkv", "ForCausalLM", dict(TOKENS, hidden_size=32, num_hidden_layers=2), "recurrent state of its own"),
     "qwen2-vl": (
         "Qwen2VL",
         "ForConditionalGeneration",

@@ -9,18 +9,19 @@ import torch
 from exactness import check, oracle, plain
 from test_exactness import NEW_TOKENS, meaningful_target
 
-from specformer.generation import cache_ragged as ragged_cache
+from specformer.generation import cache_masks
 from specformer.generation import generate as entry
 from specformer.generation import target as target_passes
 from specformer.generation import target_probe as probe
-from specformer.generation.cache_ragged import RaggedCache, sliding_layers
+from specformer.generation.cache_masks import sliding_layers
+from specformer.generation.cache_ragged import RaggedCache
 from specformer.generation.target_refusals import UnsupportedTargetError
 
 mask, prepare, advance, masks = (
     RaggedCache.mask,
     RaggedCache.prepare,
     RaggedCache.advance,
-    ragged_cache.attention_masks,
+    cache_masks.attention_masks,
 )
 
 

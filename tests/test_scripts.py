@@ -25,6 +25,7 @@ from benchmarks import (
     cost_model,
     edit_prompts,
     half_precision,
+    hybrid_cost,
     loop_overhead,
     packed_widths,
     rivals,
@@ -283,6 +284,24 @@ def test_cost_model(folder: Path, monkeypatch):
         with torch.device("meta"):
             target = AutoModelForCausalLM.from_config(shape())
         assert target.num_parameters() == pytest.approx(1e9 * float(name.split("-")[-1].rstrip("B")), rel=0.03)
+
+
+def test_hybrid_cost(tmp_path: Path, monkeypatch):
+    output = tmp_path / "hybrid.json"
+    sizes = ["--batch-sizes", 2, "--drafted", 0, 2, "--context", 8, "--repeats", 1]
+    run(hybrid_cost, monkeypatch, "--targets", "tiny LFM2", "tiny Qwen3.5", *sizes, "--output", output)
+    passes = json.loads(output.read_text())["passes"]
+    assert [(each["target"], each["drafted"]) for each in passes] == [
+        (name, k) for name in ("tiny LFM2", "tiny Qwen3.5") for k in (0, 2)
+    ]
+    for each in passes:
+        assert 0 < each["share_of_states"] < each["share_of_mixers"] < 1
+        assert each["break_even_tokens_per_pass"] == each["pass_seconds"] / each["plain_step_seconds"] > 0
+    assert len(hybrid_cost.table(passes)) == 2 + 4
+    for name in ("LFM2-350M", "Qwen3.5-0.8B"):
+        with torch.device("meta"):
+            target = hybrid_cost.make_target(name, torch.float32, torch.device("meta"))
+        assert target.num_parameters() == pytest.approx({"LFM2-350M": 0.35e9, "Qwen3.5-0.8B": 0.75e9}[name], rel=0.1)
 
 
 def test_verifying_pass(folder: Path, monkeypatch):

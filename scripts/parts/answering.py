@@ -12,9 +12,7 @@ import torch
 from specformer.generation.accept_noise import HashedNoise
 from specformer.generation.accept_sampling import sample_with_noise
 from specformer.generation.backend_linear import fast_linears
-from specformer.generation.prompt import PromptLayout
-from specformer.generation.prompt_groups import tokens_of_a_pass
-from specformer.generation.target import prefill, prompt_arguments, verify
+from specformer.generation.target import prefill, prompt_arguments, prompt_layout, verify
 from specformer.generation.target_attention import usable_attention
 from specformer.generation.target_probe import probe_target
 from specformer.generation.target_refusals import check_target, input_device
@@ -106,7 +104,7 @@ class Answering:
         ids = [[0] * pad + answer.prompt_ids for pad, answer in zip(missing, answers, strict=True)]
         mask = [[0] * pad + [1] * (width - pad) for pad in missing]
         input_ids, mask = torch.tensor(ids, device=self.device), torch.tensor(mask, device=self.device)
-        layout = PromptLayout.from_mask(mask, input_ids, tokens_of_a_pass(self.target))
+        layout = prompt_layout(self.target, mask, input_ids)
         # A row may be taken by a longer prompt later, so the buffers' limit is the model's.
         limit = getattr(self.target.config.get_text_config(decoder=True), "max_position_embeddings", None) or 2**20
         arguments = prompt_arguments(self.target, layout)

@@ -1,0 +1,385 @@
+"""Targets that keep recurrent or convolutional states: the same text as plain generate()'s, whatever is drafted."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+from exactness import check, oracle, plain
+from hybrids import INSTALLED, NEW_TOKENS, hybrid
+from shrunken import make_target
+from tape import use_tapes
+from test_exactness import SAMPLING, SETTINGS
+from test_stopping import TOKENIZER
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from specformer import SpecFormerConfig, SpecFormerModel, generate
+from specformer.generation import backend_shared_products, target_mixers, target_probe
+from specformer.generation.cache_ragged import RaggedCache
+from specformer.generation.cache_states import StateLayer
+from specformer.generation.target import prefill, prompt_arguments, prompt_layout, verify
+from specformer.generation.target_mixers import Mixers, WatchedCache, mixers_by_token
+from specformer.generation.target_probe import probe_target
+from specformer.generation.target_refusals import UnsupportedTargetError
+
+IN_EVERY_RUN = ["Lfm2ForCausalLM", "Qwen3NextForCausalLM", "FalconH1ForCausalLM", "MambaForCausalLM"]
+IN_LONG_RUNS = [pytest.param(name, marks=pytest.mark.slow) for name in INSTALLED if name not in IN_EVERY_RUN]
+EVERY_FAMILY = [name for name in [*IN_EVERY_RUN, *IN_LONG_RUNS] if not isinstance(name, str) or name in INSTALLED]
+KINDS = ("never", "always", "sometimes", "adversarial")
+
+
+@pytest.mark.parametrize("name", EVERY_FAMILY)
+def test_every_family(name: str):
+    target, batch, eos = hybrid(name)
+    for arguments in (dict(eos_token_id=eos), dict(eos_token_id=None, **SAMPLING)):
+        arguments = dict(arguments, max_new_tokens=NEW_TOKENS)
+        reference = plain(target, batch, **arguments)
+        for kind, k in (("sometimes", 1), ("sometimes", 4), ("adversarial", 3), ("never", 2), ("always", 8)):
+            check(target, batch, reference, oracle(reference, batch, kind, eos), k, **arguments)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("name", INSTALLED)
+def test_full_cross(name: str, setting: str):
+    target, batch, eos = hybrid(name)
+    arguments = dict(SETTINGS[setting], eos_token_id=eos, max_new_tokens=NEW_TOKENS)
+    reference = plain(target, batch, **arguments)
+    for kind in KINDS:
+        for k in range(1, 9):
+            check(target, batch, reference, oracle(reference, batch, kind, eos), k, **arguments)
+
+
+@pytest.mark.parametrize("name", EVERY_FAMILY)
+def test_float32_prompts_in_chunks_and_stop_strings(name: str):
+    target, batch, _ = hybrid(name)
+    full = plain(target, batch, max_new_tokens=NEW_TOKENS, eos_token_id=None).sequences
+    string = TOKENIZER.decode(full[1, 14:16])
+    ways: list[dict] = [dict(stop_strings=[string], tokenizer=TOKENIZER, eos_token_id=None)]
+    if read_prompts(target, batch).ragged_layers:  # plain generate() has no chunks where all layers keep states
+        ways.append(dict(prefill_chunk_size=4))
+    for arguments in ways:
+        arguments = dict(arguments, max_new_tokens=NEW_TOKENS)
+        reference = plain(target, batch, **arguments)
+        check(target, batch, reference, oracle(reference, batch, "sometimes", None), 4, **arguments)
+    target.float()
+    try:
+        arguments = dict(SAMPLING, max_new_tokens=NEW_TOKENS)
+        reference = plain(target, batch, **arguments)
+        check(target, batch, reference, oracle(reference, batch, "sometimes", None), 4, **arguments)
+    finally:
+        target.double()
+
+
+@pytest.mark.parametrize("name", EVERY_FAMILY)
+def test_the_network_as_drafter(name: str):
+    """It reads the target's hidden states, which hooks take while the mixers run token by token."""
+    target, batch, eos = hybrid(name)
+    heads = {} if hasattr(target.config, "num_attention_heads") else dict(num_attention_heads=4)
+    drafter = SpecFormerModel(SpecFormerConfig.from_target_config(target.config, **heads))
+    for sampling in ({}, SAMPLING):
+        arguments = dict(sampling, eos_token_id=eos, max_new_tokens=NEW_TOKENS)
+        reference = plain(target, batch, **arguments)
+        for k in (None, 4):
+            check(target, batch, reference, drafter, k, **arguments)
+
+
+@pytest.mark.parametrize("name", EVERY_FAMILY)
+def test_assistant_that_keeps_states(name: str):
+    """It is right wherever it can be: its states are those after what the target took."""
+    target, batch, _ = hybrid(name)
+    arguments = dict(max_new_tokens=NEW_TOKENS, eos_token_id=None)
+    reference = plain(target, batch, **arguments)
+    statistics = check(target, batch, reference, target, 3, **arguments)
+    assert statistics.accepted_per_slot == statistics.drafted_per_slot
+
+
+# ---- what a pass does
+
+
+def read_prompts(target, batch, most: int = 5) -> RaggedCache:
+    layout = prompt_layout(target, batch["attention_mask"], batch["input_ids"])
+    return prefill(target, batch["input_ids"], layout, 64, most, prompt_arguments(target, layout))[1]
+
+
+class CountedWeights(TorchFunctionMode):
+    """How often each weight is multiplied with something."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts: dict[int, int] = {}
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is functional.linear:
+            self.counts[id(args[1])] = self.counts.get(id(args[1]), 0) + 1
+        return function(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["Lfm2ForCausalLM", "Qwen3NextForCausalLM", "FalconH1ForCausalLM", "BambaForCausalLM"])
+def test_weights_of_a_mixer_are_read_once(name: str):
+    target, batch, _ = hybrid(name)
+    cache = read_prompts(target, batch)
+    tokens = batch["input_ids"][:, :4]
+    verify(target, cache, tokens)  # shows which layer is the last
+    with CountedWeights() as counted:
+        verify(target, cache, tokens)
+    linears = [
+        module for mixer in cache.mixers.states_of for module in mixer.modules() if isinstance(module, torch.nn.Linear)
+    ]
+    assert len(linears) >= 2 * len(cache.mixers.states_of)
+    assert {counted.counts[id(linear.weight)] for linear in linears} == {1}
+
+
+def test_mixers_are_as_they_were_afterwards_and_in_other_threads():
+    """Plain calls of another thread go on with the same modules meanwhile."""
+    target, batch, eos = hybrid("Lfm2ForCausalLM")
+    arguments = dict(eos_token_id=eos, max_new_tokens=NEW_TOKENS)
+    reference = plain(target, batch, **arguments)
+    found, done = [], threading.Event()
+
+    def others() -> None:
+        while not done.is_set():
+            found.append(target.generate(**batch, **arguments))
+
+    thread = threading.Thread(target=others)
+    thread.start()
+    try:
+        for _ in range(3):
+            sequences = generate(
+                target, oracle(reference, batch, "sometimes", eos), **batch, **arguments, num_assistant_tokens=4
+            )
+            assert sequences.tolist() == reference.sequences.tolist()
+    finally:
+        done.set()
+        thread.join()
+    assert found and all(sequences.tolist() == reference.sequences.tolist() for sequences in found)
+    assert not any("forward" in vars(module) for module in target.modules())
+
+
+@pytest.mark.parametrize("name", ["Lfm2ForCausalLM", "BambaForCausalLM"])
+def test_recorded_passes(name: str, monkeypatch):
+    tapes = use_tapes(monkeypatch)
+    target, batch, eos = hybrid(name)
+    arguments = dict(eos_token_id=eos, max_new_tokens=NEW_TOKENS)
+    reference = plain(target, batch, **arguments)
+    check(target, batch, reference, oracle(reference, batch, "sometimes", eos), 4, **arguments, cuda_graphs=True)
+    assert tapes.replayed > tapes.recorded > 0
+
+
+class Pair(torch.nn.Module):
+    """Two linear layers, the second of which is not all of the output for later tokens."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last, self.seen = torch.nn.Linear(3, 3), torch.nn.Linear(3, 3), 0
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        self.seen += 1
+        states = self.last(self.first(states).sin())
+        return states if self.seen < 4 else states.clone()
+
+
+def test_module_that_does_not_treat_its_tokens_alike_is_no_silent_error():
+    pair, states = Pair(), torch.randn(2, 2, 3)
+    for number in range(2):
+        shared = backend_shared_products.SharedProducts(2, pair.last.weight if number else None)
+        outputs = []
+        for token in range(2):
+            part = shared.part(states, token)
+            with shared:
+                outputs.append(pair(part))
+        if number:
+            with pytest.raises(RuntimeError, match="alike"):
+                shared.joined(outputs)
+        else:
+            assert shared.weight_behind(outputs[0]) is pair.last.weight
+            torch.testing.assert_close(shared.joined(outputs), pair.last(pair.first(states).sin()))
+
+
+# ---- rings of states
+
+
+def test_rows_that_leave_come_and_get_more_room_keep_their_states():
+    """Each state is the number of tokens behind it, and ten times its row."""
+    lengths = torch.tensor([7, 5, 3])
+    like = layers_of("Lfm2ForCausalLM")
+    cache, other = (
+        RaggedCache(len(like), of, int(of.max()), 8, 64, like=like, states=states)
+        for of, states in ((lengths, 3), (torch.tensor([9]), 4))
+    )
+    for one, rows in ((cache, [0, 1, 2]), (other, [8])):
+        prompt = layers_of("Lfm2ForCausalLM")[0]
+        prompt.update_conv_state(torch.tensor(rows)[:, None, None] * 10 + one.lengths[:, None, None].double())
+        one.state_layers[0].load_states(torch.arange(len(rows)), prompt)
+    layer, names = cache.state_layers[0], [("conv_states", 0)]
+
+    def state() -> list[float]:
+        layer.recall(names)
+        return layer.conv_states[0].flatten().tolist()
+
+    def read(tokens: int) -> None:
+        layer.recall(names)
+        for token in range(tokens):
+            layer.conv_states[0] += 1
+            layer.remember(names, token + 1)
+
+    read(2)
+    cache.advance(torch.tensor([2, 1, 0]), 9)
+    assert state() == [9, 16, 23]
+    cache.keep_states(6)
+    assert state() == [9, 16, 23]
+    cache.advance(torch.tensor([-1, -1, 0]), 8)
+    assert state() == [8, 15, 23]
+    read(5)
+    cache.advance(torch.tensor([5, 3, 1]), 13)
+    cache.select_rows(torch.tensor([0, 2]), 13)
+    assert state() == [13, 24]
+    cache.replace_rows(torch.tensor([0]), other, 9)
+    assert state() == [89, 24]
+
+
+def layers_of(name: str):
+    return WatchedCache(config=hybrid(name)[0].config).layers
+
+
+# ---- planted faults: each must fail the check
+
+
+def one_token_too_many(monkeypatch) -> None:
+    recall = StateLayer.recall
+
+    def fault(self, names):
+        for name in names:
+            self.rings[name] = self.rings[name].roll(-1, dims=1)
+        recall(self, names)
+        for name in names:
+            self.rings[name] = self.rings[name].roll(1, dims=1)
+
+    monkeypatch.setattr(StateLayer, "recall", fault)
+
+
+def one_token_too_few(monkeypatch) -> None:
+    remember = StateLayer.remember
+    monkeypatch.setattr(
+        StateLayer, "remember", lambda self, names, tokens: remember(self, names, tokens + (tokens > 1))
+    )
+
+
+def of_another_row(monkeypatch) -> None:
+    recall = StateLayer.recall
+
+    def fault(self, names):
+        recall(self, names)
+        for kind, number in names:
+            getattr(self, kind)[number] = getattr(self, kind)[number].roll(1, dims=0)
+
+    monkeypatch.setattr(StateLayer, "recall", fault)
+
+
+def stale_convolutions(monkeypatch) -> None:
+    """Of a round, those after its last token stay, whatever was taken."""
+    recall = StateLayer.recall
+
+    def fault(self, names):
+        before = {name: getattr(self, name[0])[name[1]] for name in names if name[0] == "conv_states"}
+        recall(self, names)
+        for (kind, number), state in before.items():
+            if state is not None and state.shape == getattr(self, kind)[number].shape:
+                getattr(self, kind)[number] = state
+
+    monkeypatch.setattr(StateLayer, "recall", fault)
+
+
+def stale_recurrence(monkeypatch) -> None:
+    remember = StateLayer.remember
+    monkeypatch.setattr(
+        StateLayer,
+        "remember",
+        lambda self, names, tokens: remember(self, [name for name in names if name[0] == "conv_states"], tokens),
+    )
+
+
+def rows_that_leave_take_others_along(monkeypatch) -> None:
+    select = StateLayer.select_states
+    monkeypatch.setattr(StateLayer, "select_states", lambda self, index: select(self, index.flip(0)))
+
+
+def all_tokens_at_once(monkeypatch) -> None:
+    """Mixers that give but the state after the whole pass."""
+
+    def fault(self, cache, mixer, forward, args, kwargs):
+        number, names = self.states_of[mixer]
+        layer = cache.state_layers[number]
+        layer.recall(names)
+        output = forward(*args, **kwargs)
+        for token in range(cache.width):
+            layer.remember(names, token + 1)
+        return output
+
+    monkeypatch.setattr(Mixers, "__call__", fault)
+
+
+FAULTS = (
+    one_token_too_many,
+    one_token_too_few,
+    of_another_row,
+    stale_convolutions,
+    stale_recurrence,
+    rows_that_leave_take_others_along,
+    all_tokens_at_once,
+)
+
+
+@pytest.mark.parametrize("plant", FAULTS, ids=lambda plant: plant.__name__)
+@pytest.mark.parametrize("name", ["Lfm2ForCausalLM", "Qwen3NextForCausalLM", "BambaForCausalLM", "MambaForCausalLM"])
+def test_planted_fault(name: str, plant, monkeypatch):
+    if plant is stale_recurrence and name == "Lfm2ForCausalLM":
+        pytest.skip("it has no recurrence")
+    target, batch, eos = hybrid(name)
+    arguments = dict(eos_token_id=eos if plant is rows_that_leave_take_others_along else None)
+    arguments["max_new_tokens"] = NEW_TOKENS
+    reference = plain(target, batch, **arguments)
+    probe_target(target)  # without the fault, which it would refuse
+
+    def run() -> None:
+        for kind in ("adversarial", "sometimes"):
+            check(target, batch, reference, oracle(reference, batch, kind, eos), 4, **arguments)
+
+    run()
+    plant(monkeypatch)
+    with pytest.raises(AssertionError):
+        run()
+
+
+@pytest.mark.parametrize("plant", [one_token_too_many, one_token_too_few, of_another_row, all_tokens_at_once])
+def test_the_trial_refuses_what_would_be_decoded_wrongly(plant, monkeypatch):
+    target, _, _ = hybrid("Qwen3NextForCausalLM")
+    monkeypatch.setattr(target_probe, "_probed", {})
+    plant(monkeypatch)
+    with pytest.raises(UnsupportedTargetError, match="did not agree with plain decoding"):
+        probe_target(target)
+
+
+def test_states_outside_of_the_cache_are_refused():
+    target = make_target("RecurrentGemmaForCausalLM", torch.float64, 0, 0.15)
+    with pytest.raises(UnsupportedTargetError, match="its cache"):
+        probe_target(target)
+
+
+def test_mixers_of_nested_passes_leave_in_order():
+    """As in passes of two threads: the first that leaves does not take the other's along."""
+    target, batch, _ = hybrid("Lfm2ForCausalLM")
+    cache = read_prompts(target, batch)
+    mixer = next(iter(cache.mixers.states_of))
+    first, second = mixers_by_token(cache), mixers_by_token(cache)
+    first.__enter__()
+    ours = vars(mixer)["forward"]
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert vars(mixer)["forward"] is ours
+    second.__exit__(None, None, None)
+    assert "forward" not in vars(mixer)
+    assert not target_mixers._registration.inside

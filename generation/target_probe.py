@@ -180,9 +180,7 @@ def tree_obstacle(model) -> str | None:
     not take a token's position, or what it sees, from what it is told.
     """
     if keeps_states(model):
-        return (
-            f"{type(model).__name__} cannot verify trees: it keeps states, which follow one text and not its branches."
-        )
+        return f"{type(model).__name__} cannot verify trees: it keeps states, which follow one text, not branches."
     found = _verifying_trees.setdefault(model, {})
     if attention_of(model) not in found:
         try:

@@ -16,7 +16,8 @@ from trees import OracleTree
 
 from specformer import SpecFormerConfig, SpecFormerModel, generate
 from specformer.generation import accept_tokens, call_drafter
-from specformer.generation.cache_ragged import RaggedCache, RaggedLayer
+from specformer.generation.cache_layers import RaggedLayer
+from specformer.generation.cache_ragged import RaggedCache
 from specformer.generation.proposal_tree import DraftTree
 from specformer.generation.target_probe import tree_obstacle
 from specformer.generation.target_refusals import UnsupportedTargetError

@@ -28,7 +28,7 @@ WEIGHTS = {
     "BailingHybridForCausalLM": (0.15, 0),
     "LaraMiniForCausalLM": (0.15, 0),
     # Mamba-2
-    "BambaForCausalLM": (0.15, 0),
+    "BambaForCausalLM": (0.3, 0),
     "FalconH1ForCausalLM": (0.3, 0),  # in the same layers as attention
     "GraniteMoeHybridForCausalLM": (0.15, 0),
     "NemotronHForCausalLM": (0.15, 0),

@@ -13,8 +13,7 @@ from .proposal import Proposal
 
 
 class EagleDrafter(ForeignDrafter):
-    """The arguments are those of `ForeignDrafter`, but for the states: the config names them, or they are those that
-    SafeAILab's drafters read.
+    """The arguments are those of `ForeignDrafter`, but for the states: the config names them.
 
     Attributes:
         state: of each row, what the network gives at the last token that the target has read, (R, 1, d).
@@ -24,9 +23,7 @@ class EagleDrafter(ForeignDrafter):
     max_draft_tokens = 16
 
     def __init__(self, network: EagleNetwork, target):
-        layers = target.config.get_text_config(decoder=True).num_hidden_layers
-        usual = [min(2, layers), layers // 2, max(layers - 3, 0)]
-        super().__init__(network, target, network.config.target_states or usual)
+        super().__init__(network, target, network.config.states_of(target))
 
     @torch.no_grad()
     def begin(self, prompts: Prompts) -> None:

@@ -103,10 +103,12 @@ def count_here(target, drafter: str, prompts: list[list[int]], count: int, new_t
     """
     texts, rounds, accepted_per_slot = [], 0, [0] * count
     for prompt in prompts:
+        input_ids = torch.tensor([prompt])
         output = generate(
             target,
             drafter,
-            torch.tensor([prompt]),
+            input_ids,
+            attention_mask=torch.ones_like(input_ids),  # some prompts have the token that pads
             max_new_tokens=new_tokens + count + 1,
             num_assistant_tokens=count,
             prompt_lookup_num_tokens=None if is_causal_lm(drafter) else 0,
@@ -169,9 +171,7 @@ def tiny_cases(folder: Path, new_tokens: int) -> tuple[object, str, list[Case], 
 
     case("DFlash, speculators", tiny_drafters.dflash(), 14, "speculators")
     case("DFlash, dflash", tiny_drafters.dflash(), 10, "dflash", "dflash")
-    case(
-        "DFlash with tokens of its own, speculators", tiny_drafters.dflash(tiny_drafters.DRAFT_VOCAB), 14, "speculators"
-    )
+    case("DFlash with tokens of its own, speculators", tiny_drafters.dflash_with_tokens(), 14, "speculators")
     case("EAGLE-3, speculators", tiny_drafters.eagle("llama", norm_before_residual=True), 60, "speculators")
     case("EAGLE-3 with norms of heads, speculators", tiny_drafters.eagle("qwen3", norm_output=True), 60, "speculators")
     case("EAGLE-3, gguf-ready", tiny_drafters.eagle("llama"), 60, "gguf-ready", "eagle3")

@@ -60,16 +60,26 @@ def layer_fields(num_layers: int, model_type: str) -> dict:
         head_dim=HEAD_DIM,
         max_position_embeddings=512,
         rms_norm_eps=1e-6,
-        rope_theta=10000.0,
+        rope_theta=3000.0,  # no engine would take it by itself
     )
 
 
-def dflash(draft_vocab: int | None = None) -> DFlashNetwork:
+def dflash() -> DFlashNetwork:
+    """As z-lab describes one."""
+    own = dict(mask_token_id=MASK, target_layer_ids=[state - 1 for state in STATES])
+    fields = dict(**layer_fields(2, "qwen3"), block_size=DRAFTED + 1, dflash_config=own)
+    return with_tokens(DFlashNetwork(DFlashConfig.from_dict(fields, "a tiny DFlash")))
+
+
+def dflash_with_tokens() -> DFlashNetwork:
+    """As speculators describes one, which drafts some tokens only."""
     fields = dict(
-        **layer_fields(2, "qwen3"),
+        speculators_model_type="dflash",
+        transformer_layer_config=layer_fields(2, "qwen3"),
+        aux_hidden_state_layer_ids=STATES,
         block_size=DRAFTED + 1,
-        draft_vocab_size=draft_vocab,
-        dflash_config=dict(mask_token_id=MASK, target_layer_ids=[state - 1 for state in STATES]),
+        mask_token_id=MASK,
+        draft_vocab_size=DRAFT_VOCAB,
     )
     return with_tokens(DFlashNetwork(DFlashConfig.from_dict(fields, "a tiny DFlash")))
 

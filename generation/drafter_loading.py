@@ -27,6 +27,7 @@ from .target_refusals import input_device
 KINDS: dict[str, tuple[Any, Any]] = {
     "DFlashDraftModel": (DFlashConfig, DFlashNetwork),
     "DFlashSpeculator": (DFlashConfig, DFlashNetwork),
+    "DSparkDraftModel": (DFlashConfig, DFlashNetwork),
     "DSparkSpeculator": (DFlashConfig, DFlashNetwork),
     "MuseGlimmerAssistantModel": (DFlashConfig, DFlashNetwork),
     "Eagle3Speculator": (EagleConfig, EagleNetwork),

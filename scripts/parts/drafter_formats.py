@@ -162,18 +162,17 @@ def layers_of(network: ForeignNetwork) -> Qwen3Config:
 
 
 def layer_fields(network: ForeignNetwork, target, model_type: str) -> dict:
-    """The sizes of the layers, by the names that every engine and every transformers reads."""
+    """The sizes of the layers, by the names that every engine reads."""
     layers = layers_of(network)
-    rope = dict(layers.rope_parameters or {})
+    rope = layers.rope_parameters or {}
     names = (*LAYER_FIELDS, "hidden_act", "rms_norm_eps", "attention_bias")
     fields = {"model_type": model_type, **{name: getattr(layers, name) for name in names}}
     fields |= {
         "vocab_size": target.config.get_text_config(decoder=True).vocab_size,
-        "rope_theta": rope.pop("rope_theta"),
+        "rope_parameters": rope,
+        "rope_theta": rope["rope_theta"],  # for those that do not know the other
         "tie_word_embeddings": False,
     }
-    if rope.get("rope_type", "default") != "default":
-        fields["rope_scaling"] = rope
     if "sliding_attention" in kinds_of_layers(layers):
         fields |= {
             "layer_types": kinds_of_layers(layers),
@@ -181,6 +180,12 @@ def layer_fields(network: ForeignNetwork, target, model_type: str) -> dict:
             "use_sliding_window": True,
         }
     return fields
+
+
+def target_width(network: ForeignNetwork) -> int | None:
+    """The width of the target's states, where it is another one than the drafter's."""
+    width = network.config.target_hidden_size
+    return None if width == layers_of(network).hidden_size else width
 
 
 def dtype_of(network: ForeignNetwork) -> str:
@@ -207,12 +212,14 @@ def in_speculators_format(network: ForeignNetwork, target, target_name: str, num
         }
     else:
         kind, name, model_type = "dflash", "DFlashSpeculator", "qwen3"
+        has_window = "sliding_attention" in kinds_of_layers(config.layers)
         own = {
             "aux_hidden_state_layer_ids": config.target_states,
             "block_size": config.block_size,
             "mask_token_id": config.mask_token_id,
             "sample_from_anchor": config.sample_from_anchor,
-            "sliding_window_non_causal": not config.sliding_block_is_causal,
+            # where no layer has a window it means nothing, but vLLM takes it for all layers
+            "sliding_window_non_causal": not (has_window and config.sliding_block_is_causal),
         }
         if config.markov_rank:
             kind, name = "dspark", "DSparkSpeculator"
@@ -238,7 +245,8 @@ def in_speculators_format(network: ForeignNetwork, target, target_name: str, num
             },
             "transformer_layer_config": fields,
             "draft_vocab_size": config.draft_vocab_size or fields["vocab_size"],
-            "target_hidden_size": config.target_hidden_size,
+            "target_hidden_size": target_width(network),
+            "tie_word_embeddings": False,
             **own,
         },
         tensors_of(network, target),
@@ -253,7 +261,6 @@ def in_dflash_format(network: ForeignNetwork, target, target_name: str, num_toke
         **layer_fields(network, target, "qwen3"),
         "block_size": config.block_size,
         "num_target_layers": target.config.get_text_config(decoder=True).num_hidden_layers,
-        "target_hidden_size": config.target_hidden_size,
         "dflash_config": {
             "mask_token_id": config.mask_token_id,
             "target_layer_ids": [state - 1 for state in config.target_states],  # after which states are read
@@ -261,6 +268,8 @@ def in_dflash_format(network: ForeignNetwork, target, target_name: str, num_toke
     }
     if config.draft_vocab_size is not None:
         fields["draft_vocab_size"] = config.draft_vocab_size
+    if (width := target_width(network)) is not None:
+        fields["target_hidden_size"] = width
     return fields, tensors_of(network, target)
 
 

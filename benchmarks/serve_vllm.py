@@ -17,7 +17,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import venv
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,7 +71,7 @@ def vllm_python(folder: Path) -> str:
         return python
     if folder.exists() and not (folder / "pyvenv.cfg").exists():
         raise FileExistsError(f"{folder} exists and is no environment; name another folder by --venv.")
-    venv.create(folder, with_pip=True)
+    subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
     pip = [python, "-m", "pip"]
     subprocess.run([*pip, "install", "--quiet", VLLM], check=True)
     subprocess.run([*pip, "uninstall", "--quiet", "--yes", *UNFITTING], check=True)

@@ -9,9 +9,8 @@ from __future__ import annotations
 import json
 import os
 import sys
+from importlib import import_module
 from importlib.metadata import version
-
-from vllm import LLM, SamplingParams
 
 COUNTERS = {
     "vllm:spec_decode_num_drafts": "num_drafts",
@@ -22,9 +21,9 @@ COUNTERS = {
 def main() -> None:
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # whatever else is printed is no answer
-    task = json.load(sys.stdin)
+    task, vllm = json.load(sys.stdin), import_module("vllm")  # by name: it is no dependency of this environment
     beside = {"speculative_config": task["speculative_config"]} if task["speculative_config"] else {}
-    llm = LLM(
+    llm = vllm.LLM(
         model=task["model"],
         skip_tokenizer_init=True,
         dtype="float32",
@@ -35,7 +34,7 @@ def main() -> None:
         disable_log_stats=False,  # without it nothing is counted
         **beside,
     )
-    settings = SamplingParams(temperature=0, max_tokens=task["max_new_tokens"], ignore_eos=True, detokenize=False)
+    settings = vllm.SamplingParams(temperature=0, max_tokens=task["max_new_tokens"], ignore_eos=True, detokenize=False)
     prompts = [{"prompt_token_ids": prompt} for prompt in task["prompts"]]
     outputs = llm.generate(prompts, settings, use_tqdm=False)
     counted = {metric.name: getattr(metric, "values", getattr(metric, "value", None)) for metric in llm.get_metrics()}

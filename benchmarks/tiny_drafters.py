@@ -135,7 +135,7 @@ def dflash_logits(network: DFlashNetwork, target, states: torch.Tensor, text: li
     context = network.read(states, torch.arange(len(text))[None])
     rows = [tuple(part.expand(len(anchors), -1, -1, -1) for part in layer) for layer in context]
     visible = (torch.arange(len(text)) < anchors[:, None])[:, None, None]
-    slots = network(target.get_input_embeddings()(block), positions, rows, visible)
+    slots = network(target.get_input_embeddings()(block), positions, rows, visible)[:, -DRAFTED:]
     head = network.lm_head
     return (logits_of_head(target, slots) if head is None else head(slots)), tokens[positions[:, 1:]]
 

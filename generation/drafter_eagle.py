@@ -13,7 +13,8 @@ from .proposal import Proposal
 
 
 class EagleDrafter(ForeignDrafter):
-    """The arguments are those of `ForeignDrafter`, but for the states: the config names them.
+    """The arguments are those of `ForeignDrafter`, but for the states: the config names them, or they are those that
+    SafeAILab's drafters read.
 
     Attributes:
         state: of each row, what the network gives at the last token that the target has read, (R, 1, d).
@@ -23,7 +24,7 @@ class EagleDrafter(ForeignDrafter):
     max_draft_tokens = 16
 
     def __init__(self, network: EagleNetwork, target):
-        super().__init__(network, target, network.config.states_of(target))
+        super().__init__(network, target, states_read(network, target))
 
     @torch.no_grad()
     def begin(self, prompts: Prompts) -> None:
@@ -64,3 +65,9 @@ class EagleDrafter(ForeignDrafter):
     def select_rows(self, index, longest) -> None:
         super().select_rows(index, longest)
         self.state = self.state[index.to(self.device)]
+
+
+def states_read(network: EagleNetwork, target) -> list[int]:
+    """Which of the target's hidden states it reads."""
+    layers = target.config.get_text_config(decoder=True).num_hidden_layers
+    return network.config.target_states or [min(2, layers), layers // 2, max(layers - 3, 0)]

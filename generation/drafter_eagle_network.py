@@ -66,11 +66,6 @@ class EagleConfig:
     def num_states(self) -> int:
         return 3 if self.target_states is None else len(self.target_states)
 
-    def states_of(self, target) -> list[int]:
-        """Which of the states of `target` are read."""
-        layers = target.config.get_text_config(decoder=True).num_hidden_layers
-        return self.target_states or [min(2, layers), layers // 2, max(layers - 3, 0)]
-
     @classmethod
     def from_dict(cls, config: dict, where: str) -> EagleConfig:
         """

@@ -18,7 +18,7 @@ VENV = Path(os.environ.get("SPECFORMER_VLLM", ROOT / ".venv-vllm"))
 @pytest.mark.slow
 @pytest.mark.skipif(
     not (VENV / serve_vllm.READY).exists(),
-    reason="no environment with vLLM; `python -m benchmarks.serve_vllm` makes one, and SPECFORMER_VLLM names its folder",
+    reason="no environment with vLLM: python -m benchmarks.serve_vllm makes one, SPECFORMER_VLLM names its folder",
 )
 def test_vllm_drafts_the_same_and_writes_the_same(tmp_path: Path):
     asked = dict(venv=VENV, output=tmp_path / "result.json", drafter=None, target=None, max_new_tokens=40)

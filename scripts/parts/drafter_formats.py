@@ -18,6 +18,7 @@ from torch import nn
 from transformers import Qwen3Config
 
 from specformer.generation.drafter_dflash_network import DFlashNetwork
+from specformer.generation.drafter_eagle import states_read
 from specformer.generation.drafter_eagle_network import SWITCHES, EagleNetwork
 from specformer.generation.drafter_foreign import check_fit
 from specformer.generation.drafter_foreign_network import LARGEST, LAYER_FIELDS, ForeignNetwork, kinds_of_layers
@@ -72,8 +73,7 @@ def most_tokens(network: ForeignNetwork) -> int | None:
 
 def states_of(network: ForeignNetwork, target) -> list[int]:
     """Which of the target's hidden states it reads: i is what enters layer i."""
-    config = network.config
-    return config.states_of(target) if isinstance(network, EagleNetwork) else config.target_states
+    return states_read(network, target) if isinstance(network, EagleNetwork) else network.config.target_states
 
 
 # ---- what a format cannot carry

@@ -9,12 +9,11 @@ from pathlib import Path
 from specformer.publishing_specformer import WRITTEN, hub_id
 from specformer.scripts.parts.drafter_formats import Checkpoint
 
-TRIED = {
-    "dflash": "vLLM 0.32 on a CPU was seen to draft the same tokens as `specformer.generate` with such drafters.",
-    "eagle3": "vLLM 0.32 on a CPU was seen to draft the same tokens as `specformer.generate` with such drafters.",
-    "dspark": "vLLM serves DSpark on GPUs only, which was not tried.",
-}
-"""By what engines call the kind; `benchmarks/serve_vllm.py` tries it again."""
+NAMES = {"dflash": "DFlash", "dspark": "DSpark", "eagle3": "EAGLE-3"}
+"""By what engines call the kind."""
+SEEN = "vLLM 0.32 on a CPU drafted with such drafters the tokens that `specformer.generate` drafts, slot by slot."
+NOT_SEEN = "vLLM serves DSpark on GPUs only, which was not tried."
+CONVERTED = "The converter of llama.cpp took such folders (that of llama-cpp-python 0.3.36); what it made was not run."
 
 
 def kind_of(config: dict) -> str:
@@ -58,11 +57,11 @@ def card(checkpoint: Checkpoint, target: str, folder: str) -> str:
     """README.md of an exported drafter, in a folder of that name."""
     kind, known = kind_of(checkpoint.config), hub_id(target)
     place = known or f"path/to/{Path(target).name}"
-    lines = ["---", "library_name: transformers"]
+    lines = ["---"]
     lines += [f"base_model: {known}", "base_model_relation: adapter"] if known else []
     lines += ["pipeline_tag: text-generation", "tags:", "  - speculative-decoding", f"  - {kind}", "---", WRITTEN, ""]
     lines += [
-        f"# {kind.upper()} drafter for {known or Path(target).name}",
+        f"# {NAMES[kind]} drafter for {known or Path(target).name}",
         "",
         f"Written by `specformer export --format {checkpoint.form}`. It drafts {checkpoint.num_tokens} tokens a round, "
         "which the target verifies: the text is the target's own.",
@@ -70,17 +69,19 @@ def card(checkpoint: Checkpoint, target: str, folder: str) -> str:
         "## Serving",
         "",
     ]
-    for engine, calls in commands(checkpoint, place, folder).items():
+    served = commands(checkpoint, place, folder)
+    for engine, calls in served.items():
         lines += [f"{engine}, from the folder that this one is in:", "", "```bash", *calls, "```", ""]
     if checkpoint.form == "gguf-ready":
-        lines += [
-            "llama.cpp reads the target's tokenizer and sizes from its folder; a Hub id has to be downloaded.",
-            "",
-        ]
+        notes = [CONVERTED, "It reads the target's tokenizer and sizes from a folder; a Hub id has to be downloaded."]
+    else:
+        notes = [NOT_SEEN if kind == "dspark" else SEEN]
+    if "SGLang" in served:
+        notes.append("SGLang was not run.")
     if checkpoint.form == "speculators":
-        where = "by its Hub id" if known else f"as {target}, a folder of the machine on which this was written"
-        lines += [f"config.json names the target {where}: `speculators_config.verifier.name_or_path`.", ""]
-        lines += [TRIED[kind], ""]
+        where = "its Hub id" if known else "a folder of the machine on which this was written, so put its Hub id there"
+        notes.append(f"config.json names the target, `speculators_config.verifier.name_or_path`: by {where}.")
+    lines += [*notes, ""]
     lines += [
         "In `generate` of transformers, in batches of different prompts:",
         "",

@@ -19,7 +19,9 @@ from tiny import VOCAB, llama, ragged_batch
 
 from specformer import SpecFormerConfig, SpecFormerModel, generate
 from specformer.generation.drafter_dflash import DFlashDrafter
+from specformer.generation.drafter_dflash_network import DFlashNetwork
 from specformer.generation.drafter_eagle import EagleDrafter
+from specformer.generation.drafter_loading import KINDS
 from specformer.scripts import export
 from specformer.scripts.parts.drafter_formats import FORMATS
 
@@ -224,6 +226,15 @@ def test_a_target_whose_embeddings_have_a_factor(tmp_path: Path):
     assert "without the factor that they have, and this format with. Use --format speculators or gguf-ready" in sentence
     called(tmp_path / "raw" / "before", tmp_path / "target", "dflash", tmp_path / "after")
     assert (tmp_path / "after" / "config.json").exists()
+
+
+def test_a_kind_of_its_own_is_refused(target_folder: Path, tmp_path: Path, monkeypatch):
+    class Another(DFlashNetwork):
+        kind = "Another"
+
+    monkeypatch.setitem(KINDS, "DFlashDraftModel", (KINDS["DFlashDraftModel"][0], Another))
+    sentence = refused(*kinds(llama())["DFlash"], target_folder, "speculators", tmp_path)
+    assert "this Another drafter: it is of a kind that no format here has. specformer.generate() runs it" in sentence
 
 
 def test_a_specformer_network_is_refused_with_the_alternative(target_folder: Path, tmp_path: Path):

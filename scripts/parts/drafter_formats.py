@@ -81,6 +81,8 @@ def states_of(network: ForeignNetwork, target) -> list[int]:
 
 def obstacles(network: ForeignNetwork, target, form: str) -> list[str]:
     """Why `form` cannot carry `network`: one sentence each, none if it can."""
+    if type(network) not in (DFlashNetwork, EagleNetwork):  # one that is made of them drafts in another way
+        return ["it is of a kind that no format here has"]
     theirs = target.config.get_text_config(decoder=True)
     layers, states = layers_of(network), states_of(network, target)
     found = []

@@ -29,8 +29,9 @@ from specformer.scripts.parts.runs import writing
 from specformer.scripts.parts.serving import as_it_is, card, commands
 
 
-def read_drafter(place: str) -> ForeignNetwork:
-    """The network of the drafter in the folder or repository `place`.
+def read_drafter(place: str) -> tuple[ForeignNetwork, int | None]:
+    """The network of the drafter in the folder or repository `place`, and how many tokens its config says that it is
+    to draft each round, if it does.
 
     Raises:
         ValueError: it is none, it is damaged, or no engine serves it, or as it is.
@@ -50,7 +51,16 @@ def read_drafter(place: str) -> ForeignNetwork:
         raise ValueError(
             f"{place} holds {', '.join(map(str, names)) or 'a model'}; expected one of {', '.join(KINDS)}."
         )
-    return load_network(place, config)
+    return load_network(place, config), meant_tokens(config)
+
+
+def meant_tokens(config: dict) -> int | None:
+    """How many tokens a drafter is to draft each round, if its config says so."""
+    try:
+        count = config["speculators_config"]["proposal_methods"][0]["speculative_tokens"]
+    except (IndexError, KeyError, TypeError):
+        return None
+    return count if type(count) is int and count > 0 else None
 
 
 def read_target(name: str):
@@ -103,7 +113,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--num-assistant-tokens",
         type=int,
-        help="tokens to draft each round where the engine is not told; default: all of a block, and 3 of EAGLE-3",
+        help="tokens to draft each round where the engine is not told; default: all of a block; of EAGLE-3 what its "
+        "config says, or 3",
     )
     return parser.parse_args()
 
@@ -111,10 +122,10 @@ def parse() -> argparse.Namespace:
 def main(arguments: argparse.Namespace) -> None:
     try:
         check_free(arguments.output)
-        network = read_drafter(arguments.drafter)
+        network, count = read_drafter(arguments.drafter)
         name = str(Path(arguments.target).resolve()) if Path(arguments.target).is_dir() else arguments.target
         target = read_target(name)
-        checkpoint = checkpoint_of(network, target, name, arguments.format, arguments.num_assistant_tokens)
+        checkpoint = checkpoint_of(network, target, name, arguments.format, arguments.num_assistant_tokens, count)
         write(checkpoint, card(checkpoint, name, arguments.output.name), arguments.output)
     except (OSError, RuntimeError, ValueError) as error:
         sys.exit(f"Not exported. {error}")

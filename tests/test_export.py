@@ -132,6 +132,24 @@ def test_states_that_no_config_names_are_named(target_folder: Path, tmp_path: Pa
         called(drafter, target_folder, "speculators", tmp_path / "other")
 
 
+def test_how_many_tokens_a_round_drafts(target_folder: Path, tmp_path: Path):
+    """What is asked for, else what the config says; of a block all."""
+
+    def drafted(kind: str, said: int, asked: int | None = None) -> int:
+        config, weights = kinds(llama())[kind]
+        config = config | dict(speculators_config=dict(proposal_methods=[dict(speculative_tokens=said)]))
+        output = tmp_path / f"{kind} {said} {asked}"
+        called(save(tmp_path / "before", config, weights), target_folder, "speculators", output, asked)
+        return config_of(output)["speculators_config"]["proposal_methods"][0]["speculative_tokens"]
+
+    assert [drafted("EAGLE-3", 5), drafted("EAGLE-3", 5, 7), drafted("DFlash", 2), drafted("DFlash", 2, 3)] == [
+        5,
+        7,
+        4,
+        3,
+    ]
+
+
 def test_rotations_and_windows_are_kept(target_folder: Path, tmp_path: Path):
     scaling = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=32)
     layers = dict(layer_types=["sliding_attention", "full_attention"], sliding_window=4)

@@ -42,14 +42,20 @@ class Checkpoint:
 
 
 def checkpoint_of(
-    network: ForeignNetwork, target, target_name: str, form: str, num_tokens: int | None = None
+    network: ForeignNetwork,
+    target,
+    target_name: str,
+    form: str,
+    num_tokens: int | None = None,
+    usual_tokens: int | None = None,
 ) -> Checkpoint:
     """`network` in the format `form`.
 
     Args:
         target: the model that it drafts for; its weights are not read, and may be on the meta device.
         target_name: what an engine is to load it by: Hub id or folder.
-        num_tokens: that an engine drafts each round where it is not told; default: all slots of a block.
+        num_tokens: that an engine drafts each round where it is not told; default: all slots of a block, or
+            `usual_tokens` of a drafter that has none.
 
     Raises:
         ValueError: it is the drafter of another model, the format cannot carry it, or it has fewer slots.
@@ -62,7 +68,7 @@ def checkpoint_of(
     most = most_tokens(network)
     if num_tokens is not None and not 0 < num_tokens <= (most or LARGEST):
         raise ValueError(f"{num_tokens} tokens were asked for each round; this drafter has 1 to {most or LARGEST:,}.")
-    count = num_tokens or most or EAGLE_DRAFTS
+    count = num_tokens or most or usual_tokens or EAGLE_DRAFTS
     return Checkpoint(form, count, *FORMATS[form](network, target, target_name, count))
 
 

@@ -124,20 +124,22 @@ def eagle_obstacles(network: EagleNetwork, states: list[int], form: str) -> list
 
 def dflash_obstacles(network: DFlashNetwork, target, form: str) -> list[str]:
     config, found = network.config, []
-    is_scaled = type(target.get_input_embeddings()) is not nn.Embedding
-    if is_scaled and config.scales_embeddings != (form == "dflash"):
-        ways = ("with", "without") if config.scales_embeddings else ("without", "with")
-        found.append("it reads the target's embeddings {} the factor that they have, and this format {}".format(*ways))
+    how, begin = {True: "with", False: "without"}, {True: "the newest token", False: "each slot"}
+    is_scaled, scales = type(target.get_input_embeddings()) is not nn.Embedding, form == "dflash"
+    if is_scaled and config.scales_embeddings != scales:
+        found.append(
+            f"it reads the target's embeddings {how[config.scales_embeddings]} the factor that they have, and this "
+            f"format {how[scales]}"
+        )
     if "sliding_attention" in kinds_of_layers(config.layers):
+        of_block = form == "speculators"
         if form == "gguf-ready":
             found.append("it has layers with a sliding window, which are not translated for llama.cpp")
-        elif config.window_is_of_the_block != (form == "speculators"):
-            ways = (
-                ("the newest token", "each slot")
-                if config.window_is_of_the_block
-                else ("each slot", "the newest token")
+        elif config.window_is_of_the_block != of_block:
+            found.append(
+                f"its windows are counted from {begin[config.window_is_of_the_block]}, and this format's from "
+                f"{begin[of_block]}"
             )
-            found.append("its windows are counted from {}, and this format's from {}".format(*ways))
     if form == "dflash":
         if config.sample_from_anchor:
             found.append("its first draft comes from the newest token's slot, and DFlash's from the one after it")

@@ -105,7 +105,7 @@ def load_drafter(place: str, target) -> nn.Module:
             ) from error
     if kind_of(config.get("architectures") or []) is None:
         return load_causal_lm(place, target)
-    return load_network(place, config).to(target.dtype)
+    return load_network(place, config, f"{place}/config.json").to(target.dtype)
 
 
 def read_config(place: str) -> dict:
@@ -144,8 +144,8 @@ def load_causal_lm(place: str, target) -> nn.Module:
     return model.to(input_device(target)).eval()
 
 
-def load_network(place: str, config: dict) -> ForeignNetwork:
-    """The network of a checkpoint of another project, in its own dtype.
+def load_network(place: str, config: dict, where: str) -> ForeignNetwork:
+    """The network of a checkpoint of another project, in its own dtype. `where` is what messages call its config.
 
     Raises: see `drafting_model`.
     """
@@ -155,7 +155,7 @@ def load_network(place: str, config: dict) -> ForeignNetwork:
         for file in files:
             with safe_open(file, "pt") as weights:
                 shapes |= {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
-        network = empty_network(config, f"{place}/config.json", shapes)
+        network = empty_network(config, where, shapes)
         tensors: dict[str, torch.Tensor] = {}
         for file in files:
             with safe_open(file, "pt") as weights:

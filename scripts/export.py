@@ -51,7 +51,7 @@ def read_drafter(place: str) -> tuple[ForeignNetwork, int | None]:
         raise ValueError(
             f"{place} holds {', '.join(map(str, names)) or 'a model'}; expected one of {', '.join(KINDS)}."
         )
-    return load_network(place, config), meant_tokens(config)
+    return load_network(place, config, f"{place}/config.json"), meant_tokens(config)
 
 
 def meant_tokens(config: dict) -> int | None:

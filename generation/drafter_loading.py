@@ -27,6 +27,7 @@ from .target_refusals import input_device
 KINDS: dict[str, tuple[Any, Any]] = {
     "DFlashDraftModel": (DFlashConfig, DFlashNetwork),
     "DFlashSpeculator": (DFlashConfig, DFlashNetwork),
+    "DSparkDraftModel": (DFlashConfig, DFlashNetwork),
     "DSparkSpeculator": (DFlashConfig, DFlashNetwork),
     "MuseGlimmerAssistantModel": (DFlashConfig, DFlashNetwork),
     "Eagle3Speculator": (EagleConfig, EagleNetwork),
@@ -93,14 +94,7 @@ def load_drafter(place: str, target) -> nn.Module:
 
     Raises: see `drafting_model`.
     """
-    where = f"{place}/config.json"
-    try:
-        config = read_json(file_of(place, "config.json"), where)
-    except OSError as error:
-        raise ValueError(
-            f"assistant_model is {place!r}, of which no config.json could be read. Pass a folder, a Hub id that can be "
-            "reached, or the loaded model: AutoModel.from_pretrained(<drafter>, trust_remote_code=True)."
-        ) from error
+    config = read_config(place)
     if config.get("model_type") == "specformer":
         try:
             return AutoModel.from_pretrained(place)  # known where the package is imported
@@ -111,12 +105,21 @@ def load_drafter(place: str, target) -> nn.Module:
             ) from error
     if kind_of(config.get("architectures") or []) is None:
         return load_causal_lm(place, target)
+    return load_network(place, config, f"{place}/config.json").to(target.dtype)
+
+
+def read_config(place: str) -> dict:
+    """config.json of a folder or Hub id.
+
+    Raises:
+        ValueError: there is none, or it is damaged.
+    """
     try:
-        return load_network(place, config, where).to(target.dtype)
-    except (AttributeError, IndexError, KeyError, SafetensorError, TypeError, ZeroDivisionError) as error:
+        return read_json(file_of(place, "config.json"), f"{place}/config.json")
+    except OSError as error:
         raise ValueError(
-            f"{place} holds no drafter that could be read ({type(error).__name__}: {error}). Download it again; if it "
-            "is of a newer format, this package does not know it yet."
+            f"{place!r} was given, of which no config.json could be read. Pass a folder, a Hub id that can be "
+            "reached, or the loaded model: AutoModel.from_pretrained(<drafter>, trust_remote_code=True)."
         ) from error
 
 
@@ -142,18 +145,27 @@ def load_causal_lm(place: str, target) -> nn.Module:
 
 
 def load_network(place: str, config: dict, where: str) -> ForeignNetwork:
-    """Raises: what reading damaged files does."""
-    files = weight_files(place)
-    shapes: dict[str, tuple[int, ...]] = {}
-    for file in files:
-        with safe_open(file, "pt") as weights:
-            shapes |= {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
-    network = empty_network(config, where, shapes)
-    tensors: dict[str, torch.Tensor] = {}
-    for file in files:
-        with safe_open(file, "pt") as weights:
-            tensors |= {name: weights.get_tensor(name) for name in weights.keys() if is_needed(name, network)}  # noqa: SIM118
-    return filled(network, tensors, place)
+    """The network of a checkpoint of another project, in its own dtype. `where` is what messages call its config.
+
+    Raises: see `drafting_model`.
+    """
+    try:
+        files = weight_files(place)
+        shapes: dict[str, tuple[int, ...]] = {}
+        for file in files:
+            with safe_open(file, "pt") as weights:
+                shapes |= {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
+        network = empty_network(config, where, shapes)
+        tensors: dict[str, torch.Tensor] = {}
+        for file in files:
+            with safe_open(file, "pt") as weights:
+                tensors |= {name: weights.get_tensor(name) for name in weights.keys() if is_needed(name, network)}  # noqa: SIM118
+        return filled(network, tensors, place)
+    except (AttributeError, IndexError, KeyError, SafetensorError, TypeError, ZeroDivisionError) as error:
+        raise ValueError(
+            f"{place} holds no drafter that could be read ({type(error).__name__}: {error}). Download it again; if it "
+            "is of a newer format, this package does not know it yet."
+        ) from error
 
 
 def network_of(config: dict, where: str, tensors: dict[str, torch.Tensor]) -> ForeignNetwork:

@@ -40,6 +40,9 @@ COMMANDS = {
     "evaluate": Command("evaluate_drafter", SHARE, "Tokens per target pass on real prompts, and whether texts agree."),
     "bench": Command("benchmark", SHARE, "Tokens per second, compared with plain generate() in the same process."),
     "export-card": Command("model_card", SHARE, "Write the model card from what training and evaluations left."),
+    "export": Command(
+        "export", SHARE, "Write a DFlash, DSpark or EAGLE-3 drafter as vLLM, SGLang or llama.cpp read it."
+    ),
     "publish": Command("publish", SHARE, "Push a drafter to the Hub."),
 }
 

@@ -30,6 +30,7 @@ GIVEN = {
     "evaluate": ["--prompts", "p.jsonl", "--prompt-lookup", "4", "--chat-template-kwargs", '{"a": "b c"}'],
     "bench": ["--prompts", "p.jsonl", "--batch-sizes", "1", "2", "--contenders", "default, ", "always right, k"],
     "export-card": ["drafter", "one.json", "two.json", "--license", "mit"],
+    "export": ["drafter", "--target", "model", "--format", "gguf-ready", "--output", "served"],
     "publish": ["drafter", "user/name", "--private", "--message", "Figures on an H200"],
 }
 

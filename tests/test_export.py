@@ -15,6 +15,7 @@ from foreign import recorded, save
 from safetensors import safe_open
 from test_eagle_and_pard import EAGLES
 from test_exactness import meaningful_target
+from test_parallelspec import CHECKPOINTS as PARALLELSPEC
 from tiny import VOCAB, llama, ragged_batch
 
 from specformer import SpecFormerConfig, SpecFormerModel, generate
@@ -260,6 +261,11 @@ def test_a_specformer_network_is_refused_with_the_alternative(target_folder: Pat
     with pytest.raises(SystemExit, match=r"which no engine has: .* specformer train --drafter dflash"):
         called(tmp_path / "drafter", target_folder, "speculators", tmp_path / "after")
     assert not (tmp_path / "after").exists()
+
+
+def test_parallelspec_is_in_a_format_of_engines_already(target_folder: Path, tmp_path: Path):
+    sentence = refused(*PARALLELSPEC["its own"], target_folder, "speculators", tmp_path)
+    assert "format for P-EAGLE already: there is nothing to export" in sentence
 
 
 @pytest.mark.parametrize("pard_token", [None, 3])

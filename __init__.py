@@ -26,13 +26,15 @@ Names are looked up on first use, and absolutely, so that this file also imports
 from importlib import import_module
 
 _HOMES = {
+    "AnswerStore": "specformer.generation.drafter_store",
     "Drafter": "specformer.generation.drafter",
     "Proposal": "specformer.generation.drafter",
+    "Reader": "specformer.generation.drafter_reader",
     "SpecFormerConfig": "specformer.configuration_specformer",
     "SpecFormerModel": "specformer.modeling_specformer",
     "generate": "specformer.generation.generate",
 }
-__all__ = ["Drafter", "Proposal", "SpecFormerConfig", "SpecFormerModel", "generate"]
+__all__ = ["AnswerStore", "Drafter", "Proposal", "Reader", "SpecFormerConfig", "SpecFormerModel", "generate"]
 
 
 def __getattr__(name: str):

@@ -20,6 +20,7 @@ from .call_settings import CallSettings
 from .call_statistics import GenerationStatistics
 from .decoding import decode
 from .drafter import NoDrafter
+from .drafter_system import finished_texts, is_system
 from .prompt import PromptLayout
 from .prompt_groups import tokens_of_a_pass
 from .target_attention import usable_attention
@@ -192,6 +193,8 @@ class Strategy:
         with recorded_passes(self.cuda_graphs):
             chunk_size = generation_config.prefill_chunk_size
             statistics = decode(model, drafter, text, choice, layout, model_kwargs, draft_length, chunk_size)
+        if is_system(system := self.drafts.assistant_model):
+            system.finished(finished_texts(text.result(), layout, statistics.tokens_per_row))
         if wants is None:
             return text.result()
         # transformers' annotations name classes that tensors do not have, and tuples of one

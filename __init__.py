@@ -32,9 +32,11 @@ _HOMES = {
     "Reader": "specformer.generation.drafter_reader",
     "SpecFormerConfig": "specformer.configuration_specformer",
     "SpecFormerModel": "specformer.modeling_specformer",
+    "TrigramChains": "specformer.generation.drafter_chains",
+    "TrigramTable": "specformer.generation.drafter_trigrams",
     "generate": "specformer.generation.generate",
 }
-__all__ = ["AnswerStore", "Drafter", "Proposal", "Reader", "SpecFormerConfig", "SpecFormerModel", "generate"]
+__all__ = [*_HOMES]
 
 
 def __getattr__(name: str):

@@ -11,7 +11,8 @@
 
 or, with --trigrams, a file of which token follows which two, for
 
-    specformer.generate(target, specformer.TrigramTable.load("table.safetensors"), **inputs)
+    table = specformer.TrigramTable.load("table.safetensors")
+    specformer.generate(target, specformer.TrigramChains(table), **inputs)
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from specformer.scripts.parts.texts import read_texts
 
 def main(arguments: argparse.Namespace) -> None:
     output = arguments.output
+    if arguments.add and arguments.trigrams:
+        raise ValueError("A table of trigrams is counted from all texts at once: --add is for stores of texts.")
     if not arguments.add and output.exists() and (output.is_file() or any(output.iterdir())):
         raise FileExistsError(f"{output} exists; name another one, or --add to what it holds.")
     texts, count = [], 0
@@ -47,7 +50,7 @@ def main(arguments: argparse.Namespace) -> None:
 def keep_trigrams(output: Path, texts: list[list[int]]) -> None:
     from specformer.generation.drafter_trigrams import TrigramTable
 
-    table = TrigramTable.load(output) if output.exists() else TrigramTable()
+    table = TrigramTable()
     table.count(texts)
     table.save(output)
     print(f"What follows {len(table)} pairs of tokens, of {len(texts)} texts, in {output}.")

@@ -28,6 +28,7 @@ from importlib import import_module
 _HOMES = {
     "AnswerStore": "specformer.generation.drafter_store",
     "Drafter": "specformer.generation.drafter",
+    "Hierarchy": "specformer.generation.drafter_hierarchy",
     "Proposal": "specformer.generation.drafter",
     "Reader": "specformer.generation.drafter_reader",
     "SpecFormerConfig": "specformer.configuration_specformer",

@@ -84,6 +84,7 @@ class CopyingDrafter(Drafter):
         self.default_num_assistant_tokens = drafter.default_num_assistant_tokens
         self.hidden_state_layers, self.reads_logits = drafter.hidden_state_layers, drafter.reads_logits
         self.proposes_known_tokens, self.proposes_trees = drafter.proposes_known_tokens, drafter.proposes_trees
+        self.can_rewind = getattr(drafter, "can_rewind", False)  # not in older copies of this code
         self.knows_confidence = False  # whether the other drafter tells how sure it is
         # of this round: the copies (R, k), and how much stood in front of them before (R,); 0 where none is used
         self.copied: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -183,3 +184,12 @@ class CopyingDrafter(Drafter):
         self.drafter.select_rows(index, longest)
         self.lookup.select_rows(index, longest)
         self.running = self.running[index]
+
+    def mark(self):
+        return self.lookup.mark(), self.drafter.mark(), self.running
+
+    def rewind(self, mark) -> None:
+        of_lookup, of_drafter, self.running = mark
+        self.lookup.rewind(of_lookup)
+        self.drafter.rewind(of_drafter)
+        self.copied = None

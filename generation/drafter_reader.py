@@ -146,6 +146,10 @@ class ReaderDrafter(CopyingDrafter):
         super().count(copies, matched * ~self.stored, tokens, counts)
         self.store_rates.count(matched * self.stored, copies[:, : tokens.shape[1] - 1], tokens, counts)
 
+    def rewind(self, mark) -> None:
+        super().rewind(mark)
+        self.behind = None
+
 
 def with_drafts(lookup: PromptLookupDrafter, drafts: torch.Tensor, drafted: torch.Tensor) -> PromptLookupDrafter:
     """`lookup` as if each row's text had the first `drafted` (R,) of `drafts` (R, k) behind it."""

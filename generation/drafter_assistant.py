@@ -77,14 +77,16 @@ class AssistantDrafter(Drafter):
         limit = min(max_length, last_position + width - layout.longest)
         # rounds without a proposal are caught up with at once, however many there were
         _, self.cache, _ = prefill(self.assistant, input_ids, layout, limit, None, kwargs, self.chunk_size)
-        self.tokens, self.read = self._known(prompts.first_tokens), None
+        self.tokens = self._known(prompts.first_tokens)
+        self.read: torch.Tensor | None = None
         self.counts = torch.ones_like(self.tokens[:, 0])
 
     @torch.no_grad()
     def propose(self, num_tokens, choose) -> Proposal:
         logits = self.read_with(self.tokens[:, :0])  # (R, 1, V)
         self.cache.advance(self.counts, self.cache.longest + self.tokens.shape[1])
-        lengths, longest, drafts = self.cache.lengths, self.cache.longest, []
+        lengths, longest = self.cache.lengths, self.cache.longest
+        drafts: list[torch.Tensor] = []
         for ahead in range(num_tokens):
             if ahead:
                 logits, _ = verify(self.assistant, self.cache, self._known(drafts[-1]))

@@ -78,7 +78,6 @@ class ReaderDrafter(CopyingDrafter):
         self.default_num_assistant_tokens = self.default_num_assistant_tokens or num_tokens
         self.proposes_known_tokens = drafter.proposes_known_tokens and store is None
         self.proposes_trees = False  # what goes on behind drafts is behind a chain of them
-        self.stored: torch.Tensor | None = None  # rows whose copies are the store's, bool (R,), of the last search
         # of this round: copies behind drafts (R, k), after how many tokens that stood there before (R,), 0 where none
         # is used, behind how many drafts (R,), and whether they are the store's (R,)
         self.behind: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] | None = None
@@ -86,6 +85,8 @@ class ReaderDrafter(CopyingDrafter):
     def begin(self, prompts) -> None:
         super().begin(prompts)
         self.store_rates.to(prompts.input_ids.device)
+        # rows whose copies are the store's, of the last search, (R,)
+        self.stored = torch.zeros_like(prompts.layout.lengths, dtype=torch.bool)
 
     def copies(self, lookup, num_tokens):
         copies, matched, chances = super().copies(lookup, num_tokens)

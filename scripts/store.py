@@ -30,7 +30,8 @@ def main(arguments: argparse.Namespace) -> None:
         raise ValueError("A table of trigrams is counted from all texts at once: --add is for stores of texts.")
     if not arguments.add and output.exists() and (output.is_file() or any(output.iterdir())):
         raise FileExistsError(f"{output} exists; name another one, or --add to what it holds.")
-    texts, count = [], 0
+    texts: list[list[int]] = []
+    count = 0
     for text in read_texts(arguments.data):
         if arguments.max_tokens and count + len(text) > arguments.max_tokens:
             print(f"Only the first {len(texts)} texts: --max-tokens is {arguments.max_tokens}.")

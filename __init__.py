@@ -29,6 +29,8 @@ _HOMES = {
     "AnswerStore": "specformer.generation.drafter_store",
     "Drafter": "specformer.generation.drafter",
     "Hierarchy": "specformer.generation.drafter_hierarchy",
+    "MaskedDiffusion": "specformer.generation.drafter_diffusion",
+    "PathSearch": "specformer.generation.drafter_paths",
     "Proposal": "specformer.generation.drafter",
     "Reader": "specformer.generation.drafter_reader",
     "SpecFormerConfig": "specformer.configuration_specformer",

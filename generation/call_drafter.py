@@ -163,6 +163,8 @@ def choose_draft_length(
         UnsupportedTargetError: the same, for what the target does.
     """
     requested, tree_size = requested_length(drafts, drafter), drafts.tree_size
+    if requested is None and tree_size is None and (make := getattr(drafter, "own_draft_length", None)) is not None:
+        return make()
     if requested is None:
         if not drafter.default_num_assistant_tokens:
             requested = 0

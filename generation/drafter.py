@@ -36,6 +36,7 @@ from typing import TypeGuard
 import torch
 
 from .argument import name_of
+from .draft_length import DraftLength
 from .prompt import PromptLayout
 from .proposal import Proposal
 
@@ -101,6 +102,8 @@ class Drafter:
             checked, for which the host waits for a GPU.
         proposes_trees: whether it has `propose_tree`, which is asked where the caller gives a `tree_size`.
         can_rewind: whether it has `mark` and `rewind`.
+        own_draft_length: makes the `DraftLength` of a call that names no number; `None`: what gives the most expected
+            tokens per second.
     """
 
     max_draft_tokens: int = 64
@@ -110,6 +113,7 @@ class Drafter:
     proposes_known_tokens: bool = False
     proposes_trees: bool = False
     can_rewind: bool = False
+    own_draft_length: Callable[[], DraftLength] | None = None
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)

@@ -40,14 +40,7 @@ class AssistantDrafter(Drafter):
     def __init__(self, assistant, target, chunk_size: int | None = None):
         check_target(assistant)
         self.config = assistant.config.get_text_config(decoder=True)
-        ours, theirs = self.config.vocab_size, target.config.get_text_config(decoder=True).vocab_size
-        # Sizes of one family differ by padding: 151,936 and 152,064 entries for one tokenizer.
-        if abs(ours - theirs) > 0.01 * theirs:
-            raise ValueError(
-                f"The assistant {assistant.name_or_path or type(assistant).__name__} has {ours} tokens and the target "
-                f"{theirs}, so their tokenizers differ. Pass an assistant with the target's tokenizer. If tokens were "
-                f"added to the target alone, call assistant.resize_token_embeddings({theirs}) as well."
-            )
+        check_vocabulary(assistant, target)
         self.assistant, self.chunk_size = assistant, chunk_size
         self.device = input_device(assistant)
 
@@ -139,6 +132,21 @@ class AssistantDrafter(Drafter):
     def _known(self, tokens: torch.Tensor) -> torch.Tensor:
         """Tokens as the assistant can read them: after a wrong draft there may be none."""
         return tokens.to(self.device).clamp(min=0, max=self.config.vocab_size - 1)
+
+
+def check_vocabulary(assistant, target) -> None:
+    """
+    Raises:
+        ValueError: the two have different tokenizers, as far as their vocabularies' sizes tell.
+    """
+    ours, theirs = (model.config.get_text_config(decoder=True).vocab_size for model in (assistant, target))
+    # Sizes of one family differ by padding: 151,936 and 152,064 entries for one tokenizer.
+    if abs(ours - theirs) > 0.01 * theirs:
+        raise ValueError(
+            f"The assistant {assistant.name_or_path or type(assistant).__name__} has {ours} tokens and the target "
+            f"{theirs}, so their tokenizers differ. Pass an assistant with the target's tokenizer. If tokens were "
+            f"added to the target alone, call assistant.resize_token_embeddings({theirs}) as well."
+        )
 
 
 def spliced(tokens: torch.Tensor, counts: torch.Tensor, more: torch.Tensor, skipped: torch.Tensor) -> torch.Tensor:

@@ -95,7 +95,7 @@ class PathDrafter(Drafter):
         self.max_draft_tokens = drafter.max_draft_tokens
         self.default_num_assistant_tokens = drafter.default_num_assistant_tokens
         self.hidden_state_layers, self.reads_logits = drafter.hidden_state_layers, drafter.reads_logits
-        self.own_draft_length = drafter.own_draft_length
+        self.own_draft_length = getattr(drafter, "own_draft_length", None)
 
     def __enter__(self):
         self.drafter.__enter__()

@@ -103,9 +103,11 @@ class AnswerStore:
         """Keep `texts`, lists of token ids, from now on.
 
         Raises:
-            ValueError: what is no token.
+            ValueError: what is no token, or a store that may not grow.
             OSError: it cannot be written. What was there before is safe.
         """
+        if kind == GROWN and not self.max_grown_tokens:
+            raise ValueError(f"The store {self.folder} was opened with max_grown_tokens=0, so it keeps no more texts.")
         new = in_one([text for text in texts if len(text) > 1])
         if not len(new):
             return
@@ -144,7 +146,7 @@ class AnswerStore:
             return
         try:
             self.add(texts)
-        except OSError as error:
+        except (OSError, ValueError) as error:
             warnings.warn(f"{self.folder} did not grow: {error}.", stacklevel=2)
 
     def find(self, suffixes: torch.Tensor, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:

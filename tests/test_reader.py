@@ -339,6 +339,19 @@ def test_two_processes_and_kills(tmp_path: Path):
             assert store.find(query, 1)[0].tolist() == [[3]]  # the first text of each
 
 
+def test_a_damaged_file_of_another_process_costs_no_text(tmp_path: Path):
+    target, batch = llama(), ragged_batch()
+    reference = plain(target, batch, **ENDLESS)
+    store = AnswerStore(tmp_path, max_grown_tokens=1000)
+    texts, refresh = texts_of(reference.sequences, batch), store.refresh
+    store.refresh = lambda: (refresh(), (tmp_path / "grown-1-half.safetensors").write_bytes(b"half"))
+    with pytest.warns(UserWarning, match=r"did not grow: .*grown-1-half.safetensors is no file of a store, or damaged"):
+        check(target, batch, reference, Reader(store), 4, **ENDLESS)
+    (tmp_path / "grown-1-half.safetensors").unlink()
+    store.add(texts)
+    assert store.num_tokens > 100
+
+
 def test_a_full_disk_is_told_and_costs_no_text(tmp_path: Path, monkeypatch):
     target, batch = llama(), ragged_batch()
     reference = plain(target, batch, **ENDLESS)
@@ -356,6 +369,11 @@ def test_a_full_disk_is_told_and_costs_no_text(tmp_path: Path, monkeypatch):
 # ---- bad input
 
 
+def fixed_store(folder: Path) -> AnswerStore:
+    AnswerStore(folder, 99).add([[1, 2, 3]])
+    return AnswerStore(folder)
+
+
 @pytest.mark.parametrize(
     ("make", "sentence"),
     [
@@ -363,6 +381,7 @@ def test_a_full_disk_is_told_and_costs_no_text(tmp_path: Path, monkeypatch):
         (lambda folder: AnswerStore(folder, -1), r"max_grown_tokens is -1; expected an integer"),
         (lambda folder: AnswerStore(folder, True), r"max_grown_tokens is True"),
         (lambda folder: AnswerStore(folder, 99).add([[1, -1, 2]]), r"negative token ids"),
+        (lambda folder: fixed_store(folder).add([[1, 2, 3]]), r"max_grown_tokens=0, so it keeps no more texts"),
         (lambda folder: Reader("store"), r"store is a builtins.str; expected an AnswerStore"),
         (lambda folder: Reader(num_tokens=0), r"num_tokens is 0; expected a positive integer"),
     ],

@@ -7,7 +7,7 @@ from math import floor
 import torch
 
 from .draft_length import DraftLength
-from .proposal import count_drafted
+from .proposal import Proposal, count_drafted
 
 
 class AdaptiveDraftLength(DraftLength):
@@ -30,13 +30,21 @@ class AdaptiveDraftLength(DraftLength):
     def next(self, num_rows: int) -> int:
         return self.length
 
-    def keep(self, drafts: torch.Tensor, confidences: torch.Tensor | None, idle: torch.Tensor, started: float) -> int:
+    def keep(self, proposal: Proposal, idle: torch.Tensor, started: float) -> int:
+        drafts = proposal.tokens
         running = ~idle.to(drafts.device)
         if drafts.shape[1] and bool(running.any()):
             self.of_round = float(count_drafted(drafts)[running].float().mean())
         return drafts.shape[1]
 
-    def record(self, num_rows: int, drafted: int, outcome: list[tuple[int, int]], seconds: float) -> None:
+    def record(
+        self,
+        num_rows: int,
+        drafted: int,
+        outcome: list[tuple[int, int]],
+        seconds: float,
+        path: torch.Tensor | None = None,
+    ) -> None:
         accepted = [count for count, added in outcome if added]  # others stopped earlier and are carried along
         if not drafted or not accepted:
             return

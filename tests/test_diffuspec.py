@@ -134,7 +134,7 @@ def test_the_draft_length_by_hand():
         drafts = torch.full((2, rule.next(2)), -1)
         drafts[0, :drafted] = 7
         drafts[1, :2] = 7  # of a row that is carried along
-        assert rule.keep(drafts, None, idle, 0.0) == drafts.shape[1]
+        assert rule.keep(Proposal(drafts), idle, 0.0) == drafts.shape[1]
         rule.record(2, drafts.shape[1], [(accepted, accepted + 1), (0, 0)], 0.0)
         return rule.next(2)
 

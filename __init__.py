@@ -26,13 +26,20 @@ Names are looked up on first use, and absolutely, so that this file also imports
 from importlib import import_module
 
 _HOMES = {
+    "AnswerStore": "specformer.generation.drafter_store",
     "Drafter": "specformer.generation.drafter",
+    "Hierarchy": "specformer.generation.drafter_hierarchy",
+    "MaskedDiffusion": "specformer.generation.drafter_diffusion",
+    "PathSearch": "specformer.generation.drafter_paths",
     "Proposal": "specformer.generation.drafter",
+    "Reader": "specformer.generation.drafter_reader",
     "SpecFormerConfig": "specformer.configuration_specformer",
     "SpecFormerModel": "specformer.modeling_specformer",
+    "TrigramChains": "specformer.generation.drafter_chains",
+    "TrigramTable": "specformer.generation.drafter_trigrams",
     "generate": "specformer.generation.generate",
 }
-__all__ = ["Drafter", "Proposal", "SpecFormerConfig", "SpecFormerModel", "generate"]
+__all__ = [*_HOMES]
 
 
 def __getattr__(name: str):

@@ -28,7 +28,9 @@ class BestDrafts:
 
     vocab_size: int
 
-    def __call__(self, logits: torch.Tensor, ahead: int = 0, token_ids: torch.Tensor | None = None) -> torch.Tensor:
+    def __call__(
+        self, logits: torch.Tensor, ahead: int | torch.Tensor = 0, token_ids: torch.Tensor | None = None
+    ) -> torch.Tensor:
         if token_ids is None:
             logits = logits[..., : self.vocab_size]
         return best_tokens(logits.float(), token_ids)
@@ -60,7 +62,9 @@ class TokenChoice:
             return BestDrafts(self.vocab_size)
         return self.of_drafter
 
-    def of_drafter(self, logits: torch.Tensor, ahead: int = 0, token_ids: torch.Tensor | None = None) -> torch.Tensor:
+    def of_drafter(
+        self, logits: torch.Tensor, ahead: int | torch.Tensor = 0, token_ids: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Draft tokens (R, n) from a drafter's logits (R, n, C), for the positions from `ahead` drafts on.
 
         The logits are of `token_ids`, (C,) or (R, n, C), or of the whole vocabulary, which may be padded to another

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from transformers import GenerationMixin
 
@@ -25,6 +25,7 @@ from .drafter_parallelspec import ParallelSpecDrafter
 from .drafter_parallelspec_network import ParallelSpecNetwork
 from .drafter_prompt_lookup import PromptLookupDrafter
 from .drafter_specformer import SpecFormerDrafter
+from .drafter_system import Parts, is_system
 from .target_probe import tree_obstacle
 from .target_refusals import UnsupportedTargetError, unwrapped
 
@@ -39,7 +40,8 @@ class DraftSettings:
     """What a call says about drafting.
 
     Attributes:
-        assistant_model: a SpecFormer or DFlash network, a causal LM, an object that is a `Drafter` already, or `None`.
+        assistant_model: a SpecFormer or DFlash network, a causal LM, an object that is a `Drafter` already, a
+            `DraftingSystem`, or `None`.
         num_assistant_tokens: to draft each round: a number, "auto", or `None` if not given.
         prompt_lookup_num_tokens: to copy from the text; `None` if not given, 0: none.
         max_matching_ngram_size: of what has to be found in the text before it is copied.
@@ -107,6 +109,10 @@ def choose_drafter(model, drafts: DraftSettings, rule: AcceptanceRule) -> Drafte
         return PromptLookupDrafter(drafts.max_matching_ngram_size or 2, copied)
     if is_drafter(assistant_model):
         return assistant_model
+    if is_system(assistant_model):
+        return assistant_model.drafter_for(
+            model, Parts(lambda part, of: drafter_of_part(part, of, drafts, rule), rule.text_depends_on_drafts)
+        )
     if isinstance(assistant_model, GenerationMixin):
         is_parallel = getattr(getattr(assistant_model, "config", None), "pard_token", None) is not None
         kind = ParallelDrafter if is_parallel else AssistantDrafter
@@ -122,6 +128,15 @@ def choose_drafter(model, drafts: DraftSettings, rule: AcceptanceRule) -> Drafte
         "AutoModel.from_pretrained(<drafter>, trust_remote_code=True), the folder or Hub id of a DFlash, DSpark, "
         "EAGLE-3 or ParallelSpec drafter, a causal LM, or a Drafter."
     )
+
+
+def drafter_of_part(part, target, drafts: DraftSettings, rule: AcceptanceRule) -> Drafter:
+    """The drafter of what a system drafts with, without copies from the text."""
+    part = drafting_model(unwrapped(part), target)
+    if (drafter := drafter_of_network(part, target)) is not None:
+        return drafter
+    alone = replace(drafts, assistant_model=part, num_assistant_tokens=None, prompt_lookup_num_tokens=None)
+    return choose_drafter(target, alone, rule)
 
 
 def drafter_of_network(network, model) -> Drafter | None:
@@ -152,6 +167,8 @@ def choose_draft_length(
         UnsupportedTargetError: the same, for what the target does.
     """
     requested, tree_size = requested_length(drafts, drafter), drafts.tree_size
+    if requested is None and tree_size is None and (make := getattr(drafter, "own_draft_length", None)) is not None:
+        return make()
     if requested is None:
         if not drafter.default_num_assistant_tokens:
             requested = 0

@@ -36,6 +36,7 @@ from typing import TypeGuard
 import torch
 
 from .argument import name_of
+from .draft_length import DraftLength
 from .prompt import PromptLayout
 from .proposal import Proposal
 
@@ -100,6 +101,9 @@ class Drafter:
         proposes_known_tokens: whether all tokens that it proposes are the target's for certain. Those of others are
             checked, for which the host waits for a GPU.
         proposes_trees: whether it has `propose_tree`, which is asked where the caller gives a `tree_size`.
+        can_rewind: whether it has `mark` and `rewind`.
+        own_draft_length: makes the `DraftLength` of a call that names no number; `None`: what gives the most expected
+            tokens per second.
     """
 
     max_draft_tokens: int = 64
@@ -108,6 +112,8 @@ class Drafter:
     reads_logits: bool = False
     proposes_known_tokens: bool = False
     proposes_trees: bool = False
+    can_rewind: bool = False
+    own_draft_length: Callable[[], DraftLength] | None = None
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -127,10 +133,10 @@ class Drafter:
     def propose(self, num_tokens: int, choose: Callable[..., torch.Tensor]) -> Proposal:
         """Draft up to `num_tokens` for each row.
 
-        `choose(logits, ahead=0, token_ids=None)` turns logits (R, n, C) for the n positions from `ahead` on into tokens
-        (R, n), as the call samples. `token_ids`, (C,) or (R, n, C), are the tokens that the logits are of, each once;
-        `None` means the vocabulary in its order. A drafter calls it for all of its tokens in order, or for none where
-        it has no logits.
+        `choose(logits, ahead=0, token_ids=None)` turns logits (R, n, C) into tokens (R, n), as the call samples, for
+        the n positions from `ahead` on: one number, or one of each row (R,). `token_ids`, (C,) or (R, n, C), are the
+        tokens that the logits are of, each once; `None` means the vocabulary in its order. A drafter calls it for all
+        of its tokens in order, or for none where it has no logits.
         """
         raise NotImplementedError(f"{type(self).__name__} has no propose(num_tokens, choose).")
 
@@ -148,12 +154,27 @@ class Drafter:
     def select_rows(self, index: torch.Tensor, longest: int) -> None:
         """Only the rows of `index` (R',) go on; `longest` as in `Verified`."""
 
+    def mark(self):
+        """What `rewind` needs to come back to here: a model that is asked in between may take tokens that the target
+        does not take (`drafter_hierarchy`)."""
+        raise NotImplementedError(f"{type(self).__name__} cannot go back in its text.")
+
+    def rewind(self, mark) -> None:
+        """Be again as when `mark` was taken, of the same rows. Texts went on since then, and may go on otherwise."""
+        raise NotImplementedError(f"{type(self).__name__} cannot go back in its text.")
+
 
 class NoDrafter(Drafter):
     """Plain decoding through the same loop."""
 
     max_draft_tokens = default_num_assistant_tokens = 0
-    proposes_known_tokens = True
+    proposes_known_tokens = can_rewind = True
+
+    def mark(self):
+        return None
+
+    def rewind(self, mark) -> None:
+        pass
 
 
 def is_drafter(thing) -> TypeGuard[Drafter]:

@@ -84,6 +84,7 @@ class CopyingDrafter(Drafter):
         self.default_num_assistant_tokens = drafter.default_num_assistant_tokens
         self.hidden_state_layers, self.reads_logits = drafter.hidden_state_layers, drafter.reads_logits
         self.proposes_known_tokens, self.proposes_trees = drafter.proposes_known_tokens, drafter.proposes_trees
+        self.can_rewind = getattr(drafter, "can_rewind", False)  # not in older copies of this code
         self.knows_confidence = False  # whether the other drafter tells how sure it is
         # of this round: the copies (R, k), and how much stood in front of them before (R,); 0 where none is used
         self.copied: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -102,8 +103,7 @@ class CopyingDrafter(Drafter):
         self.running = torch.ones_like(prompts.layout.lengths, dtype=torch.bool)  # (R,)
 
     def propose(self, num_tokens, choose) -> Proposal:
-        copies, matched = self.lookup.find(num_tokens)  # (R, k), (R,)
-        chances = self.rates.chances(matched, num_tokens)  # (R, k)
+        copies, matched, chances = self.copies(self.lookup, num_tokens)
         own = min(num_tokens, self.drafter.max_draft_tokens)
         if not own or self._needs_no_other(chances[:, :own]):
             self.copied = copies, matched
@@ -124,8 +124,8 @@ class CopyingDrafter(Drafter):
     def propose_tree(self, num_tokens, tree_size, chances) -> Proposal:
         """Copies are a branch in front of the other drafter's tree, in rows where they are expected to be longer than
         what is accepted of that."""
-        copies, matched = self.lookup.find(min(num_tokens, tree_size))  # (R, m), (R,)
-        width, of_copies = copies.shape[1], self.rates.chances(matched, copies.shape[1])
+        copies, matched, of_copies = self.copies(self.lookup, min(num_tokens, tree_size))  # (R, m), (R,), (R, m)
+        width = copies.shape[1]
         if self._needs_no_other(of_copies):
             self.copied = copies, matched
             return Proposal(copies.masked_fill(matched[:, None] == 0, NO_TOKEN), of_copies)
@@ -152,6 +152,12 @@ class CopyingDrafter(Drafter):
             depth=max(width, tree.depth),
         )
 
+    def copies(self, lookup: PromptLookupDrafter, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Copies (R, k) behind the texts of `lookup`, after how many tokens that stood there before (R,), and how
+        likely each is right once those in front of it are (R, k)."""
+        copies, matched = lookup.find(num_tokens)
+        return copies, matched, self.rates.chances(matched, num_tokens)
+
     def _needs_no_other(self, chances: torch.Tensor) -> bool:
         """Whether the other drafter would hardly be likelier right in any row, so that its time can be saved. A GPU is
         not asked, for which the host would have to wait; nor is this for a drafter that does not tell how sure it is.
@@ -166,11 +172,24 @@ class CopyingDrafter(Drafter):
         tokens, counts = verified.tokens, verified.counts
         self.running = counts > 0
         if self.copied is not None:
-            copies, matched = self.copied
-            self.rates.count(matched, copies[:, : tokens.shape[1] - 1], tokens, counts)
+            self.count(*self.copied, tokens, counts)
             self.copied = None
+
+    def count(self, copies: torch.Tensor, matched: torch.Tensor, tokens: torch.Tensor, counts: torch.Tensor) -> None:
+        """The rows in which `copies` (R, k) after `matched` (R,) tokens, 0 in others, were verified go on with the
+        first `counts` (R,) of `tokens` (R, q)."""
+        self.rates.count(matched, copies[:, : tokens.shape[1] - 1], tokens, counts)
 
     def select_rows(self, index, longest) -> None:
         self.drafter.select_rows(index, longest)
         self.lookup.select_rows(index, longest)
         self.running = self.running[index]
+
+    def mark(self):
+        return self.lookup.mark(), self.drafter.mark(), self.running
+
+    def rewind(self, mark) -> None:
+        of_lookup, of_drafter, self.running = mark
+        self.lookup.rewind(of_lookup)
+        self.drafter.rewind(of_drafter)
+        self.copied = None

@@ -21,6 +21,7 @@ class PromptLookupDrafter(Drafter):
     """
 
     proposes_known_tokens = True
+    can_rewind = True
 
     def __init__(self, max_matching_ngram_size: int = 2, max_draft_tokens: int = Drafter.max_draft_tokens):
         self.max_matching_ngram_size, self.max_draft_tokens = max_matching_ngram_size, max_draft_tokens
@@ -59,6 +60,12 @@ class PromptLookupDrafter(Drafter):
 
     def select_rows(self, index, longest) -> None:
         self.ids, self.lengths, self.longest = self.ids[index], self.lengths[index], longest + 1
+
+    def mark(self):
+        return self.lengths, self.longest
+
+    def rewind(self, mark) -> None:
+        self.lengths, self.longest = mark  # what stands behind is written over
 
 
 def find_repetition(ids: torch.Tensor, lengths: torch.Tensor, max_ngram_size: int) -> tuple[torch.Tensor, torch.Tensor]:

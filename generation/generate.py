@@ -20,6 +20,7 @@ from .call_settings import CallSettings
 from .call_statistics import GenerationStatistics
 from .decoding import decode
 from .drafter import NoDrafter
+from .drafter_system import finished_texts, is_system
 from .target import prompt_layout
 from .target_attention import usable_attention
 from .target_probe import probe_target
@@ -191,6 +192,8 @@ class Strategy:
         with recorded_passes(self.cuda_graphs):
             chunk_size = generation_config.prefill_chunk_size
             statistics = decode(model, drafter, text, choice, layout, model_kwargs, draft_length, chunk_size)
+        if is_system(system := self.drafts.assistant_model):
+            system.finished(finished_texts(text.result(), layout, statistics.tokens_per_row))
         if wants is None:
             return text.result()
         # transformers' annotations name classes that tensors do not have, and tuples of one

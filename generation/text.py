@@ -81,10 +81,12 @@ class Text:
         columns = [self.prompt_width + self.generated[row] + ahead for row in rows]
         self.ids[rows, columns] = drafts[places, ahead]
 
-    def positions(self, width: int, ahead: int = 0) -> Positions:
-        """The `width` positions of each carried row from `ahead` tokens after its text on, (R, width)."""
+    def positions(self, width: int, ahead: int | torch.Tensor = 0) -> Positions:
+        """The `width` positions of each carried row from `ahead` tokens after its text on, one number or one of each
+        row (R,): (R, width)."""
         oldest = min(self.running_lengths())  # rows that have finished are only carried along: any step will do
-        steps = [max(self.generated[row], oldest) + ahead for row in self.rows]
+        aheads = ahead.tolist() if isinstance(ahead, torch.Tensor) else [ahead] * len(self.rows)
+        steps = [max(self.generated[row], oldest) + more for row, more in zip(self.rows, aheads, strict=True)]
         rows, steps, offsets = (torch.tensor(numbers, device="cpu") for numbers in (self.rows, steps, range(width)))
         return Positions(rows[:, None].expand(-1, width), steps[:, None] + offsets)
 

@@ -36,6 +36,7 @@ COMMANDS = {
     "fetch": Command("fetch_target", USE, "Bring a target to this machine: SmolLM2-135M-Instruct, or a Qwen2.5-Coder."),
     "distill": Command("distill", MAKE, "Let the target answer prompts: the training data."),
     "train": Command("train", MAKE, "Train a drafter on these answers."),
+    "store": Command("store", MAKE, "Keep texts where drafters look up how a text goes on."),
     "reproduce": Command("reproduce", MAKE, "All of it by a recipe: from prompts to a drafter with its model card."),
     "evaluate": Command("evaluate_drafter", SHARE, "Tokens per target pass on real prompts, and whether texts agree."),
     "bench": Command("benchmark", SHARE, "Tokens per second, compared with plain generate() in the same process."),

@@ -26,6 +26,7 @@ GIVEN = {
     "fetch": ["--folder", "here", "--source", "hub"],
     "distill": ["--prompts", "p.jsonl", "--output", "answers", "--max-new-tokens", "9"],
     "train": ["--data", "answers", "--output", "drafter", "--base-loss", "-0.1", "--config", "a=1", "b=true"],
+    "store": ["--data", "answers", "--output", "table", "--trigrams", "--add", "--max-tokens", "99"],
     "reproduce": ["--prompts", "p.jsonl", "--output", "run", "--evaluate", "a.jsonl", "b.jsonl"],
     "evaluate": ["--prompts", "p.jsonl", "--prompt-lookup", "4", "--chat-template-kwargs", '{"a": "b c"}'],
     "bench": ["--prompts", "p.jsonl", "--batch-sizes", "1", "2", "--contenders", "default, ", "always right, k"],

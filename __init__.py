@@ -28,11 +28,13 @@ from importlib import import_module
 _HOMES = {
     "Drafter": "specformer.generation.drafter",
     "Proposal": "specformer.generation.drafter",
+    "Round": "specformer.generation.call_rounds",
+    "RowRound": "specformer.generation.call_rounds",
     "SpecFormerConfig": "specformer.configuration_specformer",
     "SpecFormerModel": "specformer.modeling_specformer",
     "generate": "specformer.generation.generate",
 }
-__all__ = ["Drafter", "Proposal", "SpecFormerConfig", "SpecFormerModel", "generate"]
+__all__ = ["Drafter", "Proposal", "Round", "RowRound", "SpecFormerConfig", "SpecFormerModel", "generate"]
 
 
 def __getattr__(name: str):

@@ -6,12 +6,14 @@ writes: a token enters it only if the target takes it at that position (see `acc
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from time import perf_counter
 
 import torch
 
 from .accept_tokens import TokenChoice
 from .backend_linear import fast_linears
+from .call_rounds import Rounds
 from .call_statistics import GenerationStatistics
 from .draft_length import DraftLength, round_draft_length
 from .drafter import Drafter, Prompts, Verified
@@ -33,6 +35,7 @@ def decode(
     model_kwargs: dict,
     draft_length: DraftLength,
     prefill_chunk_size: int | None = None,
+    on_round: Callable | None = None,
 ) -> GenerationStatistics:
     """Write `text`, which holds the prompts (B, P), until every row has stopped.
 
@@ -40,6 +43,7 @@ def decode(
     """
     input_ids, max_length = text.ids, text.rules.max_length
     statistics = GenerationStatistics(text.batch_size)
+    rounds = Rounds(on_round, statistics, drafter, text, choice.rule)
     table = positions_in_table(model)
 
     with drafter, choice.rule, fast_linears(model):
@@ -53,6 +57,7 @@ def decode(
         _, outcome, drafted = text.append(tokens, accepted)
         statistics.count(text.rows, 0, drafted, outcome, is_prompt=True)
         statistics.lap("prefill")
+        rounds.report(tokens, drafts, drafted, outcome)
         if not text.done and draft_length.most:
             drafter.begin(Prompts(input_ids, layout, tokens, max_length, states))
 
@@ -67,10 +72,10 @@ def decode(
                 k = max(0, min(k, table - 1 - longest_read(text, layout)))
             if k and text.stops.in_step.may_draft():
                 proposal = choice.checked(drafter.propose(k, choice.for_drafter), drafter, k)
-                drafts = proposal.tokens  # (R, k) or fewer
+                drafts, sources = proposal.tokens, proposal.sources  # (R, k) or fewer
                 drafts = drafts[:, : draft_length.keep(drafts, proposal.confidences, text.device_idle, started)]
             else:
-                drafts = input_ids.new_empty(len(text.rows), 0)
+                drafts, sources = input_ids.new_empty(len(text.rows), 0), None
             drafts = text.pad_stopped(drafts)
             statistics.lap("draft")
 
@@ -83,6 +88,7 @@ def decode(
             statistics.count(text.rows, drafts.shape[1], drafted, outcome, is_prompt=False)
             draft_length.record(len(text.rows), drafts.shape[1], outcome, perf_counter() - started)
             statistics.lap("accept")
+            rounds.report(tokens, drafts, drafted, outcome, sources)
 
             if not text.done:
                 longest = longest_read(text, layout)

@@ -99,6 +99,7 @@ class Drafter:
         reads_logits: whether `update` is given the target's logits.
         proposes_known_tokens: whether all tokens that it proposes are the target's for certain. Those of others are
             checked, for which the host waits for a GPU.
+        sources: what `on_round` is told of who drafted; several where `Proposal.sources` says which.
     """
 
     max_draft_tokens: int = 64
@@ -106,6 +107,7 @@ class Drafter:
     hidden_state_layers: Sequence[int] | None = None
     reads_logits: bool = False
     proposes_known_tokens: bool = False
+    sources: tuple[str, ...] = ("drafter",)
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)

@@ -26,6 +26,7 @@ class SpecFormerDrafter(Drafter):
     """
 
     proposes_known_tokens = True
+    sources = ("network",)
 
     def __init__(self, network, target):
         self.borrowed = network.borrow(target)

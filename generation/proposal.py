@@ -29,23 +29,25 @@ class Proposal:
         parents: where the tokens are a tree, the place of the one that each follows, before its own place, (R, n); -1
             for the row's newest token. Children stand in the order in which the drafter believes in them: the path of
             first children is verified, and the rest of the tree is not, yet.
+        sources: which of its drafter's `sources` each row is from, as a boolean or an integer, (R,); default the first.
     """
 
     tokens: torch.Tensor
     confidences: torch.Tensor | None = None
     probabilities: torch.Tensor | None = None
     parents: torch.Tensor | None = None
+    sources: torch.Tensor | None = None
 
 
 def first_path(proposal: Proposal, device: torch.device) -> Proposal:
     """What is verified of `proposal`, which may be of another copy of this class: its tokens on `device`; of a tree the
     first child of the newest token, that one's first child, and so on."""
     tokens = proposal.tokens
-    confidences, probabilities, parents = (
-        getattr(proposal, name, None) for name in ("confidences", "probabilities", "parents")
+    confidences, probabilities, parents, sources = (
+        getattr(proposal, name, None) for name in ("confidences", "probabilities", "parents", "sources")
     )
     if parents is None:
-        return Proposal(tokens.to(device), confidences, probabilities)
+        return Proposal(tokens.to(device), confidences, probabilities, sources=sources)
     rows, width = tokens.shape
     parents, places = parents.to(tokens.device), torch.arange(width, device=tokens.device)
     node, path = parents.new_full((rows, 1), -1), [parents.new_empty(rows, 0)]
@@ -66,6 +68,7 @@ def first_path(proposal: Proposal, device: torch.device) -> Proposal:
         along(tokens, NO_TOKEN).to(device),
         None if confidences is None else along(confidences, 0.0),
         None if probabilities is None else along(probabilities, 0.0),
+        sources=sources,
     )
 
 
@@ -92,6 +95,9 @@ def check_proposal(proposal: Proposal, drafter, num_rows: int, num_tokens: int, 
         value = getattr(proposal, name, None)
         if value is not None and (value.ndim != ndim or value.shape[:2] != tokens.shape):
             refuse(f"proposed {name} of shape {tuple(value.shape)} for tokens of shape {tuple(tokens.shape)}.")
+    sources = getattr(proposal, "sources", None)
+    if sources is not None and sources.shape != tokens.shape[:1]:
+        refuse(f"proposed sources of shape {tuple(sources.shape)}; expected ({num_rows},), one for each row.")
     if (parents := getattr(proposal, "parents", None)) is not None:
         if parents.dtype != torch.long:
             refuse(f"proposed parents of {parents.dtype}; expected torch.int64.")

@@ -25,6 +25,8 @@ from runs import MOST_DRAFTED, MOST_NEW_TOKENS, BadInput, Run, checked
 README = Path(__file__).with_name("README.md")
 BETWEEN_CHARTS = 1.0
 """Seconds: a chart takes the browser longer to draw than a text."""
+LEAST_SLOTS = 4
+"""Of the chart."""
 EXAMPLES = [
     "What is the capital of Portugal, and what is it known for?\nExplain to a child why the sky is blue.\n"
     "Write a short poem about the sea in autumn.\nList five tips for staying focused while studying.",
@@ -41,10 +43,12 @@ HUB = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
 
 
 def acceptance(run: Run | None) -> pd.DataFrame:
-    """Of the rounds that drafted a slot, the share that accepted it, in percent."""
+    """Of the rounds that drafted a slot, the share that accepted it, in percent. Never without a slot: the chart would
+    take what comes for numbers."""
     side = run and run.speculative
-    drafted, accepted = (side.drafted, side.accepted) if side else ([], [])
-    shares = [100 * right / count for right, count in zip(accepted, drafted, strict=True) if count]
+    counts = zip(side.accepted, side.drafted, strict=True) if side else ()
+    shares = [100 * right / drafted for right, drafted in counts]
+    shares += [0.0] * (LEAST_SLOTS - len(shares))
     return pd.DataFrame({"slot": [f"slot {slot}" for slot in range(1, len(shares) + 1)], "accepted, %": shares})
 
 

@@ -99,7 +99,7 @@ def publish_linked(arguments: argparse.Namespace) -> None:
         if space:
             push_space(space, drafter, target_of(arguments.drafter), private)
         link(drafter, space, dataset)
-    except (OSError, ValueError) as error:  # those of huggingface_hub are OSErrors
+    except Exception as error:  # of huggingface_hub, or of its HTTP library
         sys.exit(f"The drafter is published; what belongs to it is not, or not all of it. {error} Run it again.")
     for kind, name in (("dataset", dataset), ("space", space)):
         if name:

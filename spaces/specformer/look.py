@@ -77,7 +77,9 @@ def figure(value: float | None, how: str) -> str:
 def key(side: Side) -> str:
     """The meaning of the colours that are there."""
     there = {piece.source for row in side.rows for piece in row.pieces if piece.source}
-    marks = "".join(f'<mark class="{escape(source)}">{NAMES.get(source, source)}</mark>' for source in sorted(there))
+    marks = "".join(
+        f'<mark class="{escape(source)}">{escape(NAMES.get(source, source))}</mark>' for source in sorted(there)
+    )
     instead = '<mark><span class="instead" data-drafts="the drafts">in place of a wrong draft</span></mark>'
     return f'<div class="key">{marks}<mark>{OWN}</mark>{instead}</div>'
 

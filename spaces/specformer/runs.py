@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from models import Models
@@ -85,7 +86,7 @@ class Piece:
 class Row:
     """One text so far. `rounds` has (accepted, drafted) of each."""
 
-    tokenizer: object
+    tokenizer: Any
     ids: list[int] = field(default_factory=list)
     pieces: list[Piece] = field(default_factory=list)
     rounds: list[tuple[int, int]] = field(default_factory=list)

@@ -4,12 +4,13 @@ PYTHON ?= python3
 VENV := .venv
 OLDEST := .venv-oldest
 CANARY := .venv-canary
+PAGES := .venv-pages
 PYTEST := -m pytest -n 2 --dist worksteal
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 CPU_BUILDS := https://download.pytorch.org/whl/cpu
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo demo-code test test-all test-oldest canary test-gpu bench-gpu kill lint clean
+.PHONY: demo demo-code docs test test-all test-oldest test-pages canary test-gpu bench-gpu kill lint clean
 
 demo: $(VENV)/ready
 	$(VENV)/bin/python -m specformer demo
@@ -20,12 +21,20 @@ demo-code: $(VENV)/ready
 test: lint
 	OMP_NUM_THREADS=1 $(VENV)/bin/python $(PYTEST) -m "not slow and not gpu"
 
-test-all: lint test-oldest
+test-all: lint test-oldest test-pages
 	OMP_NUM_THREADS=1 $(VENV)/bin/python $(PYTEST) -m "not gpu"
 
 # The oldest transformers that is supported.
 test-oldest: $(OLDEST)/ready
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python $(PYTEST) -m "not slow and not gpu and not real"
+
+# The Space in a browser (apt-get install chromium), the documentation and the notebook.
+test-pages: $(PAGES)/ready
+	OMP_NUM_THREADS=1 $(PAGES)/bin/python -m pytest -m "not gpu" tests/test_space.py tests/test_pages.py tests/test_notebook.py
+
+# The documentation as pages, in build/site.
+docs: $(PAGES)/ready
+	NO_MKDOCS_2_WARNING=1 $(PAGES)/bin/mkdocs build
 
 # The newest of everything, in an environment that is made anew each time: what the next release elsewhere breaks.
 # torch stays the CPU build that was found: a newer one that another package asks for would be a CUDA build.
@@ -77,7 +86,7 @@ lint: $(VENV)/ready
 	$(VENV)/bin/mypy
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(CANARY) build *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(OLDEST) $(CANARY) $(PAGES) build *.egg-info .mypy_cache .pytest_cache .ruff_cache
 
 # environment, folder: a fresh one
 define environment
@@ -114,3 +123,10 @@ $(OLDEST)/ready: setup.cfg pyproject.toml constraints.txt
 		constraints.txt > $(OLDEST)/constraints.txt
 	@$(call torch,$(OLDEST),$(TORCH),$(OLDEST)/constraints.txt)
 	$(call package,$(OLDEST),$(OLDEST)/constraints.txt)
+
+$(PAGES)/ready: setup.cfg pyproject.toml constraints.txt constraints-pages.txt
+	$(call environment,$(PAGES))
+	{ grep -v '^pillow==' constraints.txt; cat constraints-pages.txt; } > $(PAGES)/constraints.txt
+	@$(call torch,$(PAGES),$(TORCH),$(PAGES)/constraints.txt)
+	@$(call pip,$(PAGES),$(PAGES)/constraints.txt) -e ".[scripts,test,space,docs,test-pages]"
+	@touch $(PAGES)/ready

@@ -33,6 +33,8 @@ _HOMES = {
     "PathSearch": "specformer.generation.drafter_paths",
     "Proposal": "specformer.generation.drafter",
     "Reader": "specformer.generation.drafter_reader",
+    "Round": "specformer.generation.call_rounds",
+    "RowRound": "specformer.generation.call_rounds",
     "SpecFormerConfig": "specformer.configuration_specformer",
     "SpecFormerModel": "specformer.modeling_specformer",
     "TrigramChains": "specformer.generation.drafter_chains",

@@ -113,7 +113,7 @@ class TokenChoice:
             ValueError: what a broken drafter gave, or a tree whose tokens this rule cannot tell from a chain's.
         """
         check_proposal(proposal, drafter, len(self.text.rows), tree_size or num_tokens, self.vocab_size)
-        device, optional = self.text.ids.device, ("confidences", "probabilities", "parents", "depth")
+        device, optional = self.text.ids.device, ("confidences", "probabilities", "parents", "depth", "sources")
         # it may be of another copy of its class
         proposal = Proposal(proposal.tokens.to(device), *(getattr(proposal, name, None) for name in optional))
         if proposal.parents is not None:

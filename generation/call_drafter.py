@@ -182,7 +182,12 @@ def choose_draft_length(
     most = min(drafter.max_draft_tokens, MOST_WITHOUT_NUMBER)
     if most == 0:
         return DraftLength(0)
-    if tree_size is None and drafter.proposes_trees and not rule.text_depends_on_drafts and not cuda_graphs:
+    if (
+        tree_size is None
+        and getattr(drafter, "proposes_trees", False)
+        and not rule.text_depends_on_drafts
+        and not cuda_graphs
+    ):
         tree_size = MOST_IN_TREE if tree_obstacle(model) is None else 0
     start = drafter.default_num_assistant_tokens or most
     source = model if drafts.assistant_model is None else drafts.assistant_model
@@ -206,7 +211,7 @@ def check_tree_size(model, drafts: DraftSettings, rule: AcceptanceRule, drafter:
             f"tree_size is {drafts.tree_size} and acceptance 'rejection', which is for chains; expected acceptance="
             "'match' or 'coupled', or no tree_size."
         )
-    if not drafter.proposes_trees:
+    if not getattr(drafter, "proposes_trees", False):
         raise ValueError(
             f"tree_size is {drafts.tree_size}, and {name_of(drafter)} proposes chains; expected a SpecFormer drafter, "
             "or no tree_size."

@@ -17,8 +17,8 @@ class GenerationStatistics:
         drafted_per_slot: how often slot j was drafted for a running row. Rows with nothing to draft do not count.
         accepted_per_slot: how often it was accepted, the slots before it included.
         rounds_per_length: how many rounds verified so many drafts of each row.
-        seconds: wall-clock of the host in "prefill", "draft", "verify" and "accept". On a GPU the host runs ahead, so
-            only the sum means something there.
+        seconds: wall-clock of the host in "prefill", "draft", "verify" and "accept", and in the caller's "on_round".
+            On a GPU the host runs ahead, so only the sum means something there.
     """
 
     batch_size: int

@@ -6,12 +6,14 @@ writes: a token enters it only if the target takes it at that position (see `acc
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from time import perf_counter
 
 import torch
 
 from .accept_tokens import TokenChoice
 from .backend_linear import fast_linears
+from .call_rounds import Rounds
 from .call_statistics import GenerationStatistics
 from .draft_length import DraftLength, round_draft_length
 from .drafter import Drafter, Prompts, Verified
@@ -34,6 +36,7 @@ def decode(
     model_kwargs: dict,
     draft_length: DraftLength,
     prefill_chunk_size: int | None = None,
+    on_round: Callable | None = None,
 ) -> GenerationStatistics:
     """Write `text`, which holds the prompts (B, P), until every row has stopped.
 
@@ -42,6 +45,7 @@ def decode(
     """
     input_ids, max_length = text.ids, text.rules.max_length
     statistics = GenerationStatistics(text.batch_size)
+    rounds = Rounds(on_round, statistics, drafter, text, choice.rule)
     table = positions_in_table(model)
 
     with drafter, choice.rule, fast_linears(model):
@@ -55,6 +59,7 @@ def decode(
         _, outcome, drafted = text.append(tokens, accepted)
         statistics.count(text.rows, 0, drafted, outcome, is_prompt=True)
         statistics.lap("prefill")
+        rounds.report(tokens, drafts, drafted, outcome)
         if not text.done and draft_length.most:
             drafter.begin(Prompts(input_ids, layout, tokens, max_length, states))
 
@@ -68,13 +73,14 @@ def decode(
             k = round_draft_length(min(wanted, draft_length.most), min(text.running_lengths()), text.stops.limit)
             if table is not None:
                 k = max(0, min(k, table - 1 - longest_read(text, layout)))
-            drafts, tree = input_ids.new_empty(len(text.rows), 0), None
+            drafts, tree, sources = input_ids.new_empty(len(text.rows), 0), None, None
             if k and text.stops.in_step.may_draft():
                 if draft_length.tree_size:
                     proposal = drafter.propose_tree(k, wanted, choice.chances)
                 else:
                     proposal = drafter.propose(k, choice.for_drafter)
                 proposal = choice.checked(proposal, drafter, k, draft_length.tree_size)
+                sources = proposal.sources
                 kept = draft_length.keep(proposal, text.device_idle, started)
                 drafts = text.pad_stopped(proposal.tokens[:, :kept])  # (R, k) or fewer
                 tree = DraftTree.of(drafts, proposal, k)
@@ -94,6 +100,7 @@ def decode(
             statistics.count(text.rows, tokens.shape[1] - 1, drafted, outcome, is_prompt=False)
             draft_length.record(len(text.rows), drafts.shape[1], outcome, perf_counter() - started, path)
             statistics.lap("accept")
+            rounds.report(tokens, drafts, drafted, outcome, sources, path)
 
             if not text.done:
                 longest = longest_read(text, layout)

@@ -104,6 +104,7 @@ class Drafter:
         can_rewind: whether it has `mark` and `rewind`.
         own_draft_length: makes the `DraftLength` of a call that names no number; `None`: what gives the most expected
             tokens per second.
+        sources: what `on_round` is told of who drafted; several where `Proposal.sources` says which.
     """
 
     max_draft_tokens: int = 64
@@ -114,6 +115,7 @@ class Drafter:
     proposes_trees: bool = False
     can_rewind: bool = False
     own_draft_length: Callable[[], DraftLength] | None = None
+    sources: tuple[str, ...] = ("drafter",)
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)

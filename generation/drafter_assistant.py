@@ -37,6 +37,7 @@ class AssistantDrafter(Drafter):
     """
 
     proposes_known_tokens = True
+    sources = ("assistant",)
 
     def __init__(self, assistant, target, chunk_size: int | None = None):
         check_target(assistant)

@@ -107,6 +107,7 @@ class ChainDrafter(Drafter):
     """
 
     WIDTH = 4  # chains that are gone on with
+    sources = ("trigrams",)
     default_num_assistant_tokens = MOST_COPIED
 
     def __init__(self, table: TrigramTable):

@@ -85,6 +85,7 @@ class CopyingDrafter(Drafter):
         self.hidden_state_layers, self.reads_logits = drafter.hidden_state_layers, drafter.reads_logits
         self.proposes_known_tokens, self.proposes_trees = drafter.proposes_known_tokens, drafter.proposes_trees
         self.can_rewind = getattr(drafter, "can_rewind", False)  # not in older copies of this code
+        self.sources = ("copy", *drafter.sources[:1])
         self.knows_confidence = False  # whether the other drafter tells how sure it is
         # of this round: the copies (R, k), and how much stood in front of them before (R,); 0 where none is used
         self.copied: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -112,14 +113,14 @@ class CopyingDrafter(Drafter):
         drafts, confidences = proposal.tokens.to(copies.device), proposal.confidences
         drafted, self.knows_confidence = drafts.shape[1], confidences is not None
         if confidences is None:
-            is_copied = matched >= self.LEAST_MATCHED
+            is_own = matched < self.LEAST_MATCHED
         else:
             confidences = functional.pad(confidences.to(chances), (0, num_tokens - drafted))  # (R, k)
-            is_copied = expected(chances) > expected(confidences)
-            confidences = torch.where(is_copied[:, None], chances, confidences)
-        self.copied = copies, matched * is_copied
+            is_own = expected(chances) <= expected(confidences)
+            confidences = torch.where(is_own[:, None], confidences, chances)
+        self.copied = copies, matched.masked_fill(is_own, 0)
         drafts = functional.pad(drafts, (0, num_tokens - drafted), value=NO_TOKEN)
-        return Proposal(torch.where(is_copied[:, None], copies, drafts), confidences)
+        return Proposal(torch.where(is_own[:, None], drafts, copies), confidences, sources=is_own)
 
     def propose_tree(self, num_tokens, tree_size, chances) -> Proposal:
         """Copies are a branch in front of the other drafter's tree, in rows where they are expected to be longer than
@@ -150,6 +151,7 @@ class CopyingDrafter(Drafter):
             torch.where(in_copy, of_copies, confidences).masked_fill(~is_there, 0.0),
             parents=parents.masked_fill(~is_there, -1),
             depth=max(width, tree.depth),
+            sources=~in_copy,
         )
 
     def copies(self, lookup: PromptLookupDrafter, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

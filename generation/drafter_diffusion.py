@@ -65,6 +65,7 @@ class DiffusionDrafter(Drafter):
     """The arguments are those of `MaskedDiffusion`."""
 
     proposes_known_tokens = True
+    sources = ("assistant",)
 
     def __init__(self, model, mask: int, shifted: bool, least: int, most: int):
         self.model, self.mask, self.shifted = model, mask, shifted

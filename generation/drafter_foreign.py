@@ -29,6 +29,7 @@ class ForeignDrafter(Drafter):
     """
 
     proposes_known_tokens = True
+    sources = ("network",)
 
     def __init__(self, network: ForeignNetwork, target, states: Sequence[int]):
         check_fit(network, target, states)

@@ -96,6 +96,7 @@ class PathDrafter(Drafter):
         self.default_num_assistant_tokens = drafter.default_num_assistant_tokens
         self.hidden_state_layers, self.reads_logits = drafter.hidden_state_layers, drafter.reads_logits
         self.own_draft_length = getattr(drafter, "own_draft_length", None)
+        self.sources = drafter.sources
 
     def __enter__(self):
         self.drafter.__enter__()
@@ -111,7 +112,7 @@ class PathDrafter(Drafter):
     def propose(self, num_tokens, choose) -> Proposal:
         self.behind = [Path((newest[0], newest[1]), [], 0.0) for newest in self.texts.newest]
         proposal = self.drafter.propose(num_tokens, self._choose)
-        return Proposal(proposal.tokens, proposal.confidences)
+        return Proposal(proposal.tokens, proposal.confidences, sources=proposal.sources)
 
     def _choose(self, logits: torch.Tensor, ahead: int | torch.Tensor = 0, token_ids: torch.Tensor | None = None):
         """In place of the call's `choose`: the tokens (R, n) of the best path through n slots, behind those that were

@@ -22,6 +22,7 @@ class PromptLookupDrafter(Drafter):
 
     proposes_known_tokens = True
     can_rewind = True
+    sources = ("copy",)
 
     def __init__(self, max_matching_ngram_size: int = 2, max_draft_tokens: int = Drafter.max_draft_tokens):
         self.max_matching_ngram_size, self.max_draft_tokens = max_matching_ngram_size, max_draft_tokens

@@ -130,7 +130,7 @@ class ReaderDrafter(CopyingDrafter):
         if confidences is not None:
             confidences = functional.pad(confidences, (0, num_tokens - width))
             confidences = torch.where(is_behind, chances.gather(1, place.clamp(min=0)).to(confidences), confidences)
-        return Proposal(tokens, confidences)
+        return Proposal(tokens, confidences, sources=proposal.sources)
 
     def update(self, verified) -> None:
         behind, self.behind = self.behind, None

@@ -27,6 +27,7 @@ class SpecFormerDrafter(Drafter):
     """
 
     proposes_known_tokens = proposes_trees = True
+    sources = ("network",)
 
     def __init__(self, network, target):
         self.borrowed = network.borrow(target)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,7 @@ from .backend_recordable import check_recordable
 from .backend_versions import pad_token_id, warn_if_untested
 from .call_drafter import DraftSettings, choose_draft_length, choose_drafter
 from .call_refusals import check_arguments, check_call
+from .call_rounds import Round, check_on_round
 from .call_settings import CallSettings
 from .call_statistics import GenerationStatistics
 from .decoding import decode
@@ -70,6 +72,7 @@ def generate(
     acceptance: str = "match",
     seed: int | list[int] | None = None,
     cuda_graphs: bool = False,
+    on_round: Callable[[Round], object] | None = None,
     custom_generate=None,
     **kwargs,
 ):
@@ -98,6 +101,8 @@ def generate(
         cuda_graphs: on one CUDA GPU, record the passes of target and drafter and replay them, which saves the time in
             which a GPU waits for the host: see `backend_graphs`. Replays do not call other code's hooks, and no other
             thread may use the GPU's random numbers meanwhile.
+        on_round: is called with a `Round` after each pass of the target: who drafted what for each row, what was
+            accepted, and what the target wrote. The text does not depend on it. An exception of it ends the call.
         tokenizer: needed for `stop_strings`.
         assistant_tokenizer: must be the target's, since tokens are not translated; pipelines pass one.
 
@@ -116,6 +121,7 @@ def generate(
     model = unwrapped(model)
     settings = CallSettings(kwargs, generation_config, model.generation_config)
     check_acceptance(acceptance, seed)
+    check_on_round(on_round)
     check_arguments(assistant_model, inputs, synced_gpus, tokenizer, assistant_tokenizer, custom_generate, settings)
     check_target(model)
     drafts = DraftSettings.of_call(model, assistant_model, num_assistant_tokens, tree_size, settings)
@@ -128,6 +134,7 @@ def generate(
         None if prefix_allowed_tokens_fn is None else PrefixFunctionForWantedRows(prefix_allowed_tokens_fn),
         streamer,
         cuda_graphs,
+        on_round,
     )
     with usable_attention(model):
         # GenerationMixin's, since the model's own generate may be this very strategy, or another repository's.
@@ -154,6 +161,7 @@ class Strategy:
     prefix_function: PrefixFunctionForWantedRows | None
     streamer: object
     cuda_graphs: bool
+    on_round: Callable[[Round], object] | None
 
     def __call__(self, model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
         input_ids = input_ids.long()  # plain generate() takes int32 as well, and returns int64
@@ -191,7 +199,9 @@ class Strategy:
         choice = TokenChoice(rule, processors, text, logits, scores)
         with recorded_passes(self.cuda_graphs):
             chunk_size = generation_config.prefill_chunk_size
-            statistics = decode(model, drafter, text, choice, layout, model_kwargs, draft_length, chunk_size)
+            statistics = decode(
+                model, drafter, text, choice, layout, model_kwargs, draft_length, chunk_size, self.on_round
+            )
         if is_system(system := self.drafts.assistant_model):
             system.finished(finished_texts(text.result(), layout, statistics.tokens_per_row))
         if wants is None:

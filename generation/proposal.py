@@ -30,6 +30,8 @@ class Proposal:
             for the row's newest token. Tokens stand in the order in which the drafter believes in them: those in front
             are a tree as well. Where no tree was asked for, the path of first children is verified.
         depth: tokens of the tree's longest path, if the drafter knows; otherwise the host waits for a device to tell.
+        sources: which of its drafter's `sources` each row is from, or each token, as booleans or integers, (R,) or
+            (R, n); default the first.
     """
 
     tokens: torch.Tensor
@@ -37,6 +39,7 @@ class Proposal:
     probabilities: torch.Tensor | None = None
     parents: torch.Tensor | None = None
     depth: int | None = None
+    sources: torch.Tensor | None = None
 
 
 def first_path(proposal: Proposal) -> Proposal:
@@ -64,10 +67,14 @@ def first_path(proposal: Proposal) -> Proposal:
         here = path.to(values.device)
         return filled[torch.arange(rows, device=here.device)[:, None], here]
 
+    sources = proposal.sources
+    if sources is not None and sources.ndim == 2:
+        sources = along(sources, 0)
     return Proposal(
         along(tokens, NO_TOKEN),
         None if confidences is None else along(confidences, 0.0),
         None if probabilities is None else along(probabilities, 0.0),
+        sources=sources,
     )
 
 
@@ -94,6 +101,12 @@ def check_proposal(proposal: Proposal, drafter, num_rows: int, num_tokens: int, 
         value = getattr(proposal, name, None)
         if value is not None and (value.ndim != ndim or value.shape[:2] != tokens.shape):
             refuse(f"proposed {name} of shape {tuple(value.shape)} for tokens of shape {tuple(tokens.shape)}.")
+    sources = getattr(proposal, "sources", None)
+    if sources is not None and sources.shape not in (tokens.shape[:1], tokens.shape):
+        refuse(
+            f"proposed sources of shape {tuple(sources.shape)}; expected ({num_rows},), one for each row, or "
+            f"{tuple(tokens.shape)}, one for each token."
+        )
     if (parents := getattr(proposal, "parents", None)) is not None:
         if parents.dtype != torch.long:
             refuse(f"proposed parents of {parents.dtype}; expected torch.int64.")

@@ -62,6 +62,10 @@ class Text:
     def is_running(self, row: int) -> bool:
         return not self.finished[row]
 
+    def has_ended(self, row: int) -> bool:
+        """Whether nothing is written into this row any more, but padding."""
+        return self.rules.pads and self.stops.stopped_at[row] is not None
+
     def running_lengths(self) -> list[int]:
         """Generated tokens of each running row."""
         return [length for length, finished in zip(self.generated, self.finished, strict=True) if not finished]
@@ -139,7 +143,7 @@ class Text:
                 "A row cannot be sampled: its scores contain NaN or inf, or no token is left above -inf."
             )
         length_before = [self.generated[row] for row in self.rows]
-        is_padding = [self.rules.pads and self.stops.stopped_at[row] is not None for row in self.rows]
+        is_padding = [self.has_ended(row) for row in self.rows]
         self.stops.close_round(self, added, ended)
         self._retire()
         for place, (row, before) in enumerate(zip(self.rows, length_before, strict=True)):

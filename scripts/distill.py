@@ -24,6 +24,7 @@ import torch
 
 from specformer.configuration_specformer import SpecFormerConfig
 from specformer.generation.backend_linear import fast_linears
+from specformer.publishing_specformer import hub_id
 from specformer.scripts.parts.answering import Answer, Answering
 from specformer.scripts.parts.distilled_states import StatesWriter, begin_states
 from specformer.scripts.parts.prompts import encode_each, read_prompts, template_arguments
@@ -50,13 +51,23 @@ def write_card(folder: Path, settings: dict) -> None:
     rows = [json.loads(line) for path in files for line in path.read_text(encoding="utf-8").splitlines()]
     tokens = sum(len(row["response_ids"]) for row in rows)
     ended = sum(row["finished"] for row in rows) / max(1, len(rows))
+    target = hub_id(settings["target"])
     lines = [
         "---",
         "configs:",
         "- config_name: default",
         '  data_files: "answers-*.jsonl"',
+        "task_categories:",
+        "- text-generation",
+        "tags:",
+        "- specformer",
+        "- speculative-decoding",
         "---",
-        f"{len(rows)} answers, {tokens} tokens, {ended:.1%} of them ended by the target itself.",
+        f"# Answers of {f'[{target}](https://huggingface.co/{target})' if target else 'a target'}",
+        "",
+        f"{len(rows)} answers, {tokens} tokens, {ended:.1%} of them ended by the target itself. They are token ids, to "
+        "train a drafter for speculative decoding of that model: `specformer train --data <this folder>`. The prompts "
+        "have licences of their own.",
         "",
         "```json",
         json.dumps({**settings, **provenance("specformer.scripts.distill")}, indent=2),

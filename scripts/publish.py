@@ -2,10 +2,14 @@
 
     specformer publish runs/drafter user/name --private
     specformer publish runs/drafter user/name --replace-card --message "Figures on an H200"
+    specformer publish runs/drafter user/name --space user/demo --dataset user/answers --answers runs/answers
 
 One commit of weights, config, code, training.json and the model card; nothing else that lies in the folder is sent,
 and nothing at all where all of it is there already. A README.md that is there stays unless another one is asked for.
 The token is that of `hf auth login`, or HF_TOKEN. Prints where to see the commit.
+
+--space makes a Space that shows the drafter, --dataset names the answers that it was trained on, which --answers sends.
+Then the cards of all of them name each other.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ from pathlib import Path
 
 from specformer.configuration_specformer import SpecFormerConfig
 from specformer.publishing_specformer import STRATEGY, WEIGHTS, push_folder, read_card
+from specformer.scripts.parts.linked import address, check_linked, link, push_answers, push_space, target_of
 
 
 def check_drafter(folder: Path) -> None:
@@ -55,12 +60,19 @@ def parse() -> argparse.Namespace:
     cards = parser.add_mutually_exclusive_group()
     cards.add_argument("--card", type=Path, help="Markdown file to send as README.md, in place of one that is there")
     cards.add_argument("--replace-card", action="store_true", help="send the folder's README.md, as --card does")
-    return parser.parse_args()
+    parser.add_argument("--space", help="user/name of a Space that shows the drafter; made or renewed")
+    parser.add_argument("--dataset", help="user/name of the answers that it was trained on")
+    parser.add_argument("--answers", type=Path, help="folder of `specformer distill`, to send to --dataset")
+    arguments = parser.parse_args()
+    if (arguments.space or arguments.dataset) and (arguments.create_pr or arguments.revision):
+        parser.error("--space and --dataset are of a drafter on the main branch: leave --revision and --create-pr out")
+    return arguments
 
 
 def main(arguments: argparse.Namespace) -> None:
     try:
         check_drafter(arguments.drafter)
+        check_linked(arguments.drafter, arguments.space, arguments.dataset, arguments.answers)
         card = arguments.drafter / "README.md" if arguments.replace_card else arguments.card
         commit = push_folder(
             arguments.drafter,
@@ -74,6 +86,24 @@ def main(arguments: argparse.Namespace) -> None:
     except (OSError, ValueError, RuntimeError) as error:
         sys.exit(f"Not published. {error}")
     print(commit.pr_url or commit.commit_url)
+    if arguments.space or arguments.dataset:
+        publish_linked(arguments)
+
+
+def publish_linked(arguments: argparse.Namespace) -> None:
+    """The Space and the answers of a drafter that is there already."""
+    drafter, space, dataset, private = (arguments.repository, arguments.space, arguments.dataset, arguments.private)
+    try:
+        if arguments.answers:
+            push_answers(arguments.answers, dataset, private)
+        if space:
+            push_space(space, drafter, target_of(arguments.drafter), private)
+        link(drafter, space, dataset)
+    except Exception as error:  # of huggingface_hub, or of its HTTP library
+        sys.exit(f"The drafter is published; what belongs to it is not, or not all of it. {error} Run it again.")
+    for kind, name in (("dataset", dataset), ("space", space)):
+        if name:
+            print(address(kind, name))
 
 
 if __name__ == "__main__":

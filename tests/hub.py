@@ -25,7 +25,8 @@ from urllib.parse import parse_qs, unquote, urlsplit
 ROUTES = []
 ASIDE = "/api/agent-harnesses"
 """huggingface_hub asks this about itself, once per process and at any time: not noted, and never cut."""
-REPOSITORY, REVISION = "(?P<name>[^/]+/[^/]+)", "(?P<revision>[^/]+)"
+REPOSITORY, REVISION = "(?P<name>(?:(?:spaces|datasets)/)?[^/]+/[^/]+)", "(?P<revision>[^/]+)"
+"""Of a Space or a data set, a name begins with its kind."""
 
 
 class Refused(Exception):
@@ -110,7 +111,7 @@ class Hub:
 
     Attributes:
         url, token: for HF_ENDPOINT and HF_TOKEN.
-        repositories: by "owner/name". Only "user" may be written to.
+        repositories: by "owner/name", or "spaces/owner/name" and "datasets/owner/name". Only "user" may be written to.
         requests: "METHOD path" of every request, in order; `tokens` has the token that came with each, or None.
         cut_from: from this request on (counted from 0) connections break; None: never.
         cut_after: where a connection that breaks does so: after so many bytes of the request's body, or of the answer's
@@ -157,12 +158,14 @@ class Hub:
     def check_writer(self, name: str, request: Handler) -> None:
         if request.token != self.token:
             raise Refused(401, "Invalid username or password.")
-        if not name.startswith("user/"):
+        if not re.match(r"((spaces|datasets)/)?user/", name):
             raise Refused(403, f"You don't have the rights to write to {name}")
 
     @route("POST", "/api/repos/create")
     def create(self, request):
+        kind = request.json.get("type") or "model"
         name = f"{request.json.get('organization') or 'user'}/{request.json['name']}"
+        name = name if kind == "model" else f"{kind}s/{name}"
         self.check_writer(name, request)
         if name in self.repositories:
             return dict(url=f"{self.url}/{name}", error="You already created this model repo"), 409
@@ -179,14 +182,14 @@ class Hub:
             return dict(errors=[dict(message=f'"base_model" with value {base[1]} is not valid.')], warnings=[]), 400
         return dict(errors=[], warnings=[])
 
-    @route("GET", f"/api/models/{REPOSITORY}(/revision/{REVISION})?")
+    @route("GET", f"/api/(?:models/)?{REPOSITORY}(/revision/{REVISION})?")
     def info(self, request, name, revision):
         repository = self.reachable(name, request)
         sha, commit = repository.at(revision or "main")
         siblings = [dict(rfilename=path) for path in sorted(commit.files)]
         return dict(_id=name, id=name, sha=sha, private=repository.private, siblings=siblings, tags=[])
 
-    @route("GET", f"/api/models/{REPOSITORY}/tree/{REVISION}(?P<folder>/.*)?")
+    @route("GET", f"/api/(?:models/)?{REPOSITORY}/tree/{REVISION}(?P<folder>/.*)?")
     def tree(self, request, name, revision, folder):
         _, commit = self.reachable(name, request).at(revision)
         prefix = f"{folder.strip('/')}/" if folder else ""
@@ -199,7 +202,7 @@ class Hub:
             if path.startswith(prefix)
         ]
 
-    @route("POST", f"/api/models/{REPOSITORY}/branch/{REVISION}")
+    @route("POST", f"/api/(?:models/)?{REPOSITORY}/branch/{REVISION}")
     def branch(self, request, name, revision):
         repository = self.writable(name, request)
         if revision in repository.branches:
@@ -207,7 +210,7 @@ class Hub:
         repository.branches[revision] = repository.at(request.json.get("startingPoint", "main"))[0]
         return {}
 
-    @route("POST", f"/api/models/{REPOSITORY}/preupload/{REVISION}")
+    @route("POST", f"/api/(?:models/)?{REPOSITORY}/preupload/{REVISION}")
     def preupload(self, request, name, revision):
         files = self.writable(name, request).at(revision)[1].files
         answer = []
@@ -243,7 +246,7 @@ class Hub:
     def download(self, request, oid):
         return self.large[oid]
 
-    @route("POST", f"/api/models/{REPOSITORY}/commit/{REVISION}")
+    @route("POST", f"/api/(?:models/)?{REPOSITORY}/commit/{REVISION}")
     def commit(self, request, name, revision):
         repository = self.writable(name, request)
         head, *lines = (json.loads(line) for line in request.body.splitlines())

@@ -37,6 +37,8 @@ INDIRECT = {
     "mypy": "a command",
     "ruff": "a command",
     "pytest-xdist": "an option of pytest",
+    "mkdocs-material": "a theme of mkdocs",
+    "mkdocstrings": "a plugin of mkdocs",
 }
 
 
@@ -46,7 +48,10 @@ def declared(section: str, key: str) -> dict[str, Requirement]:
 
 
 CORE = declared("options", "install_requires")
-SCRIPTS, TEST = (declared("options.extras_require", extra) for extra in ("scripts", "test"))
+SCRIPTS, TEST, PAGE, DOCS, TEST_PAGES = (
+    declared("options.extras_require", extra) for extra in ("scripts", "test", "space", "docs", "test-pages")
+)
+SPACE = ROOT / "spaces" / "specformer"
 
 
 # ---- what is declared
@@ -61,7 +66,8 @@ def imported(*folders: Path) -> set[str]:
                 names |= {alias.name.partition(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.level == 0:
                 names.add(node.module.partition(".")[0])
-    own = {"specformer", "benchmarks", *(file.stem for file in (ROOT / "tests").glob("*.py"))}
+    own = {file.stem for folder in (ROOT / "tests", SPACE) for file in folder.glob("*.py")}
+    own |= {"specformer", "benchmarks"}
     distributions = packages_distributions()  # yaml is of pyyaml
     return {normal(distributions.get(name, [name])[0]) for name in names - own - set(sys.stdlib_module_names)}
 
@@ -72,11 +78,13 @@ def test_what_is_imported_is_declared():
     core = imported(ROOT, ROOT / "generation")
     assert core == CORE.keys()
     assert imported(*SCRIPT_FOLDERS) - CORE.keys() == SCRIPTS.keys() - INDIRECT.keys()
+    assert imported(SPACE) - CORE.keys() == PAGE.keys()
     tests = imported(ROOT / "tests", ROOT / "benchmarks") - CORE.keys() - SCRIPTS.keys()
     texts = "".join(file.read_text(encoding="utf-8") for file in (ROOT / "tests").glob("*.py"))
     skipped_without = {normal(name) for name in re.findall(r'importorskip\("(\w+)', texts)}
     assert tests <= TEST.keys() <= tests | skipped_without | INDIRECT.keys()
     assert {"accelerate", "evaluate"} <= SCRIPTS.keys()
+    assert TEST_PAGES.keys() <= skipped_without and DOCS.keys() <= skipped_without | INDIRECT.keys()
 
 
 def test_every_version_is_pinned():
@@ -335,6 +343,15 @@ def test_canary_tells_what_is_newer():
         "torch 2.14.0+cpu (pinned: 2.13.0)",
     ]
     assert Version(pinned()["transformers"]) >= Version("5.24")
+
+
+def test_versions_of_the_pages_are_pinned():
+    lines = (ROOT / "constraints-pages.txt").read_text(encoding="utf-8").splitlines()[1:]
+    assert all(re.fullmatch(r"[A-Za-z0-9_-]+==[0-9][0-9a-z.]*", line) for line in lines)
+    pins = pinned() | {normal(name): version for name, version in (line.split("==") for line in lines)}
+    assert not {*PAGE, *DOCS, *TEST_PAGES} - pins.keys()
+    again = {normal(line.split("==")[0]) for line in lines} & pinned().keys()
+    assert again == {"pillow"} and "grep -v '^pillow=='" in (ROOT / "Makefile").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(

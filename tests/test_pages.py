@@ -1,0 +1,71 @@
+"""The documentation as pages: it builds without a warning, and has every public name and every command."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from html import unescape
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+import specformer
+from specformer.scripts.cli import COMMANDS
+
+ROOT = Path(__file__).resolve().parents[1]
+LEFT_OUT = shutil.ignore_patterns(".*", "*.safetensors", "build", "tests", "runs", "__pycache__")
+
+
+def build(checkout: Path, output: Path) -> subprocess.CompletedProcess:
+    """`make docs` of a checkout, without making the environment."""
+    for name in ("mkdocs", "material", "mkdocstrings"):
+        if find_spec(name) is None:
+            pytest.skip(f'{name} is not installed: pip install ".[docs]"')
+    command = [sys.executable, "-m", "mkdocs", "build", "--site-dir", str(output)]
+    environment = dict(os.environ, NO_MKDOCS_2_WARNING="1")
+    return subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True, timeout=600)
+
+
+def headings(page: Path) -> list[str]:
+    text = re.sub(r'<a class="headerlink".*?</a>', "", page.read_text(encoding="utf-8"))
+    found = re.findall(r"<h2[^>]*>(.*?)</h2>", text, flags=re.S)
+    return [unescape(re.sub(r"<[^>]*>", "", heading)).strip() for heading in found]
+
+
+@pytest.mark.slow
+def test_the_pages(tmp_path: Path):
+    done = build(ROOT, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert not re.search("WARNING|ERROR", done.stdout + done.stderr), done.stderr
+    named = headings(tmp_path / "reference" / "python.html")
+    assert {f"specformer.{name}" for name in specformer.__all__} <= set(named)
+    assert any("GenerationStatistics" in name for name in named)
+    assert headings(tmp_path / "reference" / "commands.html") == [f"specformer {name}" for name in COMMANDS]
+    reference = (tmp_path / "reference" / "python.html").read_text(encoding="utf-8")
+    for part in ("Source code in", "generation/call_rounds.py", "UnsupportedTargetError", "token ids that the target"):
+        assert part in reference
+    pages = {page.relative_to(ROOT).with_suffix(".html").as_posix() for page in (ROOT / "docs").glob("*.md")}
+    assert {page for page in pages if not (tmp_path / page).exists()} == {"docs/pypi.html"}
+    assert (tmp_path / "docs" / "round.svg").exists() and (tmp_path / "benchmarks/results/acceptance.png").exists()
+
+
+FAULTS = {
+    "a link to a file": ("docs/drafters.md", "\n[nothing](nowhere.md)\n", "nowhere.md"),
+    "a link to a heading": ("docs/drafters.md", "\n[nothing](lossless.md#nowhere)\n", "nowhere"),
+    "a page without a place": ("docs/another.md", "# Another\n", "another.md"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", FAULTS)
+def test_the_build_finds_faults(fault: str, tmp_path: Path):
+    name, text, said = FAULTS[fault]
+    shutil.copytree(ROOT, tmp_path / "checkout", ignore=LEFT_OUT)
+    with open(tmp_path / "checkout" / name, "a", encoding="utf-8") as file:
+        file.write(text)
+    done = build(tmp_path / "checkout", tmp_path / "site")
+    assert done.returncode != 0 and said in done.stderr

@@ -24,9 +24,7 @@ class EagleDrafter(ForeignDrafter):
     max_draft_tokens = 16
 
     def __init__(self, network: EagleNetwork, target):
-        layers = target.config.get_text_config(decoder=True).num_hidden_layers
-        usual = [min(2, layers), layers // 2, max(layers - 3, 0)]
-        super().__init__(network, target, network.config.target_states or usual)
+        super().__init__(network, target, states_read(network, target))
 
     @torch.no_grad()
     def begin(self, prompts: Prompts) -> None:
@@ -67,3 +65,9 @@ class EagleDrafter(ForeignDrafter):
     def select_rows(self, index, longest) -> None:
         super().select_rows(index, longest)
         self.state = self.state[index.to(self.device)]
+
+
+def states_read(network: EagleNetwork, target) -> list[int]:
+    """Which of the target's hidden states it reads."""
+    layers = target.config.get_text_config(decoder=True).num_hidden_layers
+    return network.config.target_states or [min(2, layers), layers // 2, max(layers - 3, 0)]

@@ -17,9 +17,7 @@ take just these answers, so one pass over them tells exactly what every draft le
 from __future__ import annotations
 
 import argparse
-import copy
 import json
-import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -30,33 +28,13 @@ from specformer.scripts.fetch_target import find_target
 from specformer.scripts.measures import paper_measures
 from specformer.scripts.parts.answers import Answers
 from specformer.scripts.parts.decoded import evaluate_decoding
+from specformer.scripts.parts.fewer_layers import keep_layers
 from specformer.scripts.parts.offline import evaluate_answers
 from specformer.scripts.parts.prompt_rows import task_of
 from specformer.scripts.parts.prompts import encode_each, read, read_prompts, template_arguments
 from specformer.scripts.parts.provenance import provenance
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-def keep_layers(target, count: int):
-    """A smaller model of `count` of the target's own layers: two thirds from its beginning, one third from its end."""
-    config = copy.deepcopy(target.config)
-    last = count // 3
-    layers = [*range(count - last), *range(config.num_hidden_layers - last, config.num_hidden_layers)]
-    config.num_hidden_layers = count
-    if getattr(config, "layer_types", None):
-        config.layer_types = [config.layer_types[layer] for layer in layers]
-    weights = {}
-    for name, weight in target.state_dict().items():
-        match = re.search(r"(?<=\.layers\.)\d+(?=\.)", name)
-        if match is None:
-            weights[name] = weight
-        elif int(match[0]) in layers:
-            weights[name[: match.start()] + str(layers.index(int(match[0]))) + name[match.end() :]] = weight
-    small = type(target)(config).to(device=target.device, dtype=target.dtype).eval()
-    small.load_state_dict(weights)
-    small.generation_config = copy.deepcopy(target.generation_config)
-    return small
 
 
 def parameters_at_work(drafter, target) -> dict[str, int]:

@@ -1,8 +1,8 @@
-"""The network of a ParallelSpec drafter (arXiv 2410.05589), by the tensor names of speculators' P-EAGLE (arXiv 2602.01469).
+"""The network of a ParallelSpec drafter (arXiv 2410.05589), by the tensor names of speculators' P-EAGLE (2602.01469).
 
-It is an EAGLE-3 network whose layer drafts all tokens in one pass: behind the last position that the target has read come
-masks, one for each further token. A mask has the embedding of a mask token and, in the place of the target's states,
-states that were learnt; it sees the text and the masks in front of it.
+It is an EAGLE-3 network whose layer drafts all tokens in one pass: behind the last position that the target has read
+come masks, one for each further token. A mask has the embedding of a mask token and, in the place of the target's
+states, states that were learnt; it sees the text and the masks in front of it.
 """
 
 from __future__ import annotations

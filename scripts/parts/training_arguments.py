@@ -84,7 +84,7 @@ class DrafterTrainingArguments(TrainingArguments):
     )
     config: list[str] = field(
         default_factory=list,
-        metadata={"help": "other fields of the drafter's config, as JSON", "metavar": "FIELD=VALUE"},
+        metadata={"help": "fields of the drafter's config, as JSON", "metavar": "FIELD=VALUE"},
     )
 
     slot_decay: float = option("slot j weighs slot_decay**j in the loss", default=1.0)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from specformer.generation.drafter_dflash_network import DFlashNetwork
 from specformer.generation.drafter_eagle_network import EagleNetwork
 from specformer.generation.drafter_parallelspec_network import ParallelSpecNetwork
-from specformer.modeling_specformer import SpecFormerModel
 from specformer.scripts.parts.kinds.dflash import DFlashStudent
 from specformer.scripts.parts.kinds.eagle3 import EagleStudent
 from specformer.scripts.parts.kinds.parallelspec import ParallelSpecStudent
@@ -28,7 +27,7 @@ def student_of(network, target, num_draft_tokens: int | None = None) -> Student:
         ValueError: it is of another kind, whose drafts depend on more than the text; or the drafter of another model.
     """
     number = num_draft_tokens or 4
-    if isinstance(network, SpecFormerModel):
+    if getattr(getattr(network, "config", None), "model_type", None) == "specformer":  # of a repository's own code too
         return SpecFormerStudent(network, target)
     if isinstance(network, DFlashNetwork):
         return DFlashStudent(network, target)

@@ -1,5 +1,5 @@
-"""Training of a DFlash network (arXiv 2602.06036): blocks of [the known token, mask, mask, ...] behind many positions of a
-text in one pass. Saved in z-lab's format."""
+"""Training of a DFlash network (arXiv 2602.06036): blocks of [the known token, mask, mask, ...] behind many positions
+of a text in one pass. Saved in z-lab's format."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Training of an EAGLE-3 network (arXiv 2503.01840): the steps of drafting one after the other behind many positions of a
-text, each from the network's own state of the step before (training-time test). Saved in speculators' format.
+"""Training of an EAGLE-3 network (arXiv 2503.01840): the steps of drafting, one after the other, behind many positions
+of a text, each from the network's own state of the step before (training-time test). Saved in speculators' format.
 
 The tokens in front of a slot are the true ones, in training as in the evaluation.
 """

@@ -1,5 +1,5 @@
-"""What training of networks in the formats of other projects has in common: they read some of the target's hidden states,
-their embeddings are the target's, and so is their LM head, which stays as it is."""
+"""What training of networks in the formats of other projects has in common: they read some of the target's hidden
+states, their embeddings are the target's, and so is their LM head, which stays as it is."""
 
 from __future__ import annotations
 
@@ -232,8 +232,8 @@ def spread_states(num_layers: int) -> list[int]:
 
 @torch.no_grad()
 def start(network: ForeignNetwork, target, answers: Answers) -> None:
-    """Begin near the target: with its final norm and, where the network has a head of its own, with rows of its head, for
-    the tokens that are the most frequent in the answers."""
+    """Begin near the target: with its final norm and, where the network has a head of its own, with rows of its head,
+    for the tokens that are the most frequent in the answers."""
     for module in network.modules():
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=INITIAL_STD)

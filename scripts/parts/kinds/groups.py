@@ -1,8 +1,8 @@
 """Groups of draft slots behind many positions of a text, side by side in one pass.
 
-A group begins at a position n of its text, sees the text up to there and of its own slots what its kind lets it see, and
-nothing of other groups: what it drafts is what it would draft alone, with a cache of that text. So many groups of one text
-are a row of the pass that what they cannot see of each other is little work; long texts have several rows.
+A group begins at a position n of its text, sees the text up to there and of its own slots what its kind lets it see,
+and nothing of other groups: what it drafts is what it would draft alone, with a cache of that text. A row of the pass
+has no more groups than make what they cannot see of each other little work; long texts have several rows.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Training of a ParallelSpec network (arXiv 2410.05589): groups of masks behind many positions of a text in one pass. Saved
-in speculators' format of P-EAGLE."""
+"""Training of a ParallelSpec network (arXiv 2410.05589): groups of masks behind many positions of a text in one pass.
+Saved in speculators' format of P-EAGLE."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Training of a small causal LM that drafts in parallel, as masks behind the text: PARD (arXiv 2504.18583). Saved as the
-causal LM that it is, whose config names the mask token.
+"""Training of a small causal LM that drafts in parallel, as masks behind the text: PARD (arXiv 2504.18583). Saved as
+the causal LM that it is, whose config names the mask token.
 
-The masks of many positions of a text stand behind it in one pass. Later slots, which depend on those in front, are learnt
-behind fewer positions (PARD's conditional drop of tokens).
+The masks of many positions of a text stand behind it in one pass. Later slots, which depend on those in front, are
+learnt behind fewer positions (PARD's conditional drop of tokens).
 """
 
 from __future__ import annotations

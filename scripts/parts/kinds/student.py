@@ -1,7 +1,8 @@
 """What training and evaluation ask of a network that learns to draft for a target, whatever its kind.
 
-Slot j at position n of a text drafts token n + 2 + j: the target has read the tokens up to n, and n + 1 is known. What is
-accepted is a prefix, so that the drafts of all positions can be made at once, with the true tokens in front of each slot.
+Slot j at position n of a text drafts token n + 2 + j: the target has read the tokens up to n, and n + 1 is known. What
+is accepted is a prefix, so that the drafts of all positions can be made at once, with the true tokens in front of each
+slot.
 """
 
 from __future__ import annotations

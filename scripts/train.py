@@ -246,6 +246,7 @@ def main(arguments: DrafterTrainingArguments) -> None:
             "answers": len(answers) - held_out,
             "answer_tokens": answers.num_answer_tokens,
             "held_out_answers": held_out,
+            "num_draft_tokens": slots,
             "steps": state.global_step,
             "minutes": minutes_between(output / SETTINGS, last / WHOLE),
             "peak_memory_gib": None if memory is None else memory / 2**30,

@@ -8,20 +8,25 @@ from pathlib import Path
 
 import pytest
 import torch
+from exactness import check, plain
+from safetensors.torch import load_file
 from test_offline import LENGTHS, SLOTS, make_answers
+from test_training import assert_same_run, log_of, prepare, run
+from tiny import llama, ragged_batch
 
 from specformer import generate
 from specformer.generation.call_drafter import drafter_of_network
 from specformer.generation.drafter import Prompts
+from specformer.generation.drafter_loading import drafting_model
 from specformer.generation.drafter_parallel import ParallelDrafter
 from specformer.generation.prompt import PromptLayout
 from specformer.scripts.parts.answers import Answers
-from specformer.scripts.parts.kinds.all import KINDS
+from specformer.scripts.parts.kinds.all import KINDS, student_of
 from specformer.scripts.parts.losses import IGNORED, drafter_loss
 from specformer.scripts.parts.offline import evaluate_offline, summarise
 from specformer.scripts.parts.training_arguments import DrafterTrainingArguments
+from specformer.scripts.train import DrafterTrainer
 
-OTHERS = [kind for kind in KINDS if kind != "specformer"]
 VARIANTS = {
     "dflash": ("dflash", {}),
     "dflash, two layers, some tokens": ("dflash", dict(config=["num_hidden_layers=2"], draft_vocab_size=40)),
@@ -143,3 +148,142 @@ def test_offline_figures_are_those_of_decoding(variant: str, with_eos: bool):
         assert tokens == sum(statistics.tokens_per_row) - statistics.batch_size
         assert figures[f"tokens_per_pass_k{k}"] == statistics.tokens_per_pass
         assert 1.1 < statistics.tokens_per_pass < k + 0.99  # drafts of both kinds
+
+
+# ---- from the command line to a folder
+
+
+OPTIONS: dict[str, tuple[str, ...]] = {
+    "dflash": (
+        "--draft-vocab-size",
+        "60",
+        "--config",
+        "num_hidden_layers=2",
+        "rope_theta=500",
+        "--store-hidden-states",
+    ),
+    "eagle3": ("--draft-vocab-size", "60", "--config", "rope_theta=500", "--slot-decay", "0.8"),
+    "parallelspec": ("--config", "rope_theta=500", "--acceptance-weights", "0.5", "--position-share", "0.8"),
+    "pard": ("--config", "num_hidden_layers=3", "--acceptance-weights", "0.5", "--slot-share", "0.8"),
+}
+"""Of each kind, some that change its network or its training."""
+BUDGET = ("--num-draft-tokens", "3", "--held-out", "4", "--save-dtype", "float32", "--learning-rate", "1e-2")
+BUDGET += ("--batch-size", "4", "--logging-steps", "1", "--evaluations", "2")
+
+
+@pytest.mark.parametrize("kind", OPTIONS)
+def test_training_end_to_end(kind: str, tmp_path: Path, monkeypatch):
+    """The loss falls, more than two tokens a pass are right in the end, what is saved is what was evaluated, and the
+    text of ragged batches stays the target's, whatever has been learnt."""
+    folders = prepare(tmp_path)
+    folder = run(monkeypatch, folders, "--drafter", kind, *BUDGET, *OPTIONS[kind], "--epochs", "16")
+    log = log_of(folder)
+    losses = [entry["loss"] for entry in log["history"] if "loss" in entry]
+    assert losses[-1] < 0.5 * losses[0]
+    assert log["settings"]["drafter"] == kind and log["best"]["tokens_per_pass"] > 2
+    assert not list(folder.glob("hidden_states.bin*"))
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert f"{KINDS[kind].title} drafter" in card and "3 draft slots" in card and "specformer.generate" in card
+
+    target, answers = llama(torch.float32), Answers(folders / "answers.jsonl", 1024)
+    network = drafting_model(str(folder), target)
+    weights = load_file(folder / "model.safetensors")
+    assert log["parameters"] == sum(parameter.numel() for parameter in network.parameters())
+    assert all(weight.dtype == torch.float32 for weight in weights.values() if weight.is_floating_point())
+    held_out = torch.randperm(24, generator=torch.Generator().manual_seed(0)).tolist()[:4]
+    batches = [Answers.collate([answers[index] for index in held_out])]
+    figures = summarise(evaluate_offline(student_of(network, target, 3), batches, [3]), [3])
+    assert figures["tokens_per_pass_k3"] == pytest.approx(log["best"]["tokens_per_pass"])
+    for setting in (dict(do_sample=False), dict(do_sample=True, top_k=20)):
+        arguments = dict(max_new_tokens=12, eos_token_id=None, **setting)
+        reference = plain(target, ragged_batch(), **arguments)
+        for k in (1, 3, "auto"):
+            check(target, ragged_batch(), reference, folder, k, **arguments)
+
+
+@pytest.mark.parametrize("kind", OPTIONS)
+def test_a_run_that_was_interrupted_is_that_of_one_left_alone(kind: str, tmp_path: Path, monkeypatch):
+    folders = prepare(tmp_path)
+    options = ("--drafter", kind, *BUDGET, *OPTIONS[kind], "--epochs", "2")
+    calm = run(monkeypatch, folders, *options, output="calm")
+    broken, save = [], DrafterTrainer._save_checkpoint
+
+    def break_off(self, *args, **kwargs):
+        save(self, *args, **kwargs)
+        broken.append(self.state.global_step)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(DrafterTrainer, "_save_checkpoint", break_off)
+        run(patch, folders, *options)
+    assert broken == [5]
+    assert_same_run(run(monkeypatch, folders, *options), calm)
+
+
+@pytest.mark.parametrize("kind", OPTIONS)
+def test_training_goes_on_from_another_drafter(kind: str, tmp_path: Path, monkeypatch):
+    folders = prepare(tmp_path)
+    few = ("--drafter", kind, *BUDGET, "--epochs", "4")
+    first = run(monkeypatch, folders, *few, *OPTIONS[kind])
+    start, little = ("--start-from", str(first)), ("--learning-rate", "1e-9", "--epochs", "1", "--evaluations", "1")
+    second = run(monkeypatch, folders, *few, *start, *little, output="second")
+    before, after = (load_file(folder / "model.safetensors") for folder in (first, second))
+    assert before.keys() == after.keys()
+    for name, weight in before.items():
+        torch.testing.assert_close(after[name], weight, rtol=0, atol=1e-6)
+    assert log_of(second)["best"]["tokens_per_pass"] == pytest.approx(log_of(first)["best"]["tokens_per_pass"])
+    assert log_of(second)["before"]["settings"]["drafter"] == kind
+
+
+def test_mixed_precision(tmp_path: Path, monkeypatch):
+    """Other losses than without, and close to them."""
+    folders = prepare(tmp_path)
+    for kind in OPTIONS:
+        few = ("--drafter", kind, *BUDGET, "--epochs", "1", "--config")
+        few += ("num_hidden_layers=2",) if kind == "pard" else ("rms_norm_eps=1e-5",)
+        outputs = [f"{kind}{len(more)}" for more in ((), ("--bf16",))]
+        runs = [
+            run(monkeypatch, folders, *few, *more, output=output)
+            for more, output in zip(((), ("--bf16",)), outputs, strict=True)
+        ]
+        ours, theirs = ([entry["loss"] for entry in log_of(each)["history"] if "loss" in entry] for each in runs)
+        assert ours != theirs
+        assert ours == pytest.approx(theirs, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        ("dflash", ("--config", "previous_token_rank=8"), "'previous_token_rank' is no one of .*num_hidden_layers"),
+        ("dflash", ("--paper",), "--paper was given, which means nothing for --drafter dflash: it is for specformer"),
+        ("dflash", ("--distance-loss", "0.5"), "--distance-loss was given, which means nothing for --drafter dflash"),
+        ("dflash", ("--slot-share", "0.5"), "--slot-share was given, .* it is for pard"),
+        ("dflash", ("--gradient-checkpointing",), "--gradient-checkpointing .* it is for specformer, pard"),
+        ("dflash", ("--config", "num_attention_heads=0"), "num_attention_heads is 0"),
+        ("dflash", ("--config", "mask_token_id=64"), "mask_token_id is 64; expected a token of the 64"),
+        ("dflash", ("--config", "target_layer_ids=[9]"), "4 layers, and state 9 is read"),
+        ("dflash", ("--config", 'hidden_act="none of these"'), "no dflash drafter can be so .*none of these"),
+        ("dflash", ("--num-draft-tokens", "0"), "--num-draft-tokens is 0; expected at least 1"),
+        ("eagle3", ("--config", "num_hidden_layers=2"), "num_hidden_layers is 2; expected 1"),
+        ("eagle3", ("--config", "head_dim=7"), "head_dim is 7; expected an even"),
+        ("eagle3", ("--config", "norm_before_fc=true", "fc_norm=true"), "the format has one of them at most"),
+        ("eagle3", ("--num-draft-tokens", "17"), "--num-draft-tokens is 17; eagle3 drafts 16 at most"),
+        ("eagle3", ("--draft-vocab-size", "-1"), "--draft-vocab-size is -1; expected at least 1"),
+        ("parallelspec", ("--base-loss", "0.5"), "--base-loss was given"),
+        ("pard", ("--draft-vocab-size", "9"), "--draft-vocab-size .* it is for specformer, dflash, eagle3, parallels"),
+        ("pard", ("--store-hidden-states",), "--store-hidden-states was given, which means nothing for --drafter pard"),
+        ("pard", ("--config", "num_hidden_layers=5"), "num_hidden_layers is 5; expected a number from 1 to 4"),
+        ("pard", ("--config", "mask_token_id=99"), "pard_token of .* is 99; expected one of its 64 tokens"),
+        ("pard", ("--slot-share", "2"), "--slot-share is 2.0; expected a number from 0 to 1"),
+        ("pard", ("--start-from", "x", "--config", "num_hidden_layers=2"), "were both given"),
+    ],
+)
+def test_options_that_do_not_go_together(kind: str, options: tuple, message: str, folders: Path, monkeypatch):
+    with pytest.raises(ValueError, match=message):
+        run(monkeypatch, folders, "--drafter", kind, *options)
+    assert not (folders / "drafter").exists()
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> Path:
+    return prepare(tmp_path_factory.mktemp("folders"))

@@ -22,7 +22,8 @@ class DFlashStudent(ForeignStudent):
         ValueError: its drafts depend on more than the text (DSpark's Markov head), or its layers have a window.
     """
 
-    kind, name, format = "dflash", "DFlashDraftModel", "z-lab's"
+    kind, name, title = "dflash", "DFlashDraftModel", "DFlash"
+    about = "a DFlash drafter in z-lab's format"
     switches = frozenset({"mask_token_id"})
     network: DFlashNetwork
 

@@ -29,7 +29,8 @@ from specformer.scripts.parts.losses import slot_labels
 class EagleStudent(ForeignStudent):
     """See the module."""
 
-    kind, name, format = "eagle3", "Eagle3Speculator", "speculators'"
+    kind, name, title = "eagle3", "Eagle3Speculator", "EAGLE-3"
+    about = "an EAGLE-3 drafter in speculators' format"
     algorithm = "eagle3"
     switches = SWITCHES
     most_draft_tokens = EagleDrafter.max_draft_tokens
@@ -42,6 +43,8 @@ class EagleStudent(ForeignStudent):
 
     @classmethod
     def make_fields(cls, layers, drafted, states, num_draft_tokens, verifier, switches) -> dict[str, Any]:
+        if switches.get("norm_before_fc") and switches.get("fc_norm"):
+            raise ValueError("--config norm_before_fc and fc_norm were both given; the format has one of them at most.")
         fields = speculators_fields(cls.algorithm, cls.name, layers, drafted, states, num_draft_tokens, verifier)
         return {**fields, **switches}
 

@@ -70,13 +70,11 @@ class ForeignStudent(Student):
 
     Attributes:
         name: what `architectures` of its config.json says.
-        format: whose format that is, in words.
         switches: fields of its own that `--config` may set.
     """
 
     means = ("draft_vocab_size", "store_hidden_states")
     name: ClassVar[str]
-    format: ClassVar[str]
     switches: ClassVar[frozenset[str]]
     most_draft_tokens: ClassVar[int] = 64
     network: ForeignNetwork
@@ -121,6 +119,8 @@ class ForeignStudent(Student):
         layers["max_position_embeddings"] = getattr(text_config, "max_position_embeddings", None) or 2**16
         layers["num_hidden_layers"] = 1
         layers |= {name: value for name, value in given.items() if name in LAYER_OPTIONS}
+        if type(layers["head_dim"]) is int and layers["head_dim"] % 2:
+            raise ValueError(f"--config head_dim is {layers['head_dim']}; expected an even number, for rotations.")
         drafted = min(arguments.draft_vocab_size or sizes.vocab_size, sizes.vocab_size)
         if drafted < 1:
             raise ValueError(f"--draft-vocab-size is {drafted}; expected at least 1.")

@@ -15,7 +15,9 @@ from specformer.scripts.parts.kinds.speculators import SWITCHES
 class ParallelSpecStudent(EagleStudent):
     """It reads texts as an EAGLE-3 network does; see the module."""
 
-    kind, name, algorithm = "parallelspec", "PEagleSpeculator", "peagle"
+    kind, name, title = "parallelspec", "PEagleSpeculator", "ParallelSpec"
+    about = "a ParallelSpec drafter in speculators' format of P-EAGLE"
+    algorithm = "peagle"
     switches = SWITCHES | {"mask_token_id"}
     slots_side_by_side = 8
     network: ParallelSpecNetwork

@@ -58,7 +58,8 @@ class PardStudent(Student):
         ValueError: it is no such model, or its tokenizer is not the target's.
     """
 
-    kind, means = "pard", ("slot_share", "gradient_checkpointing")
+    kind, title, about = "pard", "PARD", "a causal LM that drafts in parallel"
+    means = ("slot_share", "gradient_checkpointing")
     network: Any  # a causal LM
 
     def __init__(self, network, target, num_draft_tokens: int, slot_share: float = USUAL_SHARE):

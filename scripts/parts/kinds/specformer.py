@@ -32,7 +32,7 @@ class SpecFormerStudent(Student):
         base_loss: see `base_share`.
     """
 
-    kind = "specformer"
+    kind, title, about = "specformer", "SpecFormer", "a SpecFormer drafter"
     means = (
         *("paper", "default_num_assistant_tokens", "distance_loss", "base_loss", "draft_vocab_size"),
         *("store_hidden_states", "gradient_checkpointing", "fsdp", "deepspeed"),

@@ -46,6 +46,7 @@ class Student:
 
     Attributes:
         kind: what `--drafter` calls it.
+        title: what people call it, and `about`, what it is, in words.
         means: options of `train` that mean something for this kind, beside those that do for all.
         layer_ids: which of the target's hidden states it reads, ascending: i is what enters layer i.
         head: makes logits of its states.
@@ -55,6 +56,8 @@ class Student:
     """
 
     kind: ClassVar[str]
+    title: ClassVar[str]
+    about: ClassVar[str]
     means: ClassVar[tuple[str, ...]] = ()
     layer_ids: Sequence[int] = ()
     head: Head

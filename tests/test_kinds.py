@@ -22,6 +22,7 @@ from specformer.generation.drafter_parallel import ParallelDrafter
 from specformer.generation.prompt import PromptLayout
 from specformer.scripts.parts.answers import Answers
 from specformer.scripts.parts.kinds.all import KINDS, student_of
+from specformer.scripts.parts.kinds.groups import Groups
 from specformer.scripts.parts.losses import IGNORED, drafter_loss
 from specformer.scripts.parts.offline import evaluate_offline, summarise
 from specformer.scripts.parts.training_arguments import DrafterTrainingArguments
@@ -148,6 +149,53 @@ def test_offline_figures_are_those_of_decoding(variant: str, with_eos: bool):
         assert tokens == sum(statistics.tokens_per_row) - statistics.batch_size
         assert figures[f"tokens_per_pass_k{k}"] == statistics.tokens_per_pass
         assert 1.1 < statistics.tokens_per_pass < k + 0.99  # drafts of both kinds
+
+
+def seen_too_far(visible):
+    return lambda self, slots, length: visible(self._replace(starts=self.starts + 1), slots, length)
+
+
+FAULTS = {
+    "a token too many": lambda: ("visible", seen_too_far(Groups.visible)),
+    "slots of other groups": lambda: ("own", lambda self, slots, causal: torch.ones_like(OWN(self, slots, causal))),
+    "a place behind": lambda: ("places", lambda self, slots, first: PLACES(self, slots, first + 1)),
+}
+OWN, PLACES = Groups.own, Groups.places
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("variant", ["dflash", "eagle3", "parallelspec"])
+def test_the_comparison_notices_what_groups_must_not_see(variant: str, fault: str, monkeypatch):
+    student, batch = trained(variant, False), Answers.collate(make_answers(False)[3][:2])
+    with torch.no_grad():
+        before = student.drafts(student.network, batch).states
+        monkeypatch.setattr(Groups, *FAULTS[fault]())
+        after = student.drafts(student.network, batch).states
+    assert not torch.allclose(before, after, atol=1e-3)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_texts_of_any_length(variant: str):
+    """One in which nothing is drafted, alone and beside one whose groups are in several rows; and a single slot."""
+    rows = make_answers(False)[3]
+    student = trained(variant, False)
+    (prompt, _), (tokens, _) = rows[:2]
+    nothing = prompt, torch.full_like(prompt, IGNORED)
+    drafts = student.drafts(student.network, Answers.collate([nothing]))
+    assert drafts.states.shape[:2] == (0, SLOTS)
+    loss = student.loss(student.network, Answers.collate([nothing]), drafter_loss, 1.0, 0, 1)
+    loss.backward()
+    assert float(loss.detach()) == 0
+    tokens = tokens.repeat(4)[:100]
+    long = tokens, tokens.masked_fill(torch.arange(100) < 4, IGNORED)
+    with torch.no_grad():
+        alone, beside = (student.drafts(student.network, Answers.collate(texts)) for texts in ([long], [nothing, long]))
+        torch.testing.assert_close(alone.states, beside.states, rtol=0, atol=1e-9)
+        assert torch.equal(alone.labels, beside.labels)
+        if "dflash" not in variant:  # whose block is of one size
+            one = type(student)(student.network, student.target, 1).drafts(student.network, Answers.collate([long]))
+            assert one.states.shape[1] == 1
+            torch.testing.assert_close(one.states[:, 0], alone.states[-len(one.states) :, 0], rtol=0, atol=1e-9)
 
 
 # ---- from the command line to a folder

@@ -60,10 +60,12 @@ def num_draft_tokens(log: dict, config: dict) -> int:
 
 def what_it_is(log: dict, config: dict) -> str:
     """Size and parts of a drafter, in one sentence."""
-    vocabulary = config.get("draft_vocab_size")
+    kind, settings = kind_of_run(log), log["settings"]
+    chosen = kind == "specformer" or settings.get("draft_vocab_size")  # others may name the whole vocabulary
+    vocabulary = config.get("draft_vocab_size") if chosen else None
     vocabulary = f" for the {vocabulary:,} most frequent tokens" if vocabulary else ""
     size = f"{log['parameters'] / 1e6:.1f} million weights ({config['dtype']})"
-    if (kind := kind_of_run(log)) != "specformer":
+    if kind != "specformer":
         return f"{size}, {KINDS[kind].about}, {num_draft_tokens(log, config)} draft slots{vocabulary}."
     inputs = "with" if config["use_anchor_token"] or config.get("anchor_slot") else "without"
     rank = config.get("previous_token_rank")

@@ -4,11 +4,12 @@
     specformer train recipe.yaml --learning-rate 3e-4
     accelerate launch -m specformer.scripts.train --data answers --output runs/drafter --bf16
 
---data is what `specformer distill` wrote: what the target answered, not what somebody else wrote. The target
-stays frozen and its hidden states are computed on the fly. The loss is the paper's, cross-entropy of every slot at
-every response position (arXiv 2511.20340, section 3), unless options say otherwise. Run the same command again after
-an interruption: it goes on from the last whole checkpoint, with the losses of a run that was left alone. The best
-checkpoint by tokens per target pass on held-out answers ends up in --output, ready for AutoModel.from_pretrained.
+--drafter says of which kind it is; scripts/parts/kinds/ has a file for each. --data is what `specformer distill`
+wrote: what the target answered, not what somebody else wrote. The target stays frozen and its hidden states are
+computed on the fly. The loss is the paper's, cross-entropy of every slot at every response position (arXiv 2511.20340,
+section 3), unless options say otherwise. Run the same command again after an interruption: it goes on from the last
+whole checkpoint, with the losses of a run that was left alone. The best checkpoint by tokens per target pass on held-out
+answers ends up in --output, ready to be passed as assistant_model.
 """
 
 from __future__ import annotations
@@ -60,8 +61,8 @@ class DrafterTrainer(Trainer):
         loss: `drafter_loss` with what it is asked for.
     """
 
-    def __init__(self, *args, student: Student, draft_lengths: list[int], loss: Callable, **kwargs):
-        super().__init__(*args, model=student.network, **kwargs)
+    def __init__(self, *, student: Student, draft_lengths: list[int], loss: Callable, **kwargs):
+        super().__init__(model=student.network, **kwargs)
         self.args: Any  # DrafterTrainingArguments
         self.student, self.draft_lengths, self.loss = student, draft_lengths, loss
         self.model_accepts_loss_kwargs = False  # the loss is a mean over each micro-batch

@@ -3,6 +3,7 @@ loads, and the text is the target's own."""
 
 from __future__ import annotations
 
+import dataclasses
 from functools import cache
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 from exactness import check, plain
 from safetensors.torch import load_file
 from test_offline import LENGTHS, SLOTS, make_answers
-from test_training import assert_same_run, log_of, prepare, run
+from test_training import assert_same_run, command, completed, driver_of_two, log_of, prepare, run
 from tiny import llama, ragged_batch
 
 from specformer import generate
@@ -25,7 +26,7 @@ from specformer.scripts.parts.kinds.all import KINDS, student_of
 from specformer.scripts.parts.kinds.groups import Groups
 from specformer.scripts.parts.losses import IGNORED, drafter_loss
 from specformer.scripts.parts.offline import evaluate_offline, summarise
-from specformer.scripts.parts.training_arguments import DrafterTrainingArguments
+from specformer.scripts.parts.training_arguments import OF_SOME_KINDS, DrafterTrainingArguments
 from specformer.scripts.train import DrafterTrainer
 
 VARIANTS = {
@@ -299,6 +300,23 @@ def test_mixed_precision(tmp_path: Path, monkeypatch):
         assert ours == pytest.approx(theirs, rel=0.1)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", OPTIONS)
+def test_two_processes(kind: str, tmp_path: Path):
+    """They train one drafter."""
+    folders = prepare(tmp_path)
+    driver, launcher = driver_of_two(folders)
+    options = ("--drafter", kind, *BUDGET, *OPTIONS[kind], "--epochs", "4")
+    said = completed(**command(folders, "drafter", *options, launcher=launcher))
+    assert said.count("The drafter is in") == 1
+    (weights, best), (others, other_best) = (torch.load(f"{driver}.{process}") for process in (0, 1))
+    assert best == other_best and all(torch.equal(weights[name], others[name]) for name in weights)
+    log = log_of(folders / "drafter")
+    assert log["settings"]["processes"] == 2
+    losses = [entry["loss"] for entry in log["history"] if "loss" in entry]
+    assert losses[-1] < losses[0]
+
+
 @pytest.mark.parametrize(
     ("kind", "options", "message"),
     [
@@ -330,6 +348,12 @@ def test_options_that_do_not_go_together(kind: str, options: tuple, message: str
     with pytest.raises(ValueError, match=message):
         run(monkeypatch, folders, "--drafter", kind, *options)
     assert not (folders / "drafter").exists()
+
+
+def test_every_option_means_something_for_some_kind():
+    fields = {field.name for field in dataclasses.fields(DrafterTrainingArguments)}
+    meant = {option for kind in KINDS.values() for option in kind.means}
+    assert set(OF_SOME_KINDS) == meant and meant <= fields
 
 
 @pytest.fixture(scope="module")

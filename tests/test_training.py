@@ -700,11 +700,9 @@ def test_no_room_for_stored_states(folders: Path, monkeypatch):
 # ---- two processes
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("losses", [(), OTHER_LOSSES], ids=["cross-entropy", "other losses"])
-def test_two_processes(losses: tuple, folders: Path):
-    """They train one drafter, count the held-out answers once, and go on together after a kill."""
-    (folders / "answers.jsonl").write_text("".join(answer_lines(45)))
+def driver_of_two(folders: Path) -> tuple[Path, tuple]:
+    """A script that trains as `train` does, and keeps each process's weights and best figure; and what launches two of
+    it."""
     driver = folders / "driver.py"
     driver.write_text(
         "import sys, torch\n"
@@ -718,7 +716,15 @@ def test_two_processes(losses: tuple, folders: Path):
         "train.DrafterTrainer = Trainer\n"
         "train.main(train.parse())\n"
     )
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(driver))
+    return driver, ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(driver))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("losses", [(), OTHER_LOSSES], ids=["cross-entropy", "other losses"])
+def test_two_processes(losses: tuple, folders: Path):
+    """They train one drafter, count the held-out answers once, and go on together after a kill."""
+    (folders / "answers.jsonl").write_text("".join(answer_lines(45)))
+    driver, launcher = driver_of_two(folders)
     options = (*EACH_STEP, "--held-out", "5", "--store-hidden-states", *losses)
     said = completed(**command(folders, "calm", *options, launcher=launcher))
     assert said.count("The drafter is in") == 1

@@ -37,7 +37,7 @@ class DFlashStudent(ForeignStudent):
             )
 
     @classmethod
-    def make_fields(cls, layers, drafted, states, num_draft_tokens, verifier, switches) -> dict[str, Any]:
+    def make_fields(cls, layers, drafted, states, num_draft_tokens, target, switches) -> dict[str, Any]:
         own = {} if drafted == layers["vocab_size"] else {"draft_vocab_size": drafted}
         return {
             "architectures": [cls.name],
@@ -46,6 +46,7 @@ class DFlashStudent(ForeignStudent):
             **own,
             "attention_bias": False,
             "tie_word_embeddings": False,
+            "num_target_layers": target["num_hidden_layers"],
             "block_size": num_draft_tokens + 1,
             "dflash_config": {"target_layer_ids": [state - 1 for state in states], **switches},
         }

@@ -42,10 +42,10 @@ class EagleStudent(ForeignStudent):
         super().__init__(network, target, num_draft_tokens, states_read(network, target), fields)
 
     @classmethod
-    def make_fields(cls, layers, drafted, states, num_draft_tokens, verifier, switches) -> dict[str, Any]:
+    def make_fields(cls, layers, drafted, states, num_draft_tokens, target, switches) -> dict[str, Any]:
         if switches.get("norm_before_fc") and switches.get("fc_norm"):
             raise ValueError("--config norm_before_fc and fc_norm were both given; the format has one of them at most.")
-        fields = speculators_fields(cls.algorithm, cls.name, layers, drafted, states, num_draft_tokens, verifier)
+        fields = speculators_fields(cls.algorithm, cls.name, layers, drafted, states, num_draft_tokens, target)
         return {**fields, **switches}
 
     @classmethod
@@ -66,8 +66,8 @@ class EagleStudent(ForeignStudent):
         positions = torch.arange(states.shape[1], device=states.device)[None]
         given = model(self.network.fuse(states), self.embed(next_tokens), positions, cache)  # (B, T, d)
         of_rows = DynamicCache()
-        keys, values = cache.layers[0].keys, cache.layers[0].values
-        of_rows.update(keys[groups.texts], values[groups.texts], 0)
+        of_texts: Any = cache.layers[0]
+        of_rows.update(of_texts.keys[groups.texts], of_texts.values[groups.texts], 0)
         first = groups.of_texts(given, groups.starts)  # (R, G, d)
         drafted = self.network.norm(self.behind(groups, first, next_tokens, of_rows, states.shape[1]))
         return Drafts(drafted, labels[wanted], drafted)

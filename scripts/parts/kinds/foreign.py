@@ -107,7 +107,7 @@ class ForeignStudent(Student):
                     "is gone on with stay what they are. Leave these out, or --start-from."
                 )
             fields = read_json(file_of(arguments.start_from, "config.json"), f"{arguments.start_from}/config.json")
-            if kind_of(fields.get("architectures") or []) is not KINDS[cls.name]:
+            if kind_of(fields.get("architectures") or []) != KINDS[cls.name]:
                 raise ValueError(
                     f"--start-from {arguments.start_from}: architectures is {fields.get('architectures')}; expected "
                     f"the drafter of a kind that --drafter {cls.kind} makes, such as {cls.name}."
@@ -126,19 +126,21 @@ class ForeignStudent(Student):
             raise ValueError(f"--draft-vocab-size is {drafted}; expected at least 1.")
         states = given.get("target_layer_ids") or spread_states(text_config.num_hidden_layers)
         switches = {name: value for name, value in given.items() if name in cls.switches}
-        verifier = {
+        about = {
             "name_or_path": arguments.target_id or arguments.target,
             "architectures": target_config.architectures or [],
+            "num_hidden_layers": text_config.num_hidden_layers,
         }
-        fields = cls.make_fields(layers, drafted, states, sizes.num_draft_tokens, verifier, switches)
+        fields = cls.make_fields(layers, drafted, states, sizes.num_draft_tokens, about, switches)
         cls.check_fields(fields)
         return fields
 
     @classmethod
     def make_fields(
-        cls, layers: dict, drafted: int, states: list[int], num_draft_tokens: int, verifier: dict, switches: dict
+        cls, layers: dict, drafted: int, states: list[int], num_draft_tokens: int, target: dict, switches: dict
     ) -> dict[str, Any]:
-        """config.json of a new network of such `layers`, which drafts `drafted` tokens of the vocabulary."""
+        """config.json of a new network of such `layers`, which drafts `drafted` tokens of the vocabulary of a `target`
+        with that name_or_path, these architectures and num_hidden_layers."""
         raise NotImplementedError
 
     @classmethod

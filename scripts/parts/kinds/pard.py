@@ -32,7 +32,7 @@ MOST_COLUMNS = 256
 class LanguageModelHead:
     """The LM head of the drafter itself; see `losses.Head`."""
 
-    draft_token_ids = None
+    draft_token_ids: torch.Tensor | None = None
 
     def __init__(self, network, target):
         self.network, self.target = network, target
@@ -109,6 +109,7 @@ class PardStudent(Student):
         return PardStudent(network, self.target, self.num_draft_tokens)
 
     def save(self, folder: Path, dtype: torch.dtype) -> None:
+        self.network.config.use_cache = True  # which the Trainer switches off
         self.network.to(dtype).save_pretrained(folder)
 
     def drafts(self, model, batch, position_share=1.0) -> Drafts:
@@ -119,6 +120,7 @@ class PardStudent(Student):
         else:
             columns = torch.arange(wanted.shape[1], device=wanted.device)
             parts = [wanted & (columns // MOST_COLUMNS == number) for number in columns[::MOST_COLUMNS] // MOST_COLUMNS]
+            parts = [part for part in parts if part.any()] or [wanted]
         order = torch.full_like(wanted, -1, dtype=torch.long)
         order[wanted] = torch.arange(int(wanted.sum()), device=wanted.device)
         found = [self.behind(model, batch["input_ids"], labels, part) for part in parts]

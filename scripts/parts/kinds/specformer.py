@@ -37,9 +37,9 @@ class SpecFormerStudent(Student):
         *("paper", "default_num_assistant_tokens", "distance_loss", "base_loss", "draft_vocab_size"),
         *("store_hidden_states", "gradient_checkpointing", "fsdp", "deepspeed"),
     )
-    network: SpecFormerModel
+    network: Any  # a SpecFormerModel, of whatever copy of its code
 
-    def __init__(self, network: SpecFormerModel, target, base_loss: float = 0.0):
+    def __init__(self, network, target, base_loss: float = 0.0):
         super().__init__(network, target, network.config.num_draft_tokens)
         self.borrowed: BorrowedTarget = network.borrow(target)
         self.head, self.layer_ids, self.rows = self.borrowed, self.borrowed.layer_ids, self.borrowed.rows

@@ -10,7 +10,7 @@ SWITCHES = frozenset({"norm_before_residual", "norm_before_fc", "fc_norm", "norm
 
 
 def speculators_fields(
-    kind: str, name: str, layers: dict, drafted: int, states: list[int], num_draft_tokens: int, verifier: dict
+    kind: str, name: str, layers: dict, drafted: int, states: list[int], num_draft_tokens: int, target: dict
 ) -> dict[str, Any]:
     """See `ForeignStudent.make_fields`. `kind`: what speculators calls it."""
     return {
@@ -26,7 +26,7 @@ def speculators_fields(
             "algorithm": kind,
             "proposal_methods": [proposal(num_draft_tokens)],
             "default_proposal_method": "greedy",
-            "verifier": verifier,
+            "verifier": {name: target[name] for name in ("name_or_path", "architectures")},
         },
     }
 

@@ -8,8 +8,8 @@
 wrote: what the target answered, not what somebody else wrote. The target stays frozen and its hidden states are
 computed on the fly. The loss is the paper's, cross-entropy of every slot at every response position (arXiv 2511.20340,
 section 3), unless options say otherwise. Run the same command again after an interruption: it goes on from the last
-whole checkpoint, with the losses of a run that was left alone. The best checkpoint by tokens per target pass on held-out
-answers ends up in --output, ready to be passed as assistant_model.
+whole checkpoint, with the losses of a run that was left alone. The best checkpoint by tokens per target pass on
+held-out answers ends up in --output, ready to be passed as assistant_model.
 """
 
 from __future__ import annotations

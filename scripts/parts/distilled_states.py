@@ -103,7 +103,8 @@ class DistilledStates:
         self.answers = answers
         self.files: dict[Path, torch.Tensor] = {}
         self.shape = len(borrowed.layer_ids), borrowed.text_config.hidden_size
-        self.usable = any(at is not None for _, at in answers.states_at)
+        states_at = getattr(answers, "states_at", [])  # several answers that were put together have none
+        self.usable = any(at is not None for _, at in states_at)
         if self.usable:
             path = (answers.source if answers.source.is_dir() else answers.source.parent) / OF_WHAT
             kept = json.loads(path.read_text(encoding="utf-8"))["target"] if path.exists() else None
@@ -117,8 +118,8 @@ class DistilledStates:
 
     def get(self, index: int) -> torch.Tensor | None:
         """States (T, S, d) of the text `index`; `None` where they were not kept."""
-        path, at = self.answers.states_at[index]
-        if not self.usable or at is None:
+        path, at = self.answers.states_at[index] if self.usable else (None, None)
+        if path is None or at is None:
             return None
         if path not in self.files:
             size = self.shape[0] * self.shape[1]

@@ -328,6 +328,8 @@ def test_two_processes(kind: str, tmp_path: Path):
         ("dflash", ("--config", "num_attention_heads=0"), "num_attention_heads is 0"),
         ("dflash", ("--config", "mask_token_id=64"), "mask_token_id is 64; expected a token of the 64"),
         ("dflash", ("--config", "target_layer_ids=[9]"), "4 layers, and state 9 is read"),
+        ("dflash", ("--config", "target_layer_ids=[]"), r"target_layer_ids is \[\]; expected a list of layers"),
+        ("eagle3", ("--config", "fc_norm=3"), "fc_norm is 3; expected true or false"),
         ("dflash", ("--config", 'hidden_act="none of these"'), "no dflash drafter can be so .*none of these"),
         ("dflash", ("--num-draft-tokens", "0"), "--num-draft-tokens is 0; expected at least 1"),
         ("eagle3", ("--config", "num_hidden_layers=2"), "num_hidden_layers is 2; expected 1"),

@@ -43,6 +43,8 @@ class EagleStudent(ForeignStudent):
 
     @classmethod
     def make_fields(cls, layers, drafted, states, num_draft_tokens, target, switches) -> dict[str, Any]:
+        if wrong := [name for name in SWITCHES & switches.keys() if type(switches[name]) is not bool]:
+            raise ValueError(f"--config {wrong[0]} is {switches[wrong[0]]!r}; expected true or false.")
         if switches.get("norm_before_fc") and switches.get("fc_norm"):
             raise ValueError("--config norm_before_fc and fc_norm were both given; the format has one of them at most.")
         fields = speculators_fields(cls.algorithm, cls.name, layers, drafted, states, num_draft_tokens, target)

@@ -24,8 +24,6 @@ from specformer.scripts.parts.kinds.student import Student, target_states
 from specformer.scripts.parts.losses import IGNORED
 from specformer.target_specformer import final_norm_scale
 
-NUM_STATES = 3
-"""Of the target's hidden states that a new network reads."""
 LAYER_OPTIONS = {*LAYER_FIELDS, "hidden_act", "rms_norm_eps", "rope_theta"} - {"vocab_size", "hidden_size"}
 INITIAL_STD = 0.02
 
@@ -124,7 +122,9 @@ class ForeignStudent(Student):
         drafted = min(arguments.draft_vocab_size or sizes.vocab_size, sizes.vocab_size)
         if drafted < 1:
             raise ValueError(f"--draft-vocab-size is {drafted}; expected at least 1.")
-        states = given.get("target_layer_ids") or spread_states(text_config.num_hidden_layers)
+        states = given.get("target_layer_ids", spread_states(text_config.num_hidden_layers))
+        if not isinstance(states, list) or not states or any(type(state) is not int or state < 1 for state in states):
+            raise ValueError(f"--config target_layer_ids is {states!r}; expected a list of layers, from 1 on.")
         switches = {name: value for name, value in given.items() if name in cls.switches}
         about = {
             "name_or_path": arguments.target_id or arguments.target,
@@ -225,11 +225,10 @@ class ForeignStudent(Student):
 
 
 def spread_states(num_layers: int) -> list[int]:
-    """Which states a new network reads: near the beginning, in the middle and near the end, of few layers all that lie
-    between two of them. What the head reads is none of them: engines have that before its norm."""
-    if num_layers <= 4:
-        return list(range(1, max(num_layers, 2)))[:NUM_STATES]
-    return [min(2, num_layers - 3), num_layers // 2, num_layers - 2 if num_layers < 8 else num_layers - 3]
+    """Which states a new network reads: near the beginning, in the middle and near the end. What the head reads is none
+    of them, where there are several layers: engines have that before its norm."""
+    first, last = (2, num_layers - 3) if num_layers >= 8 else (1, max(1, num_layers - 1))
+    return sorted({first, max(1, num_layers // 2), last})
 
 
 @torch.no_grad()

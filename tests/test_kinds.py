@@ -355,7 +355,7 @@ def test_options_that_do_not_go_together(kind: str, options: tuple, message: str
 def test_every_option_means_something_for_some_kind():
     fields = {field.name for field in dataclasses.fields(DrafterTrainingArguments)}
     meant = {option for kind in KINDS.values() for option in kind.means}
-    assert set(OF_SOME_KINDS) == meant and meant <= fields
+    assert set(OF_SOME_KINDS) == meant and meant - {"activation_checkpointing"} <= fields  # of newer transformers
 
 
 @pytest.fixture(scope="module")

@@ -39,9 +39,10 @@ def decided(value: Any) -> Any:
 
 OF_SOME_KINDS = (
     *("paper", "default_num_assistant_tokens", "draft_vocab_size", "distance_loss", "base_loss", "slot_share"),
-    *("store_hidden_states", "gradient_checkpointing", "fsdp", "deepspeed"),
+    *("store_hidden_states", "gradient_checkpointing", "activation_checkpointing", "fsdp", "deepspeed"),
 )
-"""Options that do not mean something for every kind of drafter."""
+"""Options that do not mean something for every kind of drafter. Newer versions of transformers call gradient
+checkpointing activation checkpointing."""
 UNREAD = (
     *("label_smoothing_factor", "neftune_noise_alpha", "use_liger_kernel", "liger_kernel_config", "use_cache"),
     *("eval_steps", "eval_delay", "eval_on_start", "eval_accumulation_steps", "prediction_loss_only"),

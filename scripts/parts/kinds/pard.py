@@ -59,7 +59,7 @@ class PardStudent(Student):
     """
 
     kind, title, about = "pard", "PARD", "a causal LM that drafts in parallel"
-    means = ("slot_share", "gradient_checkpointing")
+    means = ("slot_share", "gradient_checkpointing", "activation_checkpointing")
     network: Any  # a causal LM
 
     def __init__(self, network, target, num_draft_tokens: int, slot_share: float = USUAL_SHARE):

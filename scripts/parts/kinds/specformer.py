@@ -35,7 +35,7 @@ class SpecFormerStudent(Student):
     kind, title, about = "specformer", "SpecFormer", "a SpecFormer drafter"
     means = (
         *("paper", "default_num_assistant_tokens", "distance_loss", "base_loss", "draft_vocab_size"),
-        *("store_hidden_states", "gradient_checkpointing", "fsdp", "deepspeed"),
+        *("store_hidden_states", "gradient_checkpointing", "activation_checkpointing", "fsdp", "deepspeed"),
     )
     network: Any  # a SpecFormerModel, of whatever copy of its code
 

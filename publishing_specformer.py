@@ -24,6 +24,7 @@ REQUIREMENTS = "requirements.txt"
 CARD = "README.md"
 WRITTEN = "<!-- written by specformer -->"
 """A card without this line was written by a person, and is left alone."""
+TAGS = (STRATEGY, "speculative-decoding", "specformer")
 HERE = "<this repository>"
 """What a card calls a repository that has no name yet. A push fills it in."""
 PUBLISHED = (
@@ -57,20 +58,19 @@ def hub_id(name: str | None) -> str | None:
     return name
 
 
-def card_head(config: SpecFormerConfig, license: str | None = None) -> str:
+def card_head(target_name_or_path: str | None, license: str | None = None, tags: tuple[str, ...] = TAGS) -> str:
     """The metadata that the Hub reads, between its dashes."""
     lines = ["---", "library_name: transformers"]
     lines += [f"license: {license}"] if license else []
-    if target := hub_id(config.target_name_or_path):
+    if target := hub_id(target_name_or_path):
         lines += [f"base_model: {target}", "base_model_relation: adapter"]
-    tags = (STRATEGY, "speculative-decoding", "specformer")
     return "\n".join([*lines, "pipeline_tag: text-generation", "tags:", *(f"  - {tag}" for tag in tags), "---"])
 
 
 def short_card(config: SpecFormerConfig) -> str:
     """README.md of a drafter that nothing is known of but its config."""
     target = hub_id(config.target_name_or_path) or "its target"
-    return f"""{card_head(config)}
+    return f"""{card_head(config.target_name_or_path)}
 {WRITTEN}
 
 # SpecFormer drafter for {target}

@@ -35,6 +35,7 @@ from specformer.modeling_specformer import SpecFormerModel
 from specformer.scripts.fetch_target import find_target
 from specformer.scripts.parts.answers import Answers
 from specformer.scripts.parts.decoded import evaluate_decoding
+from specformer.scripts.parts.kinds.specformer import SpecFormerStudent
 from specformer.scripts.parts.losses import IGNORED
 from specformer.scripts.parts.offline import evaluate_answers
 from specformer.scripts.parts.prompt_rows import Prompt
@@ -148,12 +149,12 @@ def trained(folder: Path, target, evaluation: Evaluation | None, arguments: argp
 
 def computed(drafter, target, evaluation: Evaluation, batch_size: int, store: Path | None = None) -> dict:
     """Exact figures on the answers, all and by kind; with states of the target that are kept in the folder `store`."""
-    borrowed, texts = drafter.borrow(target), evaluation.answers
+    student, texts = SpecFormerStudent(drafter, target), evaluation.answers
     if store:
-        texts = StoredStates(texts, borrowed, shared_file(store, texts, borrowed))
+        texts = StoredStates(texts, student, shared_file(store, texts, student))
         with fast_linears(target):
             texts.fill(range(len(texts)))
-    return evaluate_answers(drafter, borrowed, texts, evaluation.kinds, batch_size)
+    return evaluate_answers(student, texts, evaluation.kinds, batch_size)
 
 
 def rounds(drafter: SpecFormerModel, target, arguments: argparse.Namespace) -> list[dict]:

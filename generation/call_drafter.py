@@ -21,6 +21,8 @@ from .drafter_eagle import EagleDrafter
 from .drafter_eagle_network import EagleNetwork
 from .drafter_loading import drafting_model
 from .drafter_parallel import ParallelDrafter
+from .drafter_parallelspec import ParallelSpecDrafter
+from .drafter_parallelspec_network import ParallelSpecNetwork
 from .drafter_prompt_lookup import PromptLookupDrafter
 from .drafter_specformer import SpecFormerDrafter
 from .target_probe import tree_obstacle
@@ -117,8 +119,8 @@ def choose_drafter(model, drafts: DraftSettings, rule: AcceptanceRule) -> Drafte
         )
     raise ValueError(
         f"assistant_model is a {type(assistant_model).__name__}; expected a SpecFormer drafter, loaded with "
-        "AutoModel.from_pretrained(<drafter>, trust_remote_code=True), the folder or Hub id of a DFlash, DSpark "
-        "or EAGLE-3 drafter, a causal LM, or a Drafter."
+        "AutoModel.from_pretrained(<drafter>, trust_remote_code=True), the folder or Hub id of a DFlash, DSpark, "
+        "EAGLE-3 or ParallelSpec drafter, a causal LM, or a Drafter."
     )
 
 
@@ -128,6 +130,8 @@ def drafter_of_network(network, model) -> Drafter | None:
         return SpecFormerDrafter(network, model)
     if isinstance(network, DFlashNetwork):
         return DFlashDrafter(network, model)
+    if isinstance(network, ParallelSpecNetwork):
+        return ParallelSpecDrafter(network, model)
     if isinstance(network, EagleNetwork):
         return EagleDrafter(network, model)
     return None

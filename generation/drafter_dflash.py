@@ -57,7 +57,8 @@ class DFlashDrafter(ForeignDrafter):
             ]
             visible = self.cache.mask(lengths - 1)
             states = self.network(self.embed(torch.cat([newest, masks], dim=1)), positions, text, visible)
-            return (states[:, :num_tokens].contiguous(),)
+            first = config.block_size - config.num_draft_tokens
+            return (states[:, first : first + num_tokens].contiguous(),)
 
         return slots
 

@@ -273,27 +273,31 @@ class DFlashNetwork(ForeignNetwork):
         positions: torch.Tensor,
         text: list[tuple[torch.Tensor, torch.Tensor]],
         visible: torch.Tensor,
+        of_block: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Normed states of the slots that draft.
+        """Normed states of a block, or of several blocks side by side.
 
         Args:
             embeds: of the block, (B, q, d).
             positions: of the block, (B, q).
             text: of each layer keys and values of the text, (B, kv heads, K, head_dim).
-            visible: which of them belong to the row's text, bool (B, 1, 1, K): key j is that of position j.
+            visible: which of them each slot may see, bool (B, 1, 1 or q, K): key j is that of position j.
+            of_block: which slots are one block, bool (q, q); `None`: all. For layers without a window.
 
         Returns:
-            (B, num_draft_tokens, d).
+            (B, q, d). The last `num_draft_tokens` of a block draft.
         """
-        rotations, masks = self.rotations(embeds, positions), self._masks(positions, visible)
+        rotations, masks = self.rotations(embeds, positions), self._masks(positions, visible, of_block)
         for layer, of_layer, kind in zip(self.layers, text, kinds_of_layers(self.config.layers), strict=True):
             embeds = layer(embeds, rotations, *of_layer, masks[kind])
-        return self.norm(embeds[:, embeds.shape[1] - self.config.num_draft_tokens :])
+        return self.norm(embeds)
 
-    def _masks(self, positions: torch.Tensor, visible: torch.Tensor) -> dict[str, torch.Tensor]:
+    def _masks(
+        self, positions: torch.Tensor, visible: torch.Tensor, of_block: torch.Tensor | None
+    ) -> dict[str, torch.Tensor]:
         """What the slots of each kind of layer see, bool (B, 1, q, K + q)."""
         rows, slots = positions.shape
-        of_block = visible.new_ones(slots, slots)
+        of_block = visible.new_ones(slots, slots) if of_block is None else of_block
         masks = {"full_attention": joined(visible.expand(rows, 1, slots, -1), of_block)}
         if "sliding_attention" in kinds_of_layers(self.config.layers):
             window = self.config.layers.sliding_window

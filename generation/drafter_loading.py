@@ -22,6 +22,7 @@ from .drafter_dflash_network import DFlashConfig, DFlashNetwork
 from .drafter_dtype import marks_of
 from .drafter_eagle_network import EagleConfig, EagleNetwork
 from .drafter_foreign_network import ForeignNetwork
+from .drafter_parallelspec_network import ParallelSpecConfig, ParallelSpecNetwork
 from .target_refusals import input_device
 
 KINDS: dict[str, tuple[Any, Any]] = {
@@ -34,6 +35,8 @@ KINDS: dict[str, tuple[Any, Any]] = {
     "Eagle3DraftModel": (EagleConfig, EagleNetwork),
     "LlamaForCausalLMEagle3": (EagleConfig, EagleNetwork),
     "Eagle3LlamaForCausalLM": (EagleConfig, EagleNetwork),
+    "PEagleSpeculator": (ParallelSpecConfig, ParallelSpecNetwork),
+    "PEagleDraftModel": (ParallelSpecConfig, ParallelSpecNetwork),
 }
 """What `architectures` in a drafter's config says, and what that is here."""
 INDEX, WEIGHTS = "model.safetensors.index.json", "model.safetensors"

@@ -17,46 +17,28 @@ take just these answers, so one pass over them tells exactly what every draft le
 from __future__ import annotations
 
 import argparse
-import copy
 import json
-import re
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from specformer.generation.call_drafter import drafter_of_network
+from specformer.generation.drafter_loading import drafting_model
 from specformer.scripts.fetch_target import find_target
 from specformer.scripts.measures import paper_measures
 from specformer.scripts.parts.answers import Answers
 from specformer.scripts.parts.decoded import evaluate_decoding
+from specformer.scripts.parts.fewer_layers import keep_layers
+from specformer.scripts.parts.kinds.all import student_of
+from specformer.scripts.parts.kinds.student import Student
 from specformer.scripts.parts.offline import evaluate_answers
 from specformer.scripts.parts.prompt_rows import task_of
 from specformer.scripts.parts.prompts import encode_each, read, read_prompts, template_arguments
 from specformer.scripts.parts.provenance import provenance
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-def keep_layers(target, count: int):
-    """A smaller model of `count` of the target's own layers: two thirds from its beginning, one third from its end."""
-    config = copy.deepcopy(target.config)
-    last = count // 3
-    layers = [*range(count - last), *range(config.num_hidden_layers - last, config.num_hidden_layers)]
-    config.num_hidden_layers = count
-    if getattr(config, "layer_types", None):
-        config.layer_types = [config.layer_types[layer] for layer in layers]
-    weights = {}
-    for name, weight in target.state_dict().items():
-        match = re.search(r"(?<=\.layers\.)\d+(?=\.)", name)
-        if match is None:
-            weights[name] = weight
-        elif int(match[0]) in layers:
-            weights[name[: match.start()] + str(layers.index(int(match[0]))) + name[match.end() :]] = weight
-    small = type(target)(config).to(device=target.device, dtype=target.dtype).eval()
-    small.load_state_dict(weights)
-    small.generation_config = copy.deepcopy(target.generation_config)
-    return small
 
 
 def parameters_at_work(drafter, target) -> dict[str, int]:
@@ -83,16 +65,16 @@ def parameters_at_work(drafter, target) -> dict[str, int]:
     return {"target_parameters": of_target, "shared_parameters": once + slots * each, "slot_parameters": 0}
 
 
-def of_answers(drafter, target, tasks: list[str], arguments: argparse.Namespace) -> dict:
+def of_answers(student: Student, tasks: list[str], arguments: argparse.Namespace) -> dict:
     """Figures of --answers, all and by task."""
     answers = Answers(arguments.answers, sys.maxsize)
     tasks = answers.those_answered(tasks)
-    figures = evaluate_answers(drafter, drafter.borrow(target), answers, tasks, arguments.batch_size)
+    figures = evaluate_answers(student, answers, tasks, arguments.batch_size)
     return {"answer_tokens": answers.num_answer_tokens, **figures}
 
 
 def main(arguments: argparse.Namespace) -> None:
-    from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
     prompts = read_prompts(arguments.prompts, arguments.limit)
     tasks = read(arguments.prompts, task_of, arguments.limit)
@@ -119,17 +101,23 @@ def main(arguments: argparse.Namespace) -> None:
             drafter = keep_layers(target, arguments.assistant_layers)
         drafting = {"assistant_model": drafter, "num_assistant_tokens": k}
     else:
-        drafter = AutoModel.from_pretrained(arguments.drafter, trust_remote_code=True)
+        fields, _ = PreTrainedConfig.get_config_dict(arguments.drafter)
         alone = arguments.no_copies or arguments.answers
-        drafter_name = "SpecFormer alone" if alone else "SpecFormer with copies"
-        k = k or drafter.config.default_num_assistant_tokens
-        drafting, at_work = {"assistant_model": drafter, "num_assistant_tokens": k}, parameters_at_work(drafter, target)
-        if alone:
-            drafting["prompt_lookup_num_tokens"] = 0
+        if fields.get("model_type") == "specformer":
+            drafter, kind = AutoModel.from_pretrained(arguments.drafter, trust_remote_code=True), "SpecFormer"
+            k, at_work = k or drafter.config.default_num_assistant_tokens, parameters_at_work(drafter, target)
+        else:
+            drafter = drafting_model(arguments.drafter, target)
+            k, kind = k or 4, getattr(drafter, "kind", type(drafter).__name__)
+        drafting = {"assistant_model": drafter, "num_assistant_tokens": k}
+        if reads_states := drafter_of_network(drafter, target) is not None:  # others do not go together with copies
+            drafting |= {"prompt_lookup_num_tokens": 0} if alone else {}
+        drafter_name = f"{kind} {'alone' if alone or not reads_states else 'with copies'}"
     if arguments.answers:
-        if not at_work:
-            raise ValueError("--answers needs a SpecFormer drafter: others have nothing to compute from a text alone.")
-        figures = of_answers(drafter.to(target.device, target.dtype), target, tasks, arguments)
+        if arguments.prompt_lookup:
+            raise ValueError("--answers and --prompt-lookup were both given; copies are counted by decoding alone.")
+        student = student_of(drafter.to(target.device, target.dtype), target, arguments.num_assistant_tokens)
+        figures = of_answers(student, tasks, arguments)
     else:
         figures = evaluate_decoding(
             target, tokenizer, drafting, prompts, tasks, arguments, arguments.chat_template_kwargs
@@ -179,13 +167,11 @@ def parse() -> argparse.Namespace:
         help="""arguments of the target's chat template, such as '{"enable_thinking": false}'""",
     )
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--drafter", default=str(ROOT), help="SpecFormer folder or Hub id; default: this checkout")
+    what.add_argument("--drafter", default=str(ROOT), help="folder or Hub id, of any kind; default: this checkout")
     what.add_argument("--assistant", help="a causal LM instead: folder or Hub id")
     what.add_argument("--assistant-layers", type=int, help="a causal LM of so many of the target's own layers instead")
     what.add_argument("--prompt-lookup", type=int, help="no model: copy so many tokens from the row's own text")
-    parser.add_argument(
-        "--no-copies", action="store_true", help="of the text itself: what the SpecFormer drafter does alone"
-    )
+    parser.add_argument("--no-copies", action="store_true", help="of the text itself: what the drafter does alone")
     parser.add_argument(
         "--answers", type=Path, help="folder of `specformer distill` for the same prompts: no decoding, see above"
     )

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from specformer.configuration_specformer import SpecFormerConfig
 from specformer.publishing_specformer import HERE, WRITTEN, card_head, hub_id
+from specformer.scripts.parts.kinds.all import KINDS
 
 USE = """```python
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
@@ -28,27 +29,52 @@ output = target.generate(
 )
 ```"""
 
+USE_OF_OTHERS = """```python
+import specformer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{target}", padding_side="left")
+target = AutoModelForCausalLM.from_pretrained("{target}")
+inputs = tokenizer(["The capital of Portugal is"], return_tensors="pt")
+output = specformer.generate(target, "{here}", **inputs)
+```"""
+"""Of kinds whose folder holds no code."""
+
 
 def training_text(log: dict, config: dict) -> str:
     """What a drafter is and how it was trained, in sentences. `log`: training.json; `config`: config.json."""
     return (
         f"{what_it_is(log, config)} {run_text(log)} On the held-out answers the best checkpoint has "
-        f"{log['best']['tokens_per_pass']:.2f} tokens per target pass, greedy, at {config['num_draft_tokens']} drafted."
+        f"{log['best']['tokens_per_pass']:.2f} tokens per target pass, greedy, at {num_draft_tokens(log, config)} "
+        "drafted."
     )
+
+
+def kind_of_run(log: dict) -> str:
+    return log["settings"].get("drafter") or "specformer"
+
+
+def num_draft_tokens(log: dict, config: dict) -> int:
+    return log.get("num_draft_tokens") or config["num_draft_tokens"]
 
 
 def what_it_is(log: dict, config: dict) -> str:
     """Size and parts of a drafter, in one sentence."""
-    vocabulary = config.get("draft_vocab_size")
+    kind, settings = kind_of_run(log), log["settings"]
+    chosen = kind == "specformer" or settings.get("draft_vocab_size")  # others may name the whole vocabulary
+    vocabulary = config.get("draft_vocab_size") if chosen else None
     vocabulary = f" for the {vocabulary:,} most frequent tokens" if vocabulary else ""
+    size = f"{log['parameters'] / 1e6:.1f} million weights ({config['dtype']})"
+    if kind != "specformer":
+        return f"{size}, {KINDS[kind].about}, {num_draft_tokens(log, config)} draft slots{vocabulary}."
     inputs = "with" if config["use_anchor_token"] or config.get("anchor_slot") else "without"
     rank = config.get("previous_token_rank")
     correction = f", a correction of rank {rank} by the previous token" if rank else ""
     layers = f", {config['num_draft_layers']} draft layers" if config.get("num_draft_layers", 1) > 1 else ""
     confidence = ", and a head that estimates each draft's acceptance" if config.get("confidence_head") else ""
     return (
-        f"{log['parameters'] / 1e6:.1f} million weights ({config['dtype']}), {config['num_draft_tokens']} draft "
-        f"slots{vocabulary}, {inputs} the anchor token as input{layers}{correction}{confidence}."
+        f"{size}, {config['num_draft_tokens']} draft slots{vocabulary}, {inputs} the anchor token as input{layers}"
+        f"{correction}{confidence}."
     )
 
 
@@ -142,11 +168,17 @@ def regime_text(result: dict) -> str:
 
 def model_card(folder: Path, results: list[dict], license: str | None, sources: str | None) -> str:
     """The text of README.md for the drafter in `folder`."""
-    config = SpecFormerConfig.from_pretrained(folder)
-    head = card_head(config, license)
-    config = config.to_dict()
     log = json.loads((folder / "training.json").read_text(encoding="utf-8"))
-    target = hub_id(config["target_name_or_path"]) or "its target"
+    kind, title, use = kind_of_run(log), "SpecFormer", USE
+    if kind == "specformer":
+        config = SpecFormerConfig.from_pretrained(folder).to_dict()
+        name = config["target_name_or_path"]
+        head = card_head(name, license)
+    else:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        name, title, use = log["settings"]["target"], KINDS[kind].title, USE_OF_OTHERS
+        head = card_head(name, license, ("speculative-decoding", kind))
+    target = hub_id(name) or "its target"
     figures = ["Not measured yet on prompts of its own; see `specformer evaluate`."]
     if results:
         figures = [line for result in results for line in (*task_table(result), "", regime_text(result), "")]
@@ -155,12 +187,12 @@ def model_card(folder: Path, results: list[dict], license: str | None, sources: 
             head,
             WRITTEN,
             "",
-            f"# SpecFormer drafter for {target}",
+            f"# {title} drafter for {target}",
             "",
             f"Makes `generate` of {target} draft several tokens a pass, for one prompt or a batch of different ones, "
             "with the same text: the target verifies every token.",
             "",
-            USE.format(target=target, here=HERE),
+            use.format(target=target, here=HERE),
             "",
             "## Figures",
             "",

@@ -33,8 +33,8 @@ from transformers import PreTrainedModel
 from specformer import SpecFormerConfig, SpecFormerModel, generate
 from specformer.generation import prompt_groups
 from specformer.generation.target_refusals import UnsupportedTargetError
+from specformer.scripts.parts.kinds.specformer import drafts_of_text
 from specformer.scripts.parts.losses import drafter_loss
-from specformer.scripts.parts.offline import drafts_of_text
 from specformer.scripts.parts.provenance import provenance
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -21,6 +21,8 @@ from specformer.generation.drafter_specformer import SpecFormerDrafter
 from specformer.generation.proposal import Proposal
 from specformer.generation.target_states import HiddenStates
 from specformer.scripts.parts.answers import Answers
+from specformer.scripts.parts.kinds.specformer import drafts_of_text
+from specformer.scripts.parts.kinds.student import Drafts, target_states
 from specformer.scripts.parts.losses import (
     IGNORED,
     ChunkedLoss,
@@ -31,7 +33,6 @@ from specformer.scripts.parts.losses import (
     drafter_loss,
     slot_labels,
 )
-from specformer.scripts.parts.offline import Drafts, drafts_of_text, target_states
 
 NEW_TOKENS = 16
 

@@ -18,8 +18,8 @@ from specformer.generation.draft_length_auto import AutoDraftLength, Experience
 from specformer.generation.proposal import Proposal
 from specformer.scripts.parts.answers import Answers
 from specformer.scripts.parts.confidence import BINS, calibrate, calibration, confidence_loss, count_by_confidence
+from specformer.scripts.parts.kinds.specformer import confidences, drafts_of_text
 from specformer.scripts.parts.losses import IGNORED
-from specformer.scripts.parts.offline import confidences, drafts_of_text
 
 __all__ = ["alike"]  # a fixture
 

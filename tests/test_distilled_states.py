@@ -19,7 +19,7 @@ from specformer.scripts.parts import stored_states
 from specformer.scripts.parts.answering import Answer, Answering
 from specformer.scripts.parts.answers import Answers
 from specformer.scripts.parts.distilled_states import OF_WHAT, DistilledStates, StatesWriter, begin_states
-from specformer.scripts.parts.offline import target_states
+from specformer.scripts.parts.kinds.student import target_states
 from specformer.scripts.parts.stored_states import StoredStates
 from specformer.target_specformer import BorrowedTarget
 

@@ -16,9 +16,10 @@ from specformer import SpecFormerModel, generate
 from specformer.generation.target_states import HiddenStates
 from specformer.scripts.parts import offline
 from specformer.scripts.parts.answers import Answers
+from specformer.scripts.parts.kinds import specformer as specformer_kind
+from specformer.scripts.parts.kinds.specformer import SpecFormerStudent, calibrate_drafter, drafts_of_text
 from specformer.scripts.parts.losses import IGNORED, drafter_loss, slot_labels
-from specformer.scripts.parts.offline import drafts_of_text, evaluate_offline, summarise, walk
-from specformer.scripts.train import calibrate_drafter
+from specformer.scripts.parts.offline import evaluate_offline, summarise, walk
 
 SLOTS, NEW_TOKENS = 4, 24
 LENGTHS = [1, 2, SLOTS]
@@ -100,7 +101,7 @@ def offline_sums(preset: str, with_eos: bool) -> torch.Tensor:
     target, _, _, rows = make_answers(with_eos)
     drafter = make_drafter(preset, with_eos)
     batches = [Answers.collate(rows[start : start + 3]) for start in range(0, len(rows), 3)]
-    return evaluate_offline(drafter, drafter.borrow(target), batches, LENGTHS)
+    return evaluate_offline(SpecFormerStudent(drafter, target), batches, LENGTHS)
 
 
 def decode(preset: str, with_eos: bool, k: int):
@@ -131,7 +132,7 @@ def test_confidences_are_fitted_to_what_is_right():
     borrowed, error = drafter.borrow(target), "confidence_error_slot_0"
     before = summarise(offline_sums("confidence", False), LENGTHS)
     calibrate_drafter(drafter, borrowed, rows, batch_size=3)
-    after = summarise(evaluate_offline(drafter, borrowed, [Answers.collate(rows)], LENGTHS), LENGTHS)
+    after = summarise(evaluate_offline(SpecFormerStudent(drafter, target), [Answers.collate(rows)], LENGTHS), LENGTHS)
     assert after[error] < 0.5 * before[error]
     assert after["tokens_per_pass_k2"] == before["tokens_per_pass_k2"]
 
@@ -154,7 +155,8 @@ FAULTS = {
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_the_comparison_notices_being_off_by_one(name: str, monkeypatch):
-    monkeypatch.setattr(offline, *FAULTS[name])
+    for module in (offline, specformer_kind):
+        monkeypatch.setattr(module, *FAULTS[name], raising=False)
     figures = summarise(offline_sums("anchor", False), LENGTHS)
     assert figures["tokens_per_pass_k2"] != decode("anchor", False, 2).tokens_per_pass
 
@@ -192,9 +194,8 @@ def test_sums_add_up_over_processes():
     """Shares of the answers, whatever their sizes, an empty one too."""
     target, _, _, rows = make_answers(True)
     drafter = make_drafter("anchor", True)
-    borrowed = drafter.borrow(target)
+    student = SpecFormerStudent(drafter, target)
     shares = [
-        evaluate_offline(drafter, borrowed, [Answers.collate(part)] if part else [], LENGTHS)
-        for part in (rows[:1], rows[1:], [])
+        evaluate_offline(student, [Answers.collate(part)] if part else [], LENGTHS) for part in (rows[:1], rows[1:], [])
     ]
     torch.testing.assert_close(sum(shares), offline_sums("anchor", True), rtol=1e-7, atol=0)

@@ -31,7 +31,7 @@ from specformer.scripts import tables
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ConfigParser()
 CONFIG.read(ROOT / "setup.cfg", encoding="utf-8")
-SCRIPT_FOLDERS = [ROOT / "scripts", *(folder for folder in (ROOT / "scripts").iterdir() if folder.is_dir())]
+SCRIPT_FOLDERS = sorted({file.parent for file in (ROOT / "scripts").rglob("*.py")})
 INDIRECT = {
     "gguf": "transformers reads the default target with it, as PyPI has it",
     "mypy": "a command",

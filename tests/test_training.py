@@ -22,8 +22,11 @@ from specformer import SpecFormerConfig, SpecFormerModel, generate
 from specformer.scripts import train
 from specformer.scripts.parts import stored_states
 from specformer.scripts.parts.answers import Answers
+from specformer.scripts.parts.kinds import specformer as specformer_kind
+from specformer.scripts.parts.kinds.specformer import SpecFormerStudent, drafts_of_text
+from specformer.scripts.parts.kinds.student import target_states
 from specformer.scripts.parts.losses import IGNORED, drafter_loss
-from specformer.scripts.parts.offline import drafts_of_text, evaluate_offline, summarise, target_states
+from specformer.scripts.parts.offline import evaluate_offline, summarise
 from specformer.scripts.parts.runs import begin_or_go_on
 from specformer.scripts.parts.stored_states import StoredStates, shared_file
 from specformer.scripts.train import CHECKPOINTS, WHOLE, DrafterTrainer
@@ -111,7 +114,7 @@ def held_out_figures(folders: Path, drafter: SpecFormerModel, count: int = 4) ->
     answers = Answers(folders / "answers.jsonl", 1024)
     order = torch.randperm(len(answers), generator=torch.Generator().manual_seed(0))[:count]
     batches = [Answers.collate([answers[index]]) for index in order.tolist()]
-    return summarise(evaluate_offline(drafter, drafter.borrow(llama(torch.float32)), batches, [3]), [3])
+    return summarise(evaluate_offline(SpecFormerStudent(drafter, llama(torch.float32)), batches, [3]), [3])
 
 
 # ---- a run that is left alone
@@ -189,8 +192,8 @@ def test_training_end_to_end(preset: tuple, folders: Path, monkeypatch):
 def test_confidences_are_learnt_and_calibrated(folders: Path, monkeypatch):
     """With the drafts of a run without them: they change nothing else that is learnt, but by the limit of gradients."""
     calibrated = []
-    fit = train.calibrate_drafter
-    monkeypatch.setattr(train, "calibrate_drafter", lambda *args: calibrated.append(args) or fit(*args))
+    fit = specformer_kind.calibrate_drafter
+    monkeypatch.setattr(specformer_kind, "calibrate_drafter", lambda *args: calibrated.append(args) or fit(*args))
     folder = run(monkeypatch, folders, *EACH_STEP, "--config", "confidence_head=true")
     ((drafter, _, answers, _),) = calibrated
     assert len(answers) == log_of(folder)["held_out_answers"]
@@ -291,7 +294,8 @@ def test_the_base_loss_is_of_the_states_before_the_correction(step: int, share: 
     batch = Answers.collate([answers[0], answers[5]])
     steps = SimpleNamespace(global_step=step, max_steps=20)
     arguments = SimpleNamespace(position_share=None)
-    trainer = SimpleNamespace(borrowed=borrowed, loss=drafter_loss, base_loss=0.8, state=steps, args=arguments)
+    student = SpecFormerStudent(drafter, target, base_loss=0.8)
+    trainer = SimpleNamespace(student=student, loss=drafter_loss, state=steps, args=arguments)
     drafts = drafts_of_text(drafter, borrowed, batch)
     corrected, first = (
         drafter_loss(states, drafts.labels, borrowed) for states in (drafts.states, drafts.first_states)
@@ -696,11 +700,9 @@ def test_no_room_for_stored_states(folders: Path, monkeypatch):
 # ---- two processes
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("losses", [(), OTHER_LOSSES], ids=["cross-entropy", "other losses"])
-def test_two_processes(losses: tuple, folders: Path):
-    """They train one drafter, count the held-out answers once, and go on together after a kill."""
-    (folders / "answers.jsonl").write_text("".join(answer_lines(45)))
+def driver_of_two(folders: Path) -> tuple[Path, tuple]:
+    """A script that trains as `train` does, and keeps each process's weights and best figure; and what launches two of
+    it."""
     driver = folders / "driver.py"
     driver.write_text(
         "import sys, torch\n"
@@ -714,7 +716,15 @@ def test_two_processes(losses: tuple, folders: Path):
         "train.DrafterTrainer = Trainer\n"
         "train.main(train.parse())\n"
     )
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(driver))
+    return driver, ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(driver))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("losses", [(), OTHER_LOSSES], ids=["cross-entropy", "other losses"])
+def test_two_processes(losses: tuple, folders: Path):
+    """They train one drafter, count the held-out answers once, and go on together after a kill."""
+    (folders / "answers.jsonl").write_text("".join(answer_lines(45)))
+    driver, launcher = driver_of_two(folders)
     options = (*EACH_STEP, "--held-out", "5", "--store-hidden-states", *losses)
     said = completed(**command(folders, "calm", *options, launcher=launcher))
     assert said.count("The drafter is in") == 1

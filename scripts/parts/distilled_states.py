@@ -10,13 +10,14 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from specformer.scripts.parts.answering import Answer
 from specformer.scripts.parts.answers import Answers, states_file
-from specformer.target_specformer import BorrowedTarget
+from specformer.scripts.parts.kinds.student import ReadTarget
 
 OF_WHAT = "states.json"
 """Beside them: the target and the layers whose states they are."""
@@ -25,10 +26,10 @@ OF_DTYPE_AND_PLACE = ("dtype", "torch_dtype", "_name_or_path", "transformers_ver
 """Fields of a config that may differ where the states are the same."""
 
 
-def digest_of_target(target, layer_ids: list[int]) -> str:
+def digest_of_target(target, layer_ids: Sequence[int]) -> str:
     """What tells the states of one target's layers from those of others: its config and some of its weights."""
     config = json.loads(target.config.to_json_string(use_diff=False), object_hook=without_dtype_and_place)
-    digest = hashlib.sha256(json.dumps([layer_ids, config], sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps([list(layer_ids), config], sort_keys=True).encode())
     for parameter in target.parameters():
         some = parameter.detach().flatten()[:: max(1, parameter.numel() // 64)]
         digest.update(some.to(STORED).double().cpu().numpy().tobytes())  # the same in any precision
@@ -98,11 +99,12 @@ class StatesWriter:
 class DistilledStates:
     """The states that lie beside `answers`, if they are of the layers and the target that `borrowed` has."""
 
-    def __init__(self, answers: Answers, borrowed: BorrowedTarget):
+    def __init__(self, answers: Answers, borrowed: ReadTarget):
         self.answers = answers
         self.files: dict[Path, torch.Tensor] = {}
         self.shape = len(borrowed.layer_ids), borrowed.text_config.hidden_size
-        self.usable = any(at is not None for _, at in answers.states_at)
+        states_at = getattr(answers, "states_at", [])  # several answers that were put together have none
+        self.usable = any(at is not None for _, at in states_at)
         if self.usable:
             path = (answers.source if answers.source.is_dir() else answers.source.parent) / OF_WHAT
             kept = json.loads(path.read_text(encoding="utf-8"))["target"] if path.exists() else None
@@ -116,8 +118,8 @@ class DistilledStates:
 
     def get(self, index: int) -> torch.Tensor | None:
         """States (T, S, d) of the text `index`; `None` where they were not kept."""
-        path, at = self.answers.states_at[index]
-        if not self.usable or at is None:
+        path, at = self.answers.states_at[index] if self.usable else (None, None)
+        if path is None or at is None:
             return None
         if path not in self.files:
             size = self.shape[0] * self.shape[1]

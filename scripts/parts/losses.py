@@ -3,15 +3,37 @@ without ever holding the logits of all slots."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
+from torch import nn
 from torch.nn import functional
 
-from specformer.target_specformer import BorrowedTarget
-
 IGNORED = -100
+
+
+class Head(Protocol):
+    """What makes logits of a drafter's states, such as a `BorrowedTarget`.
+
+    Attributes:
+        draft_token_ids: the only tokens that are drafted, ascending; `None` means all.
+    """
+
+    target: Any
+    draft_token_ids: torch.Tensor | None
+
+    def draft_labels(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """Where `draft_logits` has the tokens `token_ids`: IGNORED if they are never drafted."""
+        ...
+
+    def draft_logits(self, draft_hidden_states: torch.Tensor) -> torch.Tensor:
+        """(..., d) -> (..., V')."""
+        ...
+
+    def target_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """The target's logits of all tokens, of its last hidden states: (..., d) -> (..., V)."""
+        ...
 
 
 def decaying_weights(losses: torch.Tensor, decay: float = 1.0) -> torch.Tensor:
@@ -62,8 +84,9 @@ class ChunkedLoss(torch.autograd.Function):
     """Weighted sum of the losses of slots, and the sum of the weights, computed chunk by chunk: what `losses_of` makes
     of states, such as logits, is never held for more than one chunk.
 
-    The gradient with respect to the states is taken while each chunk's logits exist, so that plain `loss.backward()`
-    needs neither the logits nor a second pass through the head. Weights are taken as constants.
+    The gradient with respect to the states, and to weights of the head that learn, is taken while each chunk's logits
+    exist, so that plain `loss.backward()` needs neither the logits nor a second pass through the head. What slots weigh
+    is taken as constant.
 
     Args:
         states: (N, D, d).
@@ -71,13 +94,22 @@ class ChunkedLoss(torch.autograd.Function):
         weigh: from cross-entropies (n, D) of some positions, infinite where a slot does not count, to weights (n, D).
         losses_of: from states (M, d) of some slots and their index in (N, D) to cross-entropies and losses, (M,) each.
         chunk_size: slots that are computed at once.
+        learning: weights of the head that `losses_of` passes and that learn.
     """
 
     @staticmethod
-    def forward(ctx, states: torch.Tensor, kept: torch.Tensor, weigh: Callable, losses_of: Callable, chunk_size: int):
+    def forward(
+        ctx,
+        states: torch.Tensor,
+        kept: torch.Tensor,
+        weigh: Callable,
+        losses_of: Callable,
+        chunk_size: int,
+        *learning: nn.Parameter,
+    ):
         precise = torch.promote_types(states.dtype, torch.float32)
         total, weight = (torch.zeros((), dtype=precise, device=states.device) for _ in range(2))
-        gradients = torch.zeros_like(states)
+        gradients, of_learning = torch.zeros_like(states), [torch.zeros_like(weight) for weight in learning]
         step = max(1, chunk_size // kept.shape[1])
         for start in range(0, len(states), step):
             chunk = kept[start : start + step]
@@ -89,17 +121,19 @@ class ChunkedLoss(torch.autograd.Function):
                 table = entropies.new_full(chunk.shape, torch.inf).masked_scatter(chunk, entropies.detach())
                 weights = weigh(table)[chunk]
                 loss = losses @ weights
-            gradients[slots] = torch.autograd.grad(loss, leaf)[0]
+            gradients[slots], *others = torch.autograd.grad(loss, [leaf, *learning])
+            for gradient, more in zip(of_learning, others, strict=True):
+                gradient += more
             total += loss.detach()
             weight += weights.sum()
-        ctx.save_for_backward(gradients)
+        ctx.save_for_backward(gradients, *of_learning)
         ctx.mark_non_differentiable(weight)
         return total, weight
 
     @staticmethod
     def backward(ctx, upstream: torch.Tensor, _):
-        (gradients,) = ctx.saved_tensors
-        return gradients * upstream, None, None, None, None
+        gradients, *of_learning = ctx.saved_tensors
+        return gradients * upstream, None, None, None, None, *(gradient * upstream for gradient in of_learning)
 
 
 def slot_labels(labels: torch.Tensor, num_slots: int) -> torch.Tensor:
@@ -111,11 +145,12 @@ def slot_labels(labels: torch.Tensor, num_slots: int) -> torch.Tensor:
 def drafter_loss(
     draft_hidden_states: torch.Tensor,
     labels: torch.Tensor,
-    borrowed: BorrowedTarget,
+    borrowed: Head,
     weigh: Callable[[torch.Tensor], torch.Tensor] = decaying_weights,
     chunk_size: int = 1024,
     distance_share: float = 0.0,
     verifiers: Verifiers | None = None,
+    weights: Sequence[nn.Parameter] = (),
 ) -> torch.Tensor:
     """Weighted mean of the losses of all labelled slots: (1 - distance_share) * cross-entropy + distance_share *
     distance from the target's own distribution (see `distances`). DSpark (arXiv 2607.05147) has a share of 0.9.
@@ -128,6 +163,7 @@ def drafter_loss(
         chunk_size: rows of logits that are held at once.
         distance_share: from 0, the paper's loss, to 1.
         verifiers: of the slots; needed for the distance alone.
+        weights: those of the head that learn, if any do.
     """
     dtype, precise = borrowed.target.dtype, torch.promote_types(draft_hidden_states.dtype, torch.float32)
     states, labels = draft_hidden_states.flatten(0, -3), borrowed.draft_labels(labels).flatten(0, -2)
@@ -149,7 +185,7 @@ def drafter_loss(
             chances = target_chances(verifiers, slots)
         return entropies, (1 - distance_share) * entropies + distance_share * distances(logits, chances)
 
-    total, weight = ChunkedLoss.apply(states, labels != IGNORED, weigh, losses_of, chunk_size)
+    total, weight = ChunkedLoss.apply(states, labels != IGNORED, weigh, losses_of, chunk_size, *weights)
     return total / weight.clamp(min=torch.finfo(weight.dtype).tiny)
 
 

@@ -17,9 +17,8 @@ from tqdm import tqdm
 
 from specformer.scripts.parts.answers import Answers
 from specformer.scripts.parts.distilled_states import STORED, DistilledStates, digest_of_target
-from specformer.scripts.parts.offline import target_states
+from specformer.scripts.parts.kinds.student import ReadTarget, target_states
 from specformer.scripts.parts.runs import writing
-from specformer.target_specformer import BorrowedTarget
 
 
 class StoredStates(torch.utils.data.Dataset):
@@ -36,7 +35,7 @@ class StoredStates(torch.utils.data.Dataset):
         RuntimeError: the disk has no room for the file. Nothing was computed yet.
     """
 
-    def __init__(self, answers: Answers, borrowed: BorrowedTarget, path: Path):
+    def __init__(self, answers: Answers, borrowed: ReadTarget, path: Path):
         self.answers, self.borrowed, self.distilled = answers, borrowed, DistilledStates(answers, borrowed)
         # nothing is reserved for those that `distill` kept
         lengths = [len(answers[index][0]) * self.is_read(index) for index in range(len(answers))]
@@ -71,7 +70,7 @@ class StoredStates(torch.utils.data.Dataset):
         return self.states[self.ends[index - 1] if index else 0 : self.ends[index]]
 
 
-def shared_file(folder: Path, answers: Answers, borrowed: BorrowedTarget) -> Path:
+def shared_file(folder: Path, answers: Answers, borrowed: ReadTarget) -> Path:
     """Where in `folder` the states of just these texts are, read by just this target at these layers; of those that
     `distill` kept there are none."""
     distilled = DistilledStates(answers, borrowed)

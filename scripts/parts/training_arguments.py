@@ -37,6 +37,12 @@ def decided(value: Any) -> Any:
     return field(init=False, default=value)
 
 
+OF_SOME_KINDS = (
+    *("paper", "default_num_assistant_tokens", "draft_vocab_size", "distance_loss", "base_loss", "slot_share"),
+    *("store_hidden_states", "gradient_checkpointing", "activation_checkpointing", "fsdp", "deepspeed"),
+)
+"""Options that do not mean something for every kind of drafter. Newer versions of transformers call gradient
+checkpointing activation checkpointing."""
 UNREAD = (
     *("label_smoothing_factor", "neftune_noise_alpha", "use_liger_kernel", "liger_kernel_config", "use_cache"),
     *("eval_steps", "eval_delay", "eval_on_start", "eval_accumulation_steps", "prediction_loss_only"),
@@ -64,7 +70,12 @@ class DrafterTrainingArguments(TrainingArguments):
     target: str | None = option("folder or Hub id of the target; default: the one of `specformer fetch`", default=None)
     target_id: str | None = option("name of the target to record, where --target is a folder", default=None)
     trust_remote_code: bool = option("run the target's own code", default=False)
-    start_from: str | None = option("folder or Hub id of a drafter whose weights to begin with", default=None)
+    drafter: Literal["specformer", "dflash", "eagle3", "pard", "parallelspec"] = option(
+        "kind of the drafter; see docs/drafters.md", default="specformer"
+    )
+    start_from: str | None = option(
+        "folder or Hub id of a drafter of that kind whose weights to begin with; of pard, of a causal LM", default=None
+    )
 
     paper: bool = option("the paper's inputs: no anchor token", default=False)
     num_draft_tokens: int | None = option("slots of the drafter", default=None)
@@ -73,7 +84,8 @@ class DrafterTrainingArguments(TrainingArguments):
         "draft only so many tokens at most, the most frequent of --data", default=None
     )
     config: list[str] = field(
-        default_factory=list, metadata={"help": "other fields of SpecFormerConfig, as JSON", "metavar": "FIELD=VALUE"}
+        default_factory=list,
+        metadata={"help": "fields of the drafter's config, as JSON", "metavar": "FIELD=VALUE"},
     )
 
     slot_decay: float = option("slot j weighs slot_decay**j in the loss", default=1.0)
@@ -97,6 +109,12 @@ class DrafterTrainingArguments(TrainingArguments):
 
     position_share: float | None = option(
         "learn from a random share of each text's positions in every step, for less time", default=None, metavar="SHARE"
+    )
+    slot_share: float | None = option(
+        "of pard: share of the positions whose second slot is learnt, of which the same share has a third one, and so "
+        "on, never less than 0.2 (default: 0.7)",
+        default=None,
+        metavar="SHARE",
     )
     max_length: int = option("tokens of a text; what is longer is cut", default=1024)
     held_out: int = option("texts kept for evaluation, a fifth of all at most", default=64)
@@ -148,6 +166,7 @@ class DrafterTrainingArguments(TrainingArguments):
                 f"{', '.join(unread)}: expected none of these, which change nothing in the training of a drafter. Its "
                 "loss, its evaluation and its data are those that `specformer train --help` tells of."
             )
+        self.given = {*given, *(["store_hidden_states"] if self.store_hidden_states is not None else [])}
         named = (*self.own_names(), "bf16", "fp16", *OF_THIS_CALL)
         free = [name for name in given if name in named or name.startswith(OF_THIS_CALL_PREFIXES)]
         self.others = {name: value for name, value in given.items() if name not in free}
@@ -177,6 +196,7 @@ class DrafterTrainingArguments(TrainingArguments):
         where there are none."""
         settings = {RENAMED.get(name, name): getattr(self, name) for name in self.own_names()}
         settings["mixed_precision"] = "bf16" if self.bf16 else "fp16" if self.fp16 else "no"
+        settings["drafter"] = None if self.drafter == "specformer" else self.drafter
         settings["trust_remote_code"] = self.trust_remote_code or None
         settings["store_hidden_states"] = self.store_hidden_states is not None
         return {**settings, "other_arguments": self.others or None}

@@ -1,0 +1,43 @@
+"""Kinds of drafters that can be trained and evaluated, by their names, and which of them a network is."""
+
+from __future__ import annotations
+
+from specformer.generation.drafter_dflash_network import DFlashNetwork
+from specformer.generation.drafter_eagle_network import EagleNetwork
+from specformer.generation.drafter_parallelspec_network import ParallelSpecNetwork
+from specformer.scripts.parts.kinds.dflash import DFlashStudent
+from specformer.scripts.parts.kinds.eagle3 import EagleStudent
+from specformer.scripts.parts.kinds.parallelspec import ParallelSpecStudent
+from specformer.scripts.parts.kinds.pard import PardStudent
+from specformer.scripts.parts.kinds.specformer import SpecFormerStudent
+from specformer.scripts.parts.kinds.student import Student
+
+KINDS: dict[str, type[Student]] = {
+    kind.kind: kind for kind in (SpecFormerStudent, DFlashStudent, EagleStudent, PardStudent, ParallelSpecStudent)
+}
+
+
+def student_of(network, target, num_draft_tokens: int | None = None) -> Student:
+    """`network`, loaded for `target`, with its kind.
+
+    Args:
+        num_draft_tokens: to evaluate; it has a meaning where the network has no number of its own, and is 4 by default.
+
+    Raises:
+        ValueError: it is of another kind, whose drafts depend on more than the text; or the drafter of another model.
+    """
+    number = num_draft_tokens or 4
+    if getattr(getattr(network, "config", None), "model_type", None) == "specformer":  # of a repository's own code too
+        return SpecFormerStudent(network, target)
+    if isinstance(network, DFlashNetwork):
+        return DFlashStudent(network, target)
+    if isinstance(network, ParallelSpecNetwork):
+        return ParallelSpecStudent(network, target, number)
+    if isinstance(network, EagleNetwork):
+        return EagleStudent(network, target, number)
+    if getattr(getattr(network, "config", None), "pard_token", None) is not None:
+        return PardStudent(network, target, number)
+    raise ValueError(
+        f"--answers is for drafters of the kinds {', '.join(KINDS)}, and this one is a {type(network).__name__}. Leave "
+        "it out: prompts are decoded then."
+    )

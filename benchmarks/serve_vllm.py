@@ -174,6 +174,7 @@ def tiny_cases(folder: Path, new_tokens: int) -> tuple[object, str, list[Case], 
     case("EAGLE-3, speculators", tiny_drafters.eagle("llama", norm_before_residual=True), 60, "speculators")
     case("EAGLE-3 with norms of heads, speculators", tiny_drafters.eagle("qwen3", norm_output=True), 60, "speculators")
     case("EAGLE-3, gguf-ready", tiny_drafters.eagle("llama"), 60, "gguf-ready", "eagle3")
+    case("ParallelSpec, speculators", tiny_drafters.parallelspec(), 30, "speculators")
     assistant = folder / "pard"
     tiny_drafters.parallel_lm(target).save_pretrained(assistant)
     speculative = {

@@ -13,6 +13,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from specformer.generation.drafter_dflash_network import DFlashConfig, DFlashNetwork
 from specformer.generation.drafter_eagle_network import EagleConfig, EagleNetwork
 from specformer.generation.drafter_foreign_network import ForeignNetwork
+from specformer.generation.drafter_parallelspec_network import ParallelSpecConfig, ParallelSpecNetwork
 from specformer.generation.target_head import logits_of_head
 
 VOCAB, WIDTH, HEAD_DIM, HEADS, KV_HEADS, LAYERS = 512, 256, 64, 4, 2, 4
@@ -94,6 +95,17 @@ def eagle(model_type: str, **switches: bool) -> EagleNetwork:
     return with_tokens(EagleNetwork(EagleConfig.from_dict(fields, "a tiny EAGLE-3")))
 
 
+def parallelspec() -> ParallelSpecNetwork:
+    fields = dict(
+        transformer_layer_config=layer_fields(1, "llama"),
+        draft_vocab_size=DRAFT_VOCAB,
+        eagle_aux_hidden_state_layer_ids=STATES,
+        mask_token_id=MASK,
+        embed_requires_grad=False,
+    )
+    return with_tokens(ParallelSpecNetwork(ParallelSpecConfig.from_dict(fields, "a tiny ParallelSpec")))
+
+
 def with_tokens(network):
     """Where it drafts some tokens only: which."""
     if network.d2t is not None:
@@ -107,6 +119,8 @@ def teach(network: ForeignNetwork, target, texts: list[list[int]], steps: int) -
     """Let `network` learn what comes next in `texts`, for so few `steps` that it gets a part of it."""
     torch.manual_seed(2)
     logits_of: Callable = dflash_logits if isinstance(network, DFlashNetwork) else eagle_logits
+    if isinstance(network, ParallelSpecNetwork):
+        logits_of = parallelspec_logits
     read = []
     for text in texts:
         with torch.no_grad():
@@ -151,6 +165,23 @@ def eagle_logits(network: EagleNetwork, target, states: torch.Tensor, text: list
     again = network(before[:, :-1], embeds[:, 1:], positions[:, 1:], DynamicCache())
     logits = network.lm_head(network.norm(torch.cat([given, again], dim=1)))
     return logits, torch.cat([tokens[:, 2:], tokens[:, 3:]], dim=1)
+
+
+def parallelspec_logits(network: ParallelSpecNetwork, target, states: torch.Tensor, text: list[int]):
+    """Of the token after next, and of the masks behind, (A, k, V'), and the tokens that stand there, (A, k)."""
+    tokens, count, embed = torch.tensor(text), DRAFTED - 1, target.get_input_embeddings()
+    positions, cache, rows = torch.arange(len(text) - 2)[None], DynamicCache(), DynamicCache()
+    given = network(network.fuse(states[:, :-2]), embed(tokens[None, 1:-1]), positions, cache)[0]
+    last = torch.arange(len(text) - 1 - DRAFTED)  # of the text, as each row has read it
+    layer = cache.layers[0]
+    rows.update(*(part.expand(len(last), -1, -1, -1) for part in (layer.keys, layer.values)), 0)
+    places = last[:, None] + 1 + torch.arange(count)
+    seen = (positions <= last[:, None])[:, None, None].expand(-1, 1, count, -1)
+    own = torch.ones(count, count, dtype=torch.bool).tril().expand(len(last), 1, -1, -1)
+    masks = embed(torch.full_like(places, MASK))
+    behind = network(network.masks(*places.shape), masks, places, rows, torch.cat([seen, own], dim=-1))
+    logits = network.lm_head(network.norm(torch.cat([given[last, None], behind], dim=1)))
+    return logits, tokens[last[:, None] + 2 + torch.arange(DRAFTED)]
 
 
 def parallel_lm(target: LlamaForCausalLM) -> nn.Module:

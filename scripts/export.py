@@ -45,11 +45,6 @@ def read_drafter(place: str) -> tuple[ForeignNetwork, int | None]:
             "makes of the newest token. Train a drafter that they do know on the same answers: "
             "specformer train --drafter dflash."
         )
-    if config.get("speculators_model_type") == "peagle":
-        raise ValueError(
-            f"{place} is a ParallelSpec drafter, which is saved in speculators' format for P-EAGLE already: there is "
-            "nothing to export. vLLM reads that format; this package has not been tried with it."
-        )
     if kind_of(names) is None:
         if any("ForCausalLM" in str(name) or "LMHead" in str(name) for name in names):
             raise ValueError(as_it_is(place, config))

@@ -1,11 +1,12 @@
 """What engines read of the tiny drafters of `test_export`: recorded names, shapes and fields.
 
 The names and shapes of "speculators" are what save_pretrained() of speculators 0.9.0's own DFlashDraftModel,
-DSparkDraftModel and Eagle3DraftModel wrote for configs of these sizes, and the fields what was in its config.json, with
-`architectures` as its config classes have it by default. Left out are `auto_map` and `transformers_version`, and the
-embeddings of EAGLE-3, which are a copy of the target's. "dflash" and "gguf-ready" are what vLLM 0.32.0
-(qwen3_dflash.py, llama_eagle3.py) and the converter of llama.cpp (conversion/qwen.py and llama.py in the source
-distribution of llama-cpp-python 0.3.36) look up: DFlash's by the same names, EAGLE-3's layer as SafeAILab calls it.
+DSparkDraftModel, Eagle3DraftModel and PEagleDraftModel wrote for configs of these sizes, and the fields what was in its
+config.json, with `architectures` as its config classes have it by default. Left out are `auto_map` and
+`transformers_version`, and the embeddings of EAGLE-3, which are a copy of the target's. "dflash" and "gguf-ready" are
+what vLLM 0.32.0 (qwen3_dflash.py, llama_eagle3.py) and the converter of llama.cpp (conversion/qwen.py and llama.py in
+the source distribution of llama-cpp-python 0.3.36) look up: DFlash's by the same names, EAGLE-3's layer as SafeAILab
+calls it.
 """
 
 from __future__ import annotations
@@ -75,6 +76,7 @@ SHAPES: dict[tuple[str, str], dict[str, tuple[int, ...]]] = {
     ("EAGLE-3", "speculators"): EAGLE,
     ("EAGLE-3", "gguf-ready"): MIDLAYER,
     ("EAGLE-3, norms of heads", "speculators"): EAGLE_NORMS,
+    ("ParallelSpec", "speculators"): EAGLE | {"mask_hidden": (1, 1, 3 * WIDTH)},
 }
 
 LAYER_FIELDS = {
@@ -90,7 +92,13 @@ LAYER_FIELDS = {
     "tie_word_embeddings": False,
     "vocab_size": VOCAB,
 }
-LAYER_KIND = {"norms of heads": ("qwen3", 1), "EAGLE-3": ("llama", 1), "DFlash": ("qwen3", 2), "DSpark": ("qwen3", 2)}
+LAYER_KIND = {
+    "norms of heads": ("qwen3", 1),
+    "EAGLE-3": ("llama", 1),
+    "DFlash": ("qwen3", 2),
+    "DSpark": ("qwen3", 2),
+    "Parallel": ("llama", 1),
+}
 """Type and number of the layers: EAGLE-3 without norms of queries and keys is a Llama."""
 
 
@@ -175,5 +183,8 @@ FIELDS: dict[tuple[str, str], dict] = {
     ("EAGLE-3", "gguf-ready"): midlayer([1, 2, 4], norm_before_residual=True),
     ("EAGLE-3, norms of heads", "speculators"): speculators(
         *EAGLES, **eagle([1, 2, 4], norm_before_fc=True, norm_output=True)
+    ),
+    ("ParallelSpec", "speculators"): speculators(
+        "peagle", "PEagleSpeculator", 3, DRAFTED, **eagle([1, 2, 4]), mask_token_id=3
     ),
 }

@@ -15,7 +15,7 @@ from foreign import recorded, save
 from safetensors import safe_open
 from test_eagle_and_pard import EAGLES
 from test_exactness import meaningful_target
-from test_parallelspec import CHECKPOINTS as PARALLELSPEC
+from test_parallelspec import checkpoint as parallelspec
 from tiny import VOCAB, llama, ragged_batch
 
 from specformer import SpecFormerConfig, SpecFormerModel, generate
@@ -23,6 +23,7 @@ from specformer.generation.drafter_dflash import DFlashDrafter
 from specformer.generation.drafter_dflash_network import DFlashNetwork
 from specformer.generation.drafter_eagle import EagleDrafter
 from specformer.generation.drafter_loading import KINDS
+from specformer.generation.drafter_parallelspec import ParallelSpecDrafter
 from specformer.scripts import export
 from specformer.scripts.parts.drafter_formats import FORMATS
 
@@ -42,6 +43,7 @@ def kinds(target) -> dict[str, tuple[dict, dict]]:
         "EAGLE-3 of SafeAILab": (EAGLES["SafeAILab"][0] | LAYERS, EAGLES["SafeAILab"][1]),
         "EAGLE-3": EAGLES["speculators"],
         "EAGLE-3, norms of heads": EAGLES["speculators, more norms"],
+        "ParallelSpec": parallelspec(),
     }
 
 
@@ -55,6 +57,7 @@ CARRIED = {
     "EAGLE-3 of SafeAILab": ["speculators", "gguf-ready"],
     "EAGLE-3": ["speculators", "gguf-ready"],
     "EAGLE-3, norms of heads": ["speculators"],
+    "ParallelSpec": ["speculators"],
 }
 PAIRS = [(kind, form) for kind, forms in CARRIED.items() for form in forms]
 
@@ -110,7 +113,8 @@ def test_it_drafts_the_same_after_the_way_there_and_back(
 ):
     target, batch = llama(), ragged_batch()
     after = exported(kind, form, target_folder, tmp_path)
-    rounds = recorded(monkeypatch, EagleDrafter if kind.startswith("EAGLE") else DFlashDrafter)
+    drafters = {"EAGLE": EagleDrafter, "Paral": ParallelSpecDrafter}
+    rounds = recorded(monkeypatch, drafters.get(kind[:5], DFlashDrafter))
     settings = dict(max_new_tokens=10, eos_token_id=None, num_assistant_tokens=4, prompt_lookup_num_tokens=0)
     texts = []
     for folder in (tmp_path / "before", after):
@@ -180,6 +184,7 @@ def refused(config: dict, weights: dict, target: Path, form: str, tmp_path: Path
     [
         ("DSpark", "dflash", "DFlash has no Markov head and no confidence head. Use --format speculators or gguf-"),
         ("EAGLE-3", "dflash", "one token after the other, and DFlash a block at once. Use --format speculators or gg"),
+        ("ParallelSpec", "gguf-ready", "which speculators' P-EAGLE alone has. Use --format speculators."),
         ("EAGLE-3, norms of heads", "gguf-ready", "llama.cpp's EAGLE-3 does not; it norms each state or its output"),
     ],
 )
@@ -261,11 +266,6 @@ def test_a_specformer_network_is_refused_with_the_alternative(target_folder: Pat
     with pytest.raises(SystemExit, match=r"which no engine has: .* specformer train --drafter dflash"):
         called(tmp_path / "drafter", target_folder, "speculators", tmp_path / "after")
     assert not (tmp_path / "after").exists()
-
-
-def test_parallelspec_is_in_a_format_of_engines_already(target_folder: Path, tmp_path: Path):
-    sentence = refused(*PARALLELSPEC["its own"], target_folder, "speculators", tmp_path)
-    assert "format for P-EAGLE already: there is nothing to export" in sentence
 
 
 @pytest.mark.parametrize("pard_token", [None, 3])

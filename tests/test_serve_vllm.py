@@ -24,7 +24,7 @@ def test_vllm_drafts_the_same_and_writes_the_same(tmp_path: Path):
     asked = dict(venv=VENV, output=tmp_path / "result.json", drafter=None, target=None, max_new_tokens=40)
     assert serve_vllm.main(argparse.Namespace(**asked)) == 0
     drafters = json.loads(asked["output"].read_text(encoding="utf-8"))["drafters"]
-    assert len(drafters) == 7
+    assert len(drafters) == 8
     for figures in drafters.values():
         assert figures["texts_are_those_without_drafter"] and figures["texts_are_those_of_specformer"]
         assert figures["vllm_num_drafts"] == figures["specformer_num_drafts"]

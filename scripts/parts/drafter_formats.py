@@ -22,6 +22,7 @@ from specformer.generation.drafter_eagle import states_read
 from specformer.generation.drafter_eagle_network import SWITCHES, EagleNetwork
 from specformer.generation.drafter_foreign import check_fit
 from specformer.generation.drafter_foreign_network import LARGEST, LAYER_FIELDS, ForeignNetwork, kinds_of_layers
+from specformer.generation.drafter_parallelspec_network import ParallelSpecNetwork
 
 SPECULATORS_VERSION = "0.9.0"
 """Whose fields and names these are."""
@@ -87,7 +88,11 @@ def states_of(network: ForeignNetwork, target) -> list[int]:
 
 def obstacles(network: ForeignNetwork, target, form: str) -> list[str]:
     """Why `form` cannot carry `network`: one sentence each, none if it can."""
-    if type(network) not in (DFlashNetwork, EagleNetwork):  # one that is made of them drafts in another way
+    if type(network) not in (
+        DFlashNetwork,
+        EagleNetwork,
+        ParallelSpecNetwork,
+    ):  # one that is made of them drafts in another way
         return ["it is of a kind that no format here has"]
     theirs = target.config.get_text_config(decoder=True)
     layers, states = layers_of(network), states_of(network, target)
@@ -108,10 +113,13 @@ def obstacles(network: ForeignNetwork, target, form: str) -> list[str]:
 
 
 def eagle_obstacles(network: EagleNetwork, states: list[int], form: str) -> list[str]:
+    config, is_parallel, found = network.config, isinstance(network, ParallelSpecNetwork), []
+    if is_parallel and form != "speculators":
+        return ["it drafts from masks behind EAGLE-3's layer, which speculators' P-EAGLE alone has"]
     if form == "dflash":
         return ["it drafts one token after the other, and DFlash a block at once"]
-    config = network.config
-    found = []
+    if is_parallel and (config.fc_norm or config.norm_output):
+        found.append("it norms each state or its output, which vLLM's P-EAGLE does not")
     if len(states) != 3:
         found.append(f"it reads {len(states)} of the target's states, and engines expect three")
     if form == "gguf-ready":
@@ -220,6 +228,8 @@ def in_speculators_format(network: ForeignNetwork, target, target_name: str, num
             "embed_requires_grad": config.has_own_embeddings,
             **{switch: getattr(config, switch) for switch in SWITCHES},  # vLLM's defaults are others
         }
+        if isinstance(network, ParallelSpecNetwork):
+            kind, name, own = "peagle", "PEagleSpeculator", own | {"mask_token_id": config.mask_token_id}
     else:
         kind, name, model_type = "dflash", "DFlashSpeculator", "qwen3"
         has_window = "sliding_attention" in kinds_of_layers(config.layers)

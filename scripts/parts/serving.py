@@ -9,7 +9,7 @@ from pathlib import Path
 from specformer.publishing_specformer import WRITTEN, hub_id
 from specformer.scripts.parts.drafter_formats import Checkpoint
 
-NAMES = {"dflash": "DFlash", "dspark": "DSpark", "eagle3": "EAGLE-3"}
+NAMES = {"dflash": "DFlash", "dspark": "DSpark", "eagle3": "EAGLE-3", "peagle": "ParallelSpec"}
 """By what engines call the kind."""
 SEEN = "vLLM 0.32 on a CPU drafted with such drafters the tokens that `specformer.generate` drafts, slot by slot."
 NOT_SEEN = "vLLM serves DSpark on GPUs only, which was not tried."
@@ -17,7 +17,9 @@ CONVERTED = "The converter of llama.cpp took such folders (that of llama-cpp-pyt
 
 
 def kind_of(config: dict) -> str:
-    """What engines call the kind of an exported drafter: "dflash", "dspark" or "eagle3"."""
+    """What engines call the kind of an exported drafter: one of `NAMES`."""
+    if "PEagle" in config["architectures"][0]:
+        return "peagle"
     if "Eagle3" in config["architectures"][0]:
         return "eagle3"
     return "dspark" if config.get("markov_rank") else "dflash"

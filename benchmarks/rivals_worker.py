@@ -49,6 +49,7 @@ def specformer_ways(target, drafter: str | None) -> dict[str, Callable]:
     if drafter is not None:
         network = specformer.SpecFormerModel.from_pretrained(drafter).eval()
         ways["specformer, drafter"] = lambda *given: call(*given, assistant=network)
+        ways["specformer, drafter, chains"] = lambda *given: call(*given, assistant=network, tree_size=0)
     return ways
 
 

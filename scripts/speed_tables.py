@@ -17,6 +17,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 HEADLINE = "benchmark_cpu"
 NAMES_OF_WAYS = {
     "specformer, drafter": "SpecFormer, drafter and copies",
+    "specformer, drafter, chains": "SpecFormer, the same without trees",
     "specformer, copies, auto": "SpecFormer, copies of up to 10 tokens",
     "specformer, prompt lookup": "SpecFormer, copies of 4 tokens",
     "economize, lookup": "economize, copies of 4 tokens",

@@ -358,7 +358,8 @@ def test_rivals(folder: Path, monkeypatch):
         (ways,) = turn["figures"].values()
         assert ("transformers, prompt lookup" in ways) == (turn["batch_size"] == 1)
         assert all(answer["identical"] == turn["batch_size"] and answer["seconds"] > 0 for answer in ways.values())
-    columns = ["specformer, copies, auto", "specformer, drafter", "specformer, prompt lookup", rivals.ALONE]
+    drafters = ["specformer, drafter", "specformer, drafter, chains"]
+    columns = ["specformer, copies, auto", *drafters, "specformer, prompt lookup", rivals.ALONE]
     title, _, one, two = rivals.table(result)
     assert title == f"| target | prompts | batch | {' | '.join(columns)} |"
     assert one.startswith("| target, float32 | prompts | 1 |") and two.endswith(" |  |")

@@ -191,5 +191,6 @@ def ways(
             for path, more in paths.items():
                 found[f"{name}, {'' if length == 'auto' else 'k = '}{length}{path}"] = make(target, one, length, **more)
     if drafter is not None:
+        found["default, chains, auto"] = our_way(target, drafter, "auto", tree_size=0)
         found["default alone, auto"] = our_way(target, drafter, "auto", prompt_lookup_num_tokens=0)
     return found

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.utils import HFValidationError, validate_repo_id
-from transformers.dynamic_module_utils import get_cached_module_file
+from transformers.dynamic_module_utils import get_cached_module_file, get_relative_import_files
 from transformers.utils import HF_MODULES_CACHE, cached_file
 
 from .configuration_specformer import SpecFormerConfig
@@ -96,7 +96,7 @@ def strategy_files(drafter, token: bool | str | None = None) -> list[Path]:
     """
     code = Path(__file__).parent
     if (code / "generation" / "generate.py").exists():
-        return [*sorted((code / "generation").glob("*.py")), code / "generation" / REQUIREMENTS]
+        return [*modules_of(code / "generation"), code / "generation" / REQUIREMENTS]
     # transformers keeps the code of a Hub repository in a folder named after its commit: the strategy must be of the
     # same one, whatever the repository holds by now
     commit = code.name if COMMIT.fullmatch(code.name) else None
@@ -119,6 +119,13 @@ def strategy_files(drafter, token: bool | str | None = None) -> list[Path]:
     modules = (Path(HF_MODULES_CACHE) / file).parent.glob("*.py")
     files = sorted(path for path in modules if path.name != "__init__.py")
     return [*files, Path(requirements)] if requirements else files
+
+
+def modules_of(strategy: Path) -> list[Path]:
+    """The files that a strategy's generate.py imports, however far, and itself: those that transformers copies out of a
+    repository. What else lies there is for those who have the package."""
+    entry = strategy / "generate.py"
+    return sorted({entry, *(strategy / Path(file).name for file in get_relative_import_files(str(entry)))})
 
 
 def complete_repository(drafter, folder: Path, token: bool | str | None = None) -> None:
@@ -160,6 +167,10 @@ def files_to_send(folder: Path) -> dict[str, Path]:
         own_code = [code / path.name] if path.parent == folder else [code / "generation" / path.name]
         if place not in own_code and not any(place.is_relative_to(home) for home in (folder.resolve(), blobs)):
             raise ValueError(f"{path} is a link to a file outside of the drafter; remove it, or put a copy there.")
+    if (folder / STRATEGY / "generate.py").is_file():
+        modules = modules_of(folder / STRATEGY)
+        beside = [path for path in (folder / STRATEGY).glob("*.py") if path not in modules]
+        files = {name: path for name, path in files.items() if path not in beside}
     return files
 
 

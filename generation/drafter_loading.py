@@ -121,8 +121,9 @@ def read_config(place: str) -> dict:
         return read_json(file_of(place, "config.json"), f"{place}/config.json")
     except OSError as error:
         raise ValueError(
-            f"{place!r} was given, of which no config.json could be read. Pass a folder, a Hub id that can be "
-            "reached, or the loaded model: AutoModel.from_pretrained(<drafter>, trust_remote_code=True)."
+            f"{place!r} was given as the drafter, of which no config.json could be read. Pass a folder, a Hub id that "
+            "can be reached, or, as assistant_model, the loaded model: AutoModel.from_pretrained(<drafter>, "
+            "trust_remote_code=True)."
         ) from error
 
 

@@ -26,14 +26,14 @@ from tiny import llama, ragged_batch
 from transformers import AutoModel
 
 from specformer import SpecFormerConfig, SpecFormerModel
-from specformer.publishing_specformer import files_to_send, push_folder
+from specformer.publishing_specformer import files_to_send, modules_of, push_folder
 from specformer.scripts import publish
 
 ROOT = Path(__file__).resolve().parents[1]
 ID = "user/tiny-drafter"
 PARTS = ("configuration", "context", "layers", "loading", "modeling", "publishing", "target")
 CODE = {f"{part}_specformer.py" for part in PARTS}
-CODE |= {f"custom_generate/{file.name}" for file in (ROOT / "generation").glob("*.py")}
+CODE |= {f"custom_generate/{file.name}" for file in modules_of(ROOT / "generation")}
 REQUIREMENTS = "custom_generate/requirements.txt"
 CODE.add(REQUIREMENTS)
 REPOSITORY = {"config.json", "model.safetensors", "README.md", *CODE}
@@ -618,6 +618,14 @@ def test_remote_code_saves_a_complete_folder(story, copy: str, version: str):
     configs = [json.loads(files["config.json"]) for files in (saved, pushed)]
     assert configs[0] == configs[1]
     assert story.online[copy] == (story.second if version == "main" else story.first)
+
+
+def test_drafters_that_need_the_package_stay_at_home():
+    """What generate.py imports travels, and all of that; what is made by hand and passed to it does not."""
+    names = {file.name for file in modules_of(ROOT / "generation")}
+    assert {"generate.py", "call_drafter.py", "drafter_specformer.py", "proposal_tree.py"} <= names
+    assert "drafter_reader.py" not in names and (ROOT / "generation" / "drafter_reader.py").exists()
+    assert not {name for name in names if not (ROOT / "generation" / name).exists()}
 
 
 # ---- this checkout

@@ -213,8 +213,8 @@ def check_tree_size(model, drafts: DraftSettings, rule: AcceptanceRule, drafter:
         )
     if not getattr(drafter, "proposes_trees", False):
         raise ValueError(
-            f"tree_size is {drafts.tree_size}, and {name_of(drafter)} proposes chains; expected a SpecFormer drafter, "
-            "or no tree_size."
+            f"tree_size is {drafts.tree_size}, and {name_of(drafter)} proposes chains; expected a SpecFormer or DFlash "
+            "drafter, or no tree_size."
         )
     if (obstacle := tree_obstacle(model)) is not None:
         raise UnsupportedTargetError(f"{obstacle} Leave out tree_size.")

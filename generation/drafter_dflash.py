@@ -11,14 +11,19 @@ from .drafter import Prompts, Verified
 from .drafter_dflash_network import DFlashNetwork
 from .drafter_foreign import ForeignDrafter
 from .drafter_states import read_prompts
+from .drafter_tree import best_first
 from .proposal import Proposal
 from .target_head import embed_tokens, logits_of_head
+
+CANDIDATES = 16
+"""Tokens after each that come into question for a tree."""
 
 
 class DFlashDrafter(ForeignDrafter):
     """The arguments are those of `ForeignDrafter`, but for the states: the config names them."""
 
     network: DFlashNetwork
+    proposes_trees = True
 
     def __init__(self, network: DFlashNetwork, target):
         super().__init__(network, target, network.config.target_states)
@@ -43,6 +48,24 @@ class DFlashDrafter(ForeignDrafter):
             tokens = choose(self._logits(states), token_ids=self.draft_token_ids)
             return Proposal(tokens, self._confidences(states, None))
         return self._one_by_one(states, choose)
+
+    @torch.no_grad()
+    def propose_tree(self, num_tokens, tree_size, chances) -> Proposal:
+        self.read()
+        (states,) = run_pass(self.cache, 0, ("slots", num_tokens), self._slots(num_tokens), self.newest)
+        every, head = self._logits(states), self.network.markov_head
+
+        def candidates(slot: int, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            logits = every[:, slot, None].expand(-1, tokens.shape[1], -1)  # (R, w, V')
+            if head is not None:
+                previous = embed_tokens(head.markov_w1, tokens.clamp(min=0), scaled=False)
+                bias = head(states[:, slot, None].expand(-1, tokens.shape[1], -1), previous)
+                logits = logits[..., : bias.shape[-1]] + bias
+            best, places = logits.topk(min(CANDIDATES, logits.shape[-1]))
+            ids = places if self.draft_token_ids is None else self.draft_token_ids[places]
+            return ids, chances(best, slot, ids)
+
+        return best_first(self.newest, num_tokens, tree_size, candidates)
 
     def _slots(self, num_tokens: int):
         """A pass over the block after the `newest` tokens (R, 1), whose result are states (R, num_tokens, d)."""

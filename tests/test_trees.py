@@ -4,20 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from architectures import FAMILIES, make_target
 from exactness import Reference, check, plain
+from foreign import save
+from test_dflash import checkpoints
 from test_exactness import NEW_TOKENS, SAMPLING, SETTINGS, meaningful_target
 from test_outputs import OUTPUTS, assert_same_steps
-from tiny import llama, ragged_batch
+from tiny import VOCAB, llama, ragged_batch
 from trees import OracleTree
 
 from specformer import SpecFormerConfig, SpecFormerModel, generate
 from specformer.generation import accept_tokens, call_drafter
+from specformer.generation.accept_tokens import BestDrafts
 from specformer.generation.cache_layers import RaggedLayer
 from specformer.generation.cache_ragged import RaggedCache
+from specformer.generation.drafter_dflash import DFlashDrafter
+from specformer.generation.drafter_specformer import SpecFormerDrafter
+from specformer.generation.proposal import NO_TOKEN, first_path
 from specformer.generation.proposal_tree import DraftTree
 from specformer.generation.target_probe import tree_obstacle
 from specformer.generation.target_refusals import UnsupportedTargetError
@@ -79,6 +86,48 @@ def test_the_network(name: str, fields: dict):
         reference = plain(target, batch, **arguments)
         for copies in (0, 3):
             check(target, batch, reference, drafter, 4, tree_size=12, prompt_lookup_num_tokens=copies, **arguments)
+
+
+CHECKPOINTS = ["raw", "raw, tokens of its own", "dspark", "dspark, gated, tokens of its own"]
+
+
+@pytest.mark.parametrize("kind", CHECKPOINTS)
+def test_dflash(kind: str, tmp_path: Path):
+    target, batch, eos = meaningful_target("llama")
+    config, weights, _ = checkpoints(target)[kind]
+    folder = save(tmp_path / "drafter", config, weights)
+    for arguments in ({}, SAMPLING):
+        arguments = dict(arguments, eos_token_id=eos, max_new_tokens=NEW_TOKENS)
+        reference = plain(target, batch, **arguments)
+        for copies in (0, 3):
+            check(target, batch, reference, folder, 3, tree_size=10, prompt_lookup_num_tokens=copies, **arguments)
+
+
+@pytest.mark.parametrize("kind", ["SpecFormer", *CHECKPOINTS])
+def test_the_first_children_are_the_chain(kind: str, tmp_path: Path, monkeypatch):
+    """What a drafter would propose as a chain is the likeliest path from the root on, as far as the tree goes there."""
+    target, batch = llama(), ragged_batch()
+    if kind == "SpecFormer":
+        torch.manual_seed(0)
+        drafter = SpecFormerModel(SpecFormerConfig.from_target_config(target.config, previous_token_rank=4))
+        torch.nn.init.normal_(drafter.previous_token_correction.up_proj.weight)
+        drafting = SpecFormerDrafter
+    else:
+        config, weights, _ = checkpoints(target)[kind]
+        drafter, drafting = save(tmp_path / "drafter", config, weights), DFlashDrafter
+    propose_tree, compared = drafting.propose_tree, []
+
+    def watched(self, num_tokens, tree_size, chances):
+        tree, chain = propose_tree(self, num_tokens, tree_size, chances), self.propose(num_tokens, BestDrafts(VOCAB))
+        path = first_path(tree).tokens
+        assert ((path == chain.tokens[:, : path.shape[1]]) | (path == NO_TOKEN)).all()
+        compared.append(path.shape[1])
+        return tree
+
+    monkeypatch.setattr(drafting, "propose_tree", watched)
+    settings = dict(max_new_tokens=12, eos_token_id=None, prompt_lookup_num_tokens=0)
+    generate(target, drafter, **batch, **settings, num_assistant_tokens=3, tree_size=12)
+    assert max(compared) > 1
 
 
 def of_other_trees(change: Callable[[DraftTree], DraftTree]) -> Callable:

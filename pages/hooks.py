@@ -37,7 +37,7 @@ def constant(file: Path, name: str):
 def public_names() -> dict[str, str]:
     """Every public name, and where it is defined."""
     homes = constant(ROOT / "__init__.py", "_HOMES")
-    homes = {name: f"{homes[name]}.{name}" for name in constant(ROOT / "__init__.py", "__all__")}
+    homes = {name: f"{module}.{name}" for name, module in homes.items()}
     homes["Proposal"] = "specformer.generation.proposal.Proposal"  # which the contract hands on
     return homes | {name: f"{module}.{name}" for module, names in AROUND.items() for name in names}
 

@@ -54,7 +54,8 @@ def loaded(folders) -> models.Models:
 
 
 def settings(loaded, **changes):
-    given = dict(text=PROMPTS, drafter=models.NETWORK, num_tokens=3, temperature=0, seed=0, max_new_tokens=24)
+    given = dict(drafter=models.NETWORK, num_tokens=3, tree_size=0, temperature=0, seed=0, max_new_tokens=24)
+    given["text"] = PROMPTS
     return runs.checked(**(given | changes), models=loaded)
 
 
@@ -94,6 +95,16 @@ def test_a_run(drafter: str, temperature: float, loaded):
         assert all(right <= count for right, count in zip(ours.accepted, ours.drafted, strict=True))
 
 
+@pytest.mark.parametrize("drafter", [models.NETWORK, models.ALONE])
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_a_run_with_trees(drafter: str, temperature: float, loaded):
+    run = finished(loaded, drafter=drafter, temperature=temperature, tree_size=12)
+    assert run.is_complete and run.identical is True
+    side = run.speculative
+    assert len(side.drafted) <= 3 < max(drafted for row in side.rows for _, drafted in row.rounds)
+    assert all(right <= count for right, count in zip(side.accepted, side.drafted, strict=True))
+
+
 def test_no_drafts_at_all(loaded):
     run = finished(loaded, num_tokens=0)
     assert run.identical and run.speculative.tokens_per_pass == 1 and run.speculative.drafted == []
@@ -118,7 +129,7 @@ def test_rows_that_end():
     """Where the target ends a row, both sides do, and the padding after it is no text."""
     tokenizer = tiny_tokenizer()
     end = tokenizer.eos_token_id
-    side = runs.Side([runs.Row(tokenizer), runs.Row(tokenizer)])
+    side = runs.Side([runs.Row(tokenizer), runs.Row(tokenizer)], slots=4)
     for column in ([10, 11], [end, 12], [0, 13]):
         side.take_column(column, {end})
     assert [row.ids for row in side.rows] == [[10, end], [11, 12, 13]]
@@ -127,7 +138,7 @@ def test_rows_that_end():
 
 def test_what_a_round_says_is_shown():
     tokenizer = tiny_tokenizer()
-    side = runs.Side([runs.Row(tokenizer), runs.Row(tokenizer)])
+    side = runs.Side([runs.Row(tokenizer), runs.Row(tokenizer)], slots=4)
     side.take(Round(0, (RowRound(0, None, (), 0, (6,), False), RowRound(1, None, (), 0, (6,), False)), (1, 1), False))
     rows = RowRound(0, "network", (7, 8, 9), 1, (7, 10), False), RowRound(1, "copy", (7,), 1, (7, 11), True)
     side.take(Round(1, rows, (3, 3), False))
@@ -204,6 +215,8 @@ BAD = {
     "The temperature should be a number from 0 to 2": dict(temperature=float("nan")),
     "The number of drafted tokens should be": dict(num_tokens=99),
     "The number of new tokens should be": dict(max_new_tokens=0),
+    "The size of a tree should be a number from 0 to 32": dict(tree_size=33),
+    "Trees are drafted by a network": dict(tree_size=4, drafter=models.COPIES),
 }
 
 

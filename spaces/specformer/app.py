@@ -20,7 +20,7 @@ import torch
 from huggingface_hub import metadata_load
 from look import CSS, page
 from models import Models, load
-from runs import MOST_DRAFTED, MOST_NEW_TOKENS, BadInput, Run, checked
+from runs import MOST_DRAFTED, MOST_IN_TREE, MOST_NEW_TOKENS, BadInput, Run, checked
 
 README = Path(__file__).with_name("README.md")
 BETWEEN_CHARTS = 1.0
@@ -57,9 +57,9 @@ def build(models: Models, about: str) -> gr.Blocks:
     runs: dict[str, Run] = {}
     guard = threading.Lock()
 
-    def start(text, drafter, num_tokens, temperature, seed, max_new_tokens, request: gr.Request):
+    def start(text, drafter, num_tokens, tree_size, temperature, seed, max_new_tokens, request: gr.Request):
         try:
-            run = Run(models, checked(text, drafter, num_tokens, temperature, seed, max_new_tokens, models))
+            run = Run(models, checked(text, drafter, num_tokens, tree_size, temperature, seed, max_new_tokens, models))
         except BadInput as error:
             yield str(error), gr.skip(), gr.skip()
             return
@@ -100,6 +100,7 @@ def build(models: Models, about: str) -> gr.Blocks:
             with gr.Column(scale=2, min_width=320):
                 drafter = gr.Dropdown(models.drafters, value=models.drafters[0], label="Drafter", elem_id="drafter")
                 num_tokens = gr.Slider(0, MOST_DRAFTED, 4, step=1, label="Tokens to draft each round")
+                tree_size = gr.Slider(0, MOST_IN_TREE, 0, step=4, label="Tokens of a tree (0: a chain)")
                 temperature = gr.Slider(0, 1.5, 0, step=0.1, label="Temperature (0: greedy)")
                 with gr.Row():
                     seed = gr.Number(0, precision=0, label="Seed", min_width=100)
@@ -116,7 +117,7 @@ def build(models: Models, about: str) -> gr.Blocks:
             height=220,
             elem_id="chart",
         )
-        settings = [text, drafter, num_tokens, temperature, seed, max_new_tokens]
+        settings = [text, drafter, num_tokens, tree_size, temperature, seed, max_new_tokens]
         begin.click(start, settings, [said, shown, chart], concurrency_limit=8, show_progress="hidden")
         end.click(stop, queue=False)
         blocks.unload(stop)

@@ -36,16 +36,16 @@ class Models:
         networks = [] if self.network is None else [NETWORK, ALONE]
         return [*networks, COPIES, *([] if self.assistant is None else [ASSISTANT])]
 
-    def drafting(self, drafter: str, num_tokens: int) -> dict[str, Any]:
-        """The arguments of generate() with which `drafter`, one of `drafters`, drafts `num_tokens` a round."""
+    def drafting(self, drafter: str, num_tokens: int, tree_size: int = 0) -> dict[str, Any]:
+        """The arguments of generate() with which `drafter`, one of `drafters`, drafts `num_tokens` a round, or a tree
+        of `tree_size` that is so deep."""
         decoding = dict(custom_generate=self.repository, trust_remote_code=True, num_assistant_tokens=num_tokens)
         if drafter == COPIES:
             return dict(decoding, prompt_lookup_num_tokens=num_tokens)
         if drafter == ASSISTANT:
             return dict(decoding, assistant_model=self.assistant)
-        return dict(
-            decoding, assistant_model=self.network, **({} if drafter == NETWORK else dict(prompt_lookup_num_tokens=0))
-        )
+        copies = {} if drafter == NETWORK else dict(prompt_lookup_num_tokens=0)
+        return dict(decoding, assistant_model=self.network, tree_size=tree_size, **copies)
 
     def encode(self, prompts: list[str]) -> dict[str, torch.Tensor]:
         """Left-padded `input_ids` and `attention_mask` (rows, width), through the chat template where there is one."""

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from models import Models
+from models import ALONE, NETWORK, Models
 
-MOST_PROMPTS, MOST_PROMPT_TOKENS, MOST_NEW_TOKENS, MOST_DRAFTED = 8, 400, 192, 10
+MOST_PROMPTS, MOST_PROMPT_TOKENS, MOST_NEW_TOKENS, MOST_DRAFTED, MOST_IN_TREE = 8, 400, 192, 10, 32
 BETWEEN = 0.15
 """Seconds between two looks at a run."""
 
@@ -27,11 +27,13 @@ class Stopped(Exception):
 
 @dataclass(frozen=True)
 class Settings:
-    """What a visitor asked for. `num_tokens` are drafted a round; a temperature of 0 is greedy."""
+    """What a visitor asked for. `num_tokens` are drafted a round, or `tree_size` as a tree that is so deep; a
+    temperature of 0 is greedy."""
 
     prompts: tuple[str, ...]
     drafter: str
     num_tokens: int
+    tree_size: int
     temperature: float
     seed: int
     max_new_tokens: int
@@ -43,7 +45,7 @@ def number(value, name: str, low: float, high: float) -> float:
     return value
 
 
-def checked(text, drafter, num_tokens, temperature, seed, max_new_tokens, models: Models) -> Settings:
+def checked(text, drafter, num_tokens, tree_size, temperature, seed, max_new_tokens, models: Models) -> Settings:
     """
     Raises:
         BadInput: with a sentence that says what would do.
@@ -61,12 +63,16 @@ def checked(text, drafter, num_tokens, temperature, seed, max_new_tokens, models
             raise BadInput(f"Of prompt {place} no tokens are left; write some text.")
     if drafter not in models.drafters:
         raise BadInput(f"There is no drafter {drafter!r} here; choose {', or '.join(models.drafters)}.")
+    tree_size = int(number(tree_size, "size of a tree", 0, MOST_IN_TREE))
+    if tree_size and drafter not in (NETWORK, ALONE):
+        raise BadInput(f"Trees are drafted by a network: choose {NETWORK!r} or {ALONE!r}, or a tree of 0 tokens.")
     if not isinstance(seed, int | float) or seed != int(seed) or not 0 <= seed < 2**63:
         raise BadInput("The seed should be a whole number, 0 or more.")
     return Settings(
         prompts,
         drafter,
         int(number(num_tokens, "number of drafted tokens", 0, MOST_DRAFTED)),
+        tree_size,
         float(number(temperature, "temperature", 0, 2)),
         int(seed),
         int(number(max_new_tokens, "number of new tokens", 1, MOST_NEW_TOKENS)),
@@ -110,9 +116,11 @@ class Side:
         state: "waits", "runs", "done", "stopped" or "failed".
         passes: of the target for all rows together, prompts left out.
         drafted, accepted: by slot, how often; a draft counts as accepted with those in front of it.
+        slots: that a round drafts; a tree may have more tokens.
     """
 
     rows: list[Row]
+    slots: int = 0
     state: str = "waits"
     passes: int = 0
     seconds: float = 0.0
@@ -142,10 +150,11 @@ class Side:
             if told.number:
                 self.passes += 1
                 row.rounds.append((each.accepted, len(each.drafted)))
-            missing = len(each.drafted) - len(self.drafted)
+            slots = min(len(each.drafted), self.slots)
+            missing = slots - len(self.drafted)
             self.drafted += [0] * missing
             self.accepted += [0] * missing
-            for slot in range(len(each.drafted)):
+            for slot in range(slots):
                 self.drafted[slot] += 1
                 self.accepted[slot] += slot < each.accepted
 
@@ -163,7 +172,9 @@ class Run:
 
     def __init__(self, models: Models, settings: Settings):
         self.models, self.settings = models, settings
-        self.speculative, self.plain = (Side([Row(models.tokenizer) for _ in settings.prompts]) for _ in range(2))
+        self.speculative, self.plain = (
+            Side([Row(models.tokenizer) for _ in settings.prompts], settings.num_tokens) for _ in range(2)
+        )
         self.stop = threading.Event()
         self.error: Exception | None = None
 
@@ -251,7 +262,8 @@ class Run:
             news.put((setattr, side, "state", state))
 
     def with_drafts(self, side: Side, tell) -> dict:
-        drafting = self.models.drafting(self.settings.drafter, self.settings.num_tokens)
+        settings = self.settings
+        drafting = self.models.drafting(settings.drafter, settings.num_tokens, settings.tree_size)
         return dict(drafting, on_round=lambda told: tell(side.take, told))
 
     def without_drafts(self, side: Side, tell) -> dict:

@@ -31,7 +31,7 @@ def build(checkout: Path, output: Path) -> subprocess.CompletedProcess:
 
 
 def headings(page: Path) -> list[str]:
-    text = re.sub(r'<a [^>]*headerlink[^>]*>.*?</a>', "", page.read_text(encoding="utf-8"))
+    text = re.sub(r"<a [^>]*headerlink[^>]*>.*?</a>", "", page.read_text(encoding="utf-8"))
     found = re.findall(r"<h2[^>]*>(.*?)</h2>", text, flags=re.S)
     return [unescape(re.sub(r"<[^>]*>", "", heading)).strip() for heading in found]
 

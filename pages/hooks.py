@@ -54,7 +54,7 @@ def python_reference() -> str:
 def commands() -> dict[str, str]:
     """By command, its module."""
     listed = (ROOT / "scripts" / "cli.py").read_text(encoding="utf-8")
-    return dict(re.findall(r'^    "([\w-]+)": Command\("(\w+)"', listed, flags=re.M))
+    return dict(re.findall(r'^    "([\w-]+)": Command\(\s*"(\w+)"', listed, flags=re.M))
 
 
 def command_reference() -> str:

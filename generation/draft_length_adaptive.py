@@ -37,14 +37,7 @@ class AdaptiveDraftLength(DraftLength):
             self.of_round = float(count_drafted(drafts)[running].float().mean())
         return drafts.shape[1]
 
-    def record(
-        self,
-        num_rows: int,
-        drafted: int,
-        outcome: list[tuple[int, int]],
-        seconds: float,
-        path: torch.Tensor | None = None,
-    ) -> None:
+    def record(self, num_rows, drafted, outcome, seconds, path=None) -> None:
         accepted = [count for count, added in outcome if added]  # others stopped earlier and are carried along
         if not drafted or not accepted:
             return

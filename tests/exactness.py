@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 
 import torch
@@ -85,3 +86,19 @@ def assert_meaningful(target, batch: dict, sequences: torch.Tensor) -> None:
     logits = target(input_ids=sequences, attention_mask=mask, position_ids=positions, use_cache=False).logits
     top = logits[:, prompt_width - 1 : -1].topk(2, dim=-1).values
     assert (top[..., 0] - top[..., 1]).min() >= 1e-4
+
+
+def texts_of_threads(target, assistant, batch: dict, **arguments) -> list[list[list[int]]]:
+    """What three threads write, three calls each, which share `assistant`."""
+    found: list = []
+
+    def call():
+        for _ in range(3):
+            found.append(generate(target, assistant, **batch, **arguments).tolist())
+
+    threads = [threading.Thread(target=call) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return found

@@ -8,12 +8,11 @@ import os
 import random
 import shutil
 import sys
-import threading
 from pathlib import Path
 
 import pytest
 import torch
-from exactness import check, plain
+from exactness import check, plain, texts_of_threads
 from oracles import Oracle
 from test_drafters import repeats_what_came_five_before
 from test_exactness import NEW_TOKENS, SAMPLING, SETTINGS, meaningful_target
@@ -234,17 +233,7 @@ def test_calls_in_threads_share_a_store(tmp_path: Path):
     target, batch = llama(), ragged_batch()
     expected = plain(target, batch, **ENDLESS).sequences.tolist()
     reader = Reader(AnswerStore(tmp_path, max_grown_tokens=2000))
-    found: list = []
-
-    def call():
-        for _ in range(3):
-            found.append(generate(target, reader, **batch, **ENDLESS, num_assistant_tokens=6).tolist())
-
-    threads = [threading.Thread(target=call) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    found = texts_of_threads(target, reader, batch, **ENDLESS, num_assistant_tokens=6)
     assert len(found) == 9 and all(text == expected for text in found)
 
 

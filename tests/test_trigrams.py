@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import random
 import sys
-import threading
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
-from exactness import check, plain
+from exactness import check, plain, texts_of_threads
 from test_exactness import NEW_TOKENS, SAMPLING, SETTINGS, meaningful_target
 from tiny import VOCAB, llama, ragged_batch
 
@@ -179,17 +178,8 @@ def test_rejection_keeps_the_distribution():
 def test_calls_in_threads_share_a_table():
     target, batch = llama(), ragged_batch()
     expected = plain(target, batch, **ENDLESS).sequences.tolist()
-    chains, found = TrigramChains(TrigramTable(max_adapted_pairs=50)), []
-
-    def call():
-        for _ in range(3):
-            found.append(generate(target, chains, **batch, **ENDLESS, num_assistant_tokens=6).tolist())
-
-    threads = [threading.Thread(target=call) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    chains = TrigramChains(TrigramTable(max_adapted_pairs=50))
+    found = texts_of_threads(target, chains, batch, **ENDLESS, num_assistant_tokens=6)
     assert len(found) == 9 and all(text == expected for text in found)
 
 

@@ -94,6 +94,17 @@ def random_weights(
     return weights
 
 
+def turn(head: torch.Tensor, position: int) -> torch.Tensor:
+    """The rotary embedding of one head at one position, pair by pair."""
+    half, turned = HEAD_DIM // 2, head.clone()
+    for pair in range(half):
+        angle = torch.tensor(position * 10000.0 ** (-pair / half), dtype=torch.float64)
+        a, b = head[pair], head[pair + half]
+        turned[pair] = a * angle.cos() - b * angle.sin()
+        turned[pair + half] = b * angle.cos() + a * angle.sin()
+    return turned
+
+
 def drafts_by_loops(target, weights: dict, text: list[int], block_size: int, from_anchor: bool = False) -> list[int]:
     """Greedy drafts after `text`, whose last token the target has not read: one text, one head, one key at a time.
 
@@ -106,15 +117,6 @@ def drafts_by_loops(target, weights: dict, text: list[int], block_size: int, fro
 
     def norm(values: torch.Tensor, name: str) -> torch.Tensor:
         return values / (values.pow(2).mean() + 1e-6).sqrt() * weights[f"{name}.weight"]
-
-    def turn(head: torch.Tensor, position: int) -> torch.Tensor:
-        half, turned = HEAD_DIM // 2, head.clone()
-        for pair in range(half):
-            angle = torch.tensor(position * 10000.0 ** (-pair / half), dtype=torch.float64)
-            a, b = head[pair], head[pair + half]
-            turned[pair] = a * angle.cos() - b * angle.sin()
-            turned[pair + half] = b * angle.cos() + a * angle.sin()
-        return turned
 
     context = []
     for place in range(known):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from dflash import turn
 from exactness import check, plain
 from foreign import assert_drafts, assert_rows_draft_as_alone, recorded, save
 from test_eagle_and_pard import HEAD_DIM, HEADS, KV_HEADS, MASK, WIDTH, eagle_weights, speculators_config
@@ -49,15 +50,6 @@ def drafts_by_loops(target, config: dict, weights: dict, text: list[int], count:
 
     def norm(values: torch.Tensor, name: str) -> torch.Tensor:
         return values / (values.pow(2).mean() + 1e-6).sqrt() * weights[f"{name}.weight"]
-
-    def turn(head: torch.Tensor, position: int) -> torch.Tensor:
-        half, turned = HEAD_DIM // 2, head.clone()
-        for pair in range(half):
-            angle = torch.tensor(position * 10000.0 ** (-pair / half), dtype=torch.float64)
-            a, b = head[pair], head[pair + half]
-            turned[pair] = a * angle.cos() - b * angle.sin()
-            turned[pair + half] = b * angle.cos() + a * angle.sin()
-        return turned
 
     table = weights.get("embed_tokens.weight", target.get_input_embeddings().weight.detach().double())
     inputs = [

@@ -1,4 +1,4 @@
-"""Other libraries' prompt lookup beside this one's, on the same prompts, in turn.
+"""Other libraries beside this one, on the same prompts, in turn: prompt lookup, an assistant, and a drafter.
 
     python -m venv economize && economize/bin/pip install torch transformers==5.23.0 economize==0.3.2
     python -m benchmarks.rivals --economize economize/bin/python --prompts prompts.jsonl --output rivals.json
@@ -29,8 +29,8 @@ from specformer.scripts.parts.provenance import provenance
 
 PLAIN = "plain generate"
 WORKER = Path(__file__).with_name("rivals_worker.py")
-ALONE = "transformers, prompt lookup"
-"""Takes one row only."""
+ALONE = ("transformers, prompt lookup", "transformers, assistant")
+"""Take one row only."""
 
 
 class Library(Worker):
@@ -58,7 +58,7 @@ def measure_turn(workers: list[Library], batch: dict, new_tokens: int) -> dict[s
 
 
 def usable(way: str, batch: dict) -> bool:
-    return way != ALONE or len(batch["input_ids"]) == 1
+    return way not in ALONE or len(batch["input_ids"]) == 1
 
 
 def main(arguments: argparse.Namespace) -> None:
@@ -76,10 +76,11 @@ def main(arguments: argparse.Namespace) -> None:
     done = [{name: turn[name] for name in (*places[0], "turn")} for turn in result["turns"]]
     tokenizer, prompts = AutoTokenizer.from_pretrained(folder), read_prompts(arguments.prompts)
     with ExitStack() as stack:
-        pythons = {"specformer": (sys.executable, arguments.drafter), "economize": (arguments.economize, None)}
+        own = [arguments.drafter or "", find_target(arguments.assistant)[0] if arguments.assistant else ""]
+        pythons = {"specformer": (sys.executable, own), "economize": (arguments.economize, ["", ""])}
         workers = [
-            stack.enter_context(Library(library, python, folder, arguments.dtype, *([drafter] if drafter else [])))
-            for library, (python, drafter) in pythons.items()
+            stack.enter_context(Library(library, python, folder, arguments.dtype, *drafters))
+            for library, (python, drafters) in pythons.items()
             if python
         ]
         result["environments"] = {worker.name: worker.about["versions"] for worker in workers}
@@ -108,7 +109,8 @@ def groups_of(result: dict) -> dict[tuple, list[dict]]:
 def ways_of(result: dict) -> list[tuple[str, str]]:
     """(library, way) of all that is compared with plain generate(), this package's own first."""
     every = {(library, way) for turn in result["turns"] for library, ways in turn["figures"].items() for way in ways}
-    return sorted((pair for pair in every if pair[1] != PLAIN and pair != ("economize", ALONE)), key=order_of)
+    theirs = {("economize", way) for way in ALONE}  # transformers' own, in the other environment
+    return sorted((pair for pair in every - theirs if pair[1] != PLAIN), key=order_of)
 
 
 def speed(turns: list[dict], library: str, way: str) -> float | None:
@@ -142,7 +144,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, required=True, help="JSON file for the figures")
     parser.add_argument("--economize", help="Python of the environment that has economize; default: without it")
     parser.add_argument("--target", help="folder or Hub id; default: the one of `specformer fetch`")
-    parser.add_argument("--drafter", help="SpecFormer drafter of the target: folder")
+    parser.add_argument("--drafter", help="SpecFormer drafter of the target: folder or Hub id")
+    parser.add_argument(
+        "--assistant", help="a smaller causal LM, for this package and for transformers: folder or Hub id"
+    )
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--turns", type=int, default=5)

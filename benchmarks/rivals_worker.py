@@ -22,18 +22,21 @@ DRAFTED = 4
 MOST_COPIED = 10
 
 
-def transformers_ways(target) -> dict[str, Callable]:
+def transformers_ways(target, smaller) -> dict[str, Callable]:
     def call(batch, settings, **more):
         width = batch["input_ids"].shape[1]
         return target.generate(**batch, **settings, do_sample=False, eos_token_id=None, **more)[:, width:].tolist()
 
-    return {
+    ways = {
         "plain generate": call,
         "transformers, prompt lookup": lambda *given: call(*given, prompt_lookup_num_tokens=DRAFTED),
     }
+    if smaller is not None:
+        ways["transformers, assistant"] = lambda *given: call(*given, assistant_model=smaller)
+    return ways
 
 
-def specformer_ways(target, drafter: str | None) -> dict[str, Callable]:
+def specformer_ways(target, drafter: str | None, smaller) -> dict[str, Callable]:
     import specformer
 
     def call(batch, settings, assistant=None, **more):
@@ -50,6 +53,8 @@ def specformer_ways(target, drafter: str | None) -> dict[str, Callable]:
         network = specformer.SpecFormerModel.from_pretrained(drafter).eval()
         ways["specformer, drafter"] = lambda *given: call(*given, assistant=network)
         ways["specformer, drafter, chains"] = lambda *given: call(*given, assistant=network, tree_size=0)
+    if smaller is not None:
+        ways["specformer, assistant"] = lambda *given: call(*given, assistant=smaller)
     return ways
 
 
@@ -81,10 +86,13 @@ def versions() -> dict[str, str]:
 def main() -> None:
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # whatever else is printed is no answer
-    library, folder, dtype, *drafter = sys.argv[1:]
-    target = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
-    ways = transformers_ways(target)
-    ways |= specformer_ways(target, *drafter or [None]) if library == "specformer" else economize_ways(target)
+    library, folder, dtype, drafter, assistant = (word or None for word in sys.argv[1:])
+    target, smaller = (
+        name and AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype)).eval()
+        for name in (folder, assistant)
+    )
+    ways = transformers_ways(target, smaller)
+    ways |= specformer_ways(target, drafter, smaller) if library == "specformer" else economize_ways(target)
     print(json.dumps({"ways": list(ways), "versions": versions()}), file=answers, flush=True)
     for line in sys.stdin:
         task = json.loads(line)

@@ -7,6 +7,7 @@ faster than torch's own, plain `generate()` was timed with both, and the fastest
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 from specformer.scripts.parts.contenders import PLAIN, PLAIN_ONEDNN
@@ -18,10 +19,12 @@ HEADLINE = "benchmark_cpu"
 NAMES_OF_WAYS = {
     "specformer, drafter": "SpecFormer, drafter and copies",
     "specformer, drafter, chains": "SpecFormer, the same without trees",
+    "specformer, assistant": "SpecFormer, a smaller model of the family",
     "specformer, copies, auto": "SpecFormer, copies of up to 10 tokens",
     "specformer, prompt lookup": "SpecFormer, copies of 4 tokens",
     "economize, lookup": "economize, copies of 4 tokens",
     "transformers, prompt lookup": "transformers' prompt lookup, 4 tokens",
+    "transformers, assistant": "transformers' assisted decoding, the same smaller model",
 }
 KINDS_OF_PROMPTS = {"mt_bench": "chat (MT-Bench)", "mbpp": "code (MBPP)", "edit": "editing code"}
 """What the README calls the ways to generate and the prompts of `benchmarks.rivals`."""
@@ -124,28 +127,49 @@ def rivals_section() -> str:
 
 
 def by_task(name: str) -> list[str]:
-    """One row of a model that people use, and what others make of it."""
+    """Models that people use, and what others make of them: a column for each target, kind of prompts and batch."""
     from benchmarks import rivals  # of a checkout, as the results are
 
     result = result_of(name)
-    groups = {place: turns for place, turns in rivals.groups_of(result).items() if place[-1] == 1}
+    groups = rivals.groups_of(result)
     ways = sorted(rivals.ways_of(result), key=lambda pair: list(NAMES_OF_WAYS).index(pair[1]))
     rows = [
-        [NAMES_OF_WAYS[way], *(f"{rivals.speed(groups[place], library, way):.2f}" for place in groups)]
+        [NAMES_OF_WAYS[way], *(ratio(rivals.speed(groups[place], library, way)) for place in groups)]
         for library, way in ways
     ]
-    targets = {f"{target}, {dtype}" for target, dtype, _, _ in groups}
+    targets = dict.fromkeys(target for target, *_ in groups)
+    sizes = {place[-1] for place in groups}
+    titles = [
+        ", ".join(
+            [size_of(target)] * (len(targets) > 1)
+            + [KINDS_OF_PROMPTS[prompts]]
+            + ["one row" if size == 1 else f"{size} rows"] * (len(sizes) > 1)
+        )
+        for target, _, prompts, size in groups
+    ]
     turns = {len(figures) for figures in groups.values()}
+    dtypes = ", ".join(dict.fromkeys(dtype for _, dtype, _, _ in groups))
     others = ""
     if economize := result["environments"].get("economize"):
         others = f", economize {economize['economize']} with transformers {economize['transformers']}"
     return [
-        *markdown(["", *(KINDS_OF_PROMPTS[prompts] for _, _, prompts, _ in groups)], rows),
+        *markdown(["", *titles], rows),
         "",
-        f"{', '.join(targets)}, one row, times plain `generate`. Greedy, {result['regime']['max_new_tokens']} new "
+        f"{', '.join(targets)}, {dtypes}{', one row' if sizes == {1} else ''}, times plain `generate`. Greedy, "
+        f"{result['regime']['max_new_tokens']} new "
         f"tokens, medians of {span(turns)} turns with other prompts each; {machine_of(result)}, "
         f"{software_of(result)}{others}; {result['date']}.",
     ]
+
+
+def ratio(speed: float | None) -> str:
+    return "" if speed is None else f"{speed:.2f}"
+
+
+def size_of(target: str) -> str:
+    """The size that stands in a target's name, such as "0.5B", or all of the name."""
+    found = re.search(r"[0-9.]+[BM]\b", target)
+    return found[0] if found else target
 
 
 def default_by_batch() -> list[str]:

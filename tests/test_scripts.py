@@ -346,8 +346,9 @@ def test_before_after(folder: Path, monkeypatch):
 def test_rivals(folder: Path, monkeypatch):
     """Without the others: transformers' and this package's, which write the same; what is there is kept."""
     output = folder / "rivals.json"
+    alone = {"transformers, prompt lookup", "transformers, assistant"}
     arguments = ["--prompts", folder / "prompts.jsonl", "--target", folder / "target", "--drafter", folder / "drafter"]
-    arguments += ["--dtype", "float32", "--turns", 1, "--output", output]
+    arguments += ["--assistant", folder / "target", "--dtype", "float32", "--turns", 1, "--output", output]
     run(rivals, monkeypatch, *arguments, "--max-new-tokens", 9, "--batch-sizes", 1)
     first = json.loads(output.read_text())["turns"]
     run(rivals, monkeypatch, *arguments, "--max-new-tokens", 9, "--batch-sizes", 1, 2)
@@ -356,10 +357,16 @@ def test_rivals(folder: Path, monkeypatch):
     assert result["environments"]["specformer"]["torch"] == torch.__version__
     for turn in result["turns"]:
         (ways,) = turn["figures"].values()
-        assert ("transformers, prompt lookup" in ways) == (turn["batch_size"] == 1)
+        assert alone & set(ways) == (alone if turn["batch_size"] == 1 else set())
         assert all(answer["identical"] == turn["batch_size"] and answer["seconds"] > 0 for answer in ways.values())
     drafters = ["specformer, drafter", "specformer, drafter, chains"]
-    columns = ["specformer, copies, auto", *drafters, "specformer, prompt lookup", rivals.ALONE]
+    columns = [
+        "specformer, assistant",
+        "specformer, copies, auto",
+        *drafters,
+        "specformer, prompt lookup",
+        *sorted(alone),
+    ]
     title, _, one, two = rivals.table(result)
     assert title == f"| target | prompts | batch | {' | '.join(columns)} |"
     assert one.startswith("| target, float32 | prompts | 1 |") and two.endswith(" |  |")

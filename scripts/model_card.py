@@ -83,7 +83,7 @@ def run_text(log: dict) -> str:
     settings, before = log["settings"], log.get("before")
     return (
         f"{run_text(before) + ' Then trained' if before else 'Trained'} on {log['answers']:,} answers of the target "
-        f"itself ({log['answer_tokens']:,} tokens, {log['held_out_answers']} of the answers held out), "
+        f"itself ({log['answer_tokens']:,} tokens, {log['held_out_answers']} others held out), "
         f"{settings['epochs']:g} epoch{'s' * (settings['epochs'] != 1)}, {log['steps']:,} steps of "
         f"{settings['batch_size']} x {settings['accumulation']} texts on each of {settings['processes']} processes, in "
         f"{log['minutes']:.0f} minutes on {machine_text(log)}."

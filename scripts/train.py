@@ -157,6 +157,28 @@ def make_config(arguments: DrafterTrainingArguments) -> Any:
     return kind.make_config(arguments, target_config)
 
 
+def divide(answers: Answers, arguments: DrafterTrainingArguments) -> tuple[list[int], torch.utils.data.Dataset]:
+    """Which rows of `answers` to learn from, and what to evaluate on.
+
+    Raises:
+        ValueError: nothing would be left to learn from.
+    """
+    if arguments.held_out_data is not None:
+        other = Answers(arguments.held_out_data, arguments.max_length)
+        learnt = answers.to_other_prompts(other)
+        if not learnt:
+            raise ValueError(
+                f"--held-out-data {arguments.held_out_data} answers all prompts that {arguments.data} answers, so that "
+                "nothing is left to learn from. Expected answers to other prompts."
+            )
+        return learnt, other
+    if len(answers) < 2:
+        raise ValueError(f"{arguments.data} holds {len(answers)} answer; at least 2 are needed, one to evaluate on.")
+    order = torch.randperm(len(answers), generator=torch.Generator().manual_seed(arguments.seed)).tolist()
+    held_out = max(1, min(arguments.held_out, len(answers) // 5))
+    return order[held_out:], torch.utils.data.Subset(answers, order[:held_out])
+
+
 def make_loss(arguments: DrafterTrainingArguments, config) -> Callable:
     """`drafter_loss` as the arguments want it; their errors come before anything is written."""
     smoothing, decay = arguments.acceptance_weights, arguments.slot_decay
@@ -195,9 +217,7 @@ def main(arguments: DrafterTrainingArguments) -> None:
     config, output = make_config(arguments), Path(arguments.output_dir)
     loss = make_loss(arguments, config)
     answers = Answers(arguments.data, arguments.max_length)
-    held_out = max(1, min(arguments.held_out, len(answers) // 5))
-    if len(answers) < 2:
-        raise ValueError(f"{arguments.data} holds {len(answers)} answer; at least 2 are needed, one to evaluate on.")
+    learnt, held_out = divide(answers, arguments)
     set_seed(arguments.seed)
     dtype = "bfloat16" if arguments.bf16 else "float32"
     target = AutoModelForCausalLM.from_pretrained(
@@ -210,7 +230,6 @@ def main(arguments: DrafterTrainingArguments) -> None:
         settings.update(answers=len(answers), answer_tokens=answers.num_answer_tokens, processes=arguments.world_size)
         begin_or_go_on(output, json.loads(json.dumps(settings, default=str)))
         resume_from = last_whole_checkpoint(output)
-    order = torch.randperm(len(answers), generator=torch.Generator().manual_seed(arguments.seed)).tolist()
     stored, shared = None, arguments.store_hidden_states
     if shared is not None:
         path = shared_file(Path(shared), answers, student) if shared else output / STATES_FILE
@@ -219,8 +238,8 @@ def main(arguments: DrafterTrainingArguments) -> None:
     trainer = DrafterTrainer(
         args=arguments,
         data_collator=Answers.collate,
-        train_dataset=torch.utils.data.Subset(answers if stored is None else stored, order[held_out:]),
-        eval_dataset=torch.utils.data.Subset(answers, order[:held_out]),
+        train_dataset=torch.utils.data.Subset(answers if stored is None else stored, learnt),
+        eval_dataset=held_out,
         callbacks=[EvaluateCheckpoints()],
         student=student,
         draft_lengths=sorted({min(4, slots), min(7, slots), slots}),
@@ -231,22 +250,23 @@ def main(arguments: DrafterTrainingArguments) -> None:
     if not resume_from or trainer.state.global_step < trainer.state.max_steps:
         with fast_linears(target, student.rows), fast_linears(student.network, in_training=True):
             if stored is not None:
-                stored.fill(order[held_out:], arguments.process_index, arguments.world_size)
+                stored.fill(learnt, arguments.process_index, arguments.world_size)
                 PartialState().wait_for_everyone()
             trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
 
     if trainer.is_world_process_zero():
         state = trainer.state
-        names = {"data": arguments.data.name, "start_from": arguments.start_from and Path(arguments.start_from).name}
+        paths = {name: getattr(arguments, name) for name in ("data", "held_out_data", "start_from")}
+        names = {name: path and Path(path).name for name, path in paths.items()}
         memory, last = peak_memory(), last_whole_checkpoint(output)
         assert last is not None  # training ends with one
         log = {
             **provenance("specformer.scripts.train"),
             "settings": {**settings, **names, "target": arguments.target_id or arguments.target},
             "parameters": sum(parameter.numel() for parameter in student.network.parameters()),
-            "answers": len(answers) - held_out,
+            "answers": len(learnt),
             "answer_tokens": answers.num_answer_tokens,
-            "held_out_answers": held_out,
+            "held_out_answers": len(held_out),
             "num_draft_tokens": slots,
             "steps": state.global_step,
             "minutes": minutes_between(output / SETTINGS, last / WHOLE),

@@ -154,6 +154,22 @@ def test_training_goes_on_from_another_drafter(folders: Path, monkeypatch):
         run(monkeypatch, folders, *EACH_STEP, *options, "--paper", output="fourth")
 
 
+def test_other_answers_held_out(folders: Path, monkeypatch):
+    """What they answer is not learnt, though it is in --data too."""
+    lines = (folders / "answers.jsonl").read_text().splitlines(keepends=True)
+    (folders / "validation.jsonl").write_text("".join(lines[3:8]))
+    options = (*EACH_STEP, "--held-out-data", str(folders / "validation.jsonl"))
+    seen, fill = [], StoredStates.fill
+    monkeypatch.setattr(StoredStates, "fill", lambda self, texts, *more: seen.extend(texts) or fill(self, texts, *more))
+    folder = run(monkeypatch, folders, *options, "--store-hidden-states", output="validated")
+    log = log_of(folder)
+    assert (log["answers"], log["held_out_answers"]) == (19, 5)
+    assert seen == [row for row in range(24) if not 3 <= row < 8]
+    assert log["settings"]["held_out_data"] == "validation.jsonl"
+    with pytest.raises(ValueError, match=r"answers all prompts that .* nothing is left to learn from"):
+        run(monkeypatch, folders, "--held-out-data", str(folders / "answers.jsonl"), output="nothing")
+
+
 SEEING_MORE = dict(anchor_slot=True, draft_attends_context=True)
 
 

@@ -76,6 +76,11 @@ class Answers(torch.utils.data.Dataset):
             )
         return [values[index] for index in self.prompt_ids if isinstance(index, int)]
 
+    def to_other_prompts(self, other: Answers) -> list[int]:
+        """Which rows answer no prompt that `other` answers."""
+        prompts = {tuple(tokens[:length].tolist()) for tokens, length in other.rows}
+        return [row for row, (tokens, length) in enumerate(self.rows) if tuple(tokens[:length].tolist()) not in prompts]
+
     def token_counts(self, vocab_size: int) -> torch.Tensor:
         """How often each token occurs in the answers, (vocab_size,)."""
         return torch.cat([tokens[prompt:] for tokens, prompt in self.rows]).bincount(minlength=vocab_size)

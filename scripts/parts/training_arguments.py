@@ -118,6 +118,14 @@ class DrafterTrainingArguments(TrainingArguments):
     )
     max_length: int = option("tokens of a text; what is longer is cut", default=1024)
     held_out: int = option("texts kept for evaluation, a fifth of all at most", default=64)
+    held_out_data: Path | None = field(
+        default=None,
+        metadata={
+            "help": "other answers to evaluate on, in place of some of --data; those of --data to the same prompts are "
+            "not learnt",
+            "metavar": "DATA",
+        },
+    )
     evaluations: int = option("evaluations and checkpoints, evenly over the run", default=10)
     save_dtype: Literal["float32", "bfloat16"] = option("of the drafter's weights in the end", default="bfloat16")
     store_hidden_states: str | None = option(

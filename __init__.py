@@ -15,6 +15,7 @@ scripts/ is the command line, benchmarks/ measures, and generation/ decodes, whe
     prompt        where the tokens of padded prompts are, and which rows read theirs together
     backend       what belongs to torch, transformers, the machine and the process
     cache         keys and values of rows that have lengths of their own
+    ranks         one target in several processes: what the first of them decides, and tells the others
     argument      what a caller passed, in messages
 
 No room imports from one above it. A picture, and the files: docs/house.md.

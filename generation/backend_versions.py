@@ -68,6 +68,11 @@ def keeps_recurrent_state(model) -> bool:
     return bool(getattr(model, "_is_stateful", False))
 
 
+def is_pipelined(model) -> bool:
+    """Whether transformers has put the layers of `model` into several processes, some into each."""
+    return getattr(model, "_pp_stage", None) is not None
+
+
 def untested() -> str:
     """A sentence for the end of messages where transformers is newer than what this was tested with, else nothing."""
     here = transformers.__version__

@@ -22,6 +22,7 @@ from .drafter import Drafter, Prompts, Verified
 from .drafter_assistant import AssistantDrafter
 from .drafter_system import DraftingSystem, Parts, is_system
 from .proposal import NO_TOKEN, Proposal, count_drafted
+from .ranks import ranks_of
 
 
 class Hierarchy(DraftingSystem):
@@ -52,6 +53,11 @@ class Hierarchy(DraftingSystem):
         self.num_inner_tokens, self.costs = num_inner_tokens, MiddleCosts()
 
     def drafter_for(self, target, parts: Parts) -> Drafter:
+        if ranks_of(self.middle) is not None:
+            raise ValueError(
+                f"The weights of the middle model {name_of(self.middle)} are shared by several processes, and each "
+                "asks it as often as its own clock finds right. Load it whole in each of them."
+            )
         inner = parts.drafter(self.inner, self.middle)
         if not getattr(inner, "can_rewind", False):
             raise ValueError(

@@ -9,6 +9,7 @@ import torch
 from transformers import GenerationMixin
 from transformers.generation import GenerateDecoderOnlyOutput
 
+from .accept_noise import share_generators
 from .accept_processors import PrefixFunctionForWantedRows, Processors
 from .accept_rules import acceptance_rule, check_acceptance
 from .accept_tokens import TokenChoice
@@ -23,6 +24,8 @@ from .call_statistics import GenerationStatistics
 from .decoding import decode
 from .drafter import NoDrafter
 from .drafter_system import finished_texts, is_system
+from .ranks import among_ranks, is_first
+from .ranks_agreement import check_agreement
 from .target import prompt_layout
 from .target_attention import usable_attention
 from .target_probe import probe_target
@@ -136,7 +139,7 @@ def generate(
         cuda_graphs,
         on_round,
     )
-    with usable_attention(model):
+    with usable_attention(model), among_ranks(model):
         # GenerationMixin's, since the model's own generate may be this very strategy, or another repository's.
         return GenerationMixin.generate(
             model,
@@ -169,6 +172,10 @@ class Strategy:
         rules = StoppingRules(stopping_criteria, generation_config.max_length, width)
         layout = prompt_layout(model, model_kwargs.get("attention_mask"), input_ids)
         check_call(model, layout, generation_config, model_kwargs, rules.max_length)
+        settings = [generation_config, logits_processor, stopping_criteria, self.acceptance, self.seed]
+        check_agreement([input_ids, model_kwargs.get("attention_mask")], settings, self.drafts)
+        if generation_config.do_sample:
+            share_generators(input_ids.device)
         rule = acceptance_rule(self.acceptance, generation_config.do_sample, batch_size, input_ids.device, self.seed)
         drafter = choose_drafter(model, self.drafts, rule)
         probe_target(model)
@@ -202,7 +209,7 @@ class Strategy:
             statistics = decode(
                 model, drafter, text, choice, layout, model_kwargs, draft_length, chunk_size, self.on_round
             )
-        if is_system(system := self.drafts.assistant_model):
+        if is_system(system := self.drafts.assistant_model) and is_first():
             system.finished(finished_texts(text.result(), layout, statistics.tokens_per_row))
         if wants is None:
             return text.result()

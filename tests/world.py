@@ -33,7 +33,7 @@ from transformers.distributed import DistributedConfig
 from transformers.generation import stopping_criteria
 
 from specformer import Drafter, Hierarchy, Proposal, Reader, SpecFormerModel, TrigramChains, generate
-from specformer.generation import decoding, draft_length_auto, drafter_hierarchy
+from specformer.generation import decoding, draft_length_auto, drafter_hierarchy, prompt_groups
 from specformer.generation import generate as entry
 from specformer.generation.accept_tokens import TokenChoice
 
@@ -312,6 +312,7 @@ SCENARIOS: dict[str, tuple[Callable[[Rank], None], float]] = {
 
 def run(scenario: str, size: int, folder: Path) -> None:
     torch.set_num_threads(1)
+    prompt_groups.PASS_ON_CPU = 3  # the short prompts are read in several groups, as long ones are
     world = World(folder, size)
     number = next((number for number in range(1, size) if os.fork() == 0), 0)
     act, timeout = SCENARIOS[scenario]

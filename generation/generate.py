@@ -169,13 +169,13 @@ class Strategy:
     def __call__(self, model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
         input_ids = input_ids.long()  # plain generate() takes int32 as well, and returns int64
         batch_size, width = input_ids.shape
-        rules = StoppingRules(stopping_criteria, generation_config.max_length, width)
-        layout = prompt_layout(model, model_kwargs.get("attention_mask"), input_ids)
-        check_call(model, layout, generation_config, model_kwargs, rules.max_length)
         settings = [generation_config, logits_processor, stopping_criteria, self.acceptance, self.seed]
         check_agreement([input_ids, model_kwargs.get("attention_mask")], settings, self.drafts)
         if generation_config.do_sample:
             share_generators(input_ids.device)
+        rules = StoppingRules(stopping_criteria, generation_config.max_length, width)
+        layout = prompt_layout(model, model_kwargs.get("attention_mask"), input_ids)
+        check_call(model, layout, generation_config, model_kwargs, rules.max_length)
         rule = acceptance_rule(self.acceptance, generation_config.do_sample, batch_size, input_ids.device, self.seed)
         drafter = choose_drafter(model, self.drafts, rule)
         probe_target(model)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.fsdp import FullyShardedDataParallel
 
 import specformer
 from specformer.generation.ranks import among_ranks, decided, is_first, is_synchronized, ranks_of, shared_ranks, told
@@ -59,7 +60,7 @@ RAISED = {
     "cuda_graphs": "ValueError: cuda_graphs=True was given and several processes share the target's weights",
     "shared middle model": "ValueError: The weights of the middle model",
     "pipeline": "its layers are in several processes, some in each (pipeline parallel)",
-    "FSDP": "rows of one would wait for others. Shard it with FSDP2",
+    "ZeRO-3": "rows of one would wait for others. Shard it with FSDP2",
 }
 
 
@@ -83,6 +84,17 @@ def test_alone_nothing_is_asked(monkeypatch):
         assert told(*tensors) == tensors
         assert decided(max, 3, 4) == 4
         assert is_first()
+
+
+def test_the_first_fsdp_is_found(monkeypatch):
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    wrapper = FullyShardedDataParallel.__new__(FullyShardedDataParallel)  # its own needs a GPU
+    torch.nn.Module.__init__(wrapper)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    assert not is_synchronized(model)
+    model.append(wrapper)
+    assert is_synchronized(model)
 
 
 def test_weights_differ_by_a_bit_a_shape_and_a_name():

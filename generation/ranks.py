@@ -8,7 +8,7 @@ generate() does that by itself; how much is drafted, and which drafts, would be 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 
@@ -79,7 +79,7 @@ class Ranks:
         is_first: whether it is the one that decides: at the beginning of all axes.
     """
 
-    def __init__(self, groups: list, device_type: str):
+    def __init__(self, groups: Sequence, device_type: str):
         import torch.distributed as distributed
 
         self.groups, self.device = groups, torch.device(device_type)
@@ -135,14 +135,17 @@ def ranks_of(model) -> Ranks | None:
     from torch.distributed.tensor import DTensor
 
     mesh = getattr(model, "_device_mesh", None)  # quantised weights may show nothing else of it
-    axes = {} if mesh is None else {(mesh, axis): None for axis in range(mesh.ndim)}
+    axes: dict[tuple, None] = {} if mesh is None else {(mesh, axis): None for axis in range(mesh.ndim)}
     for parameter in model.parameters():
         if isinstance(parameter, DTensor):
             spread = (axis for axis, placement in enumerate(parameter.placements) if not placement.is_replicate())
             axes.update({(parameter.device_mesh, axis): None for axis in spread})
-    groups = {}
-    for mesh, axis in axes:
-        if mesh.size(axis) > 1:
-            group = mesh.get_group(axis)
-            groups.setdefault(tuple(distributed.get_process_group_ranks(group)), group)
-    return Ranks(list(groups.values()), mesh.device_type) if groups else None
+    groups: dict[tuple, tuple] = {}  # by their ranks: one, and the kind of device that it is for
+    for of_weights, axis in axes:
+        if of_weights.size(axis) > 1:
+            group = of_weights.get_group(axis)
+            groups.setdefault(tuple(distributed.get_process_group_ranks(group)), (group, of_weights.device_type))
+    if not groups:
+        return None
+    found, (device_type, *_) = zip(*groups.values(), strict=True)
+    return Ranks(found, device_type)

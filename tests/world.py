@@ -37,7 +37,7 @@ from specformer.generation import decoding, draft_length_auto, drafter_hierarchy
 from specformer.generation import generate as entry
 from specformer.generation.accept_tokens import TokenChoice
 
-NEW_TOKENS = 16
+NEW_TOKENS, MANY = 16, 100
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
 
 
@@ -243,7 +243,7 @@ def quick(rank: Rank) -> None:
 
 
 def many_calls(rank: Rank) -> None:
-    """A hundred of each kind, and one rank that is slow at random moments, by a factor of about ten."""
+    """`MANY` of each kind, and one rank that is slow at random moments, by a factor of about ten."""
     if rank.rank == rank.size - 1:
         verify = decoding.verify
 
@@ -254,11 +254,11 @@ def many_calls(rank: Rank) -> None:
         decoding.verify = slowly
     shared = rank.load(tp_size=rank.size)
     for name, (drafter, arguments) in {**drafters(rank), **further_drafters(rank)}.items():
-        rank.check(name, shared, drafter, calls=100, **arguments)
+        rank.check(name, shared, drafter, calls=MANY, **arguments)
     single = rank.load("float32", tp_size=rank.size)
-    rank.check("default, float32", single, rank.world.specformer, "float32", calls=100)
+    rank.check("default, float32", single, rank.world.specformer, "float32", calls=MANY)
     sizes = dict(tp_size=rank.size // 2, fsdp_size=2)
-    rank.check("FSDP2", rank.load(**sizes), rank.world.specformer, calls=100)
+    rank.check("FSDP2", rank.load(**sizes), rank.world.specformer, calls=MANY)
 
 
 def lost(rank: Rank, how: signal.Signals) -> None:

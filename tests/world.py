@@ -257,7 +257,9 @@ def many_calls(rank: Rank) -> None:
         rank.check(name, shared, drafter, calls=MANY, **arguments)
     single = rank.load("float32", tp_size=rank.size)
     rank.check("default, float32", single, rank.world.specformer, "float32", calls=MANY)
-    sizes = dict(tp_size=rank.size // 2, fsdp_size=2)
+    sizes = dict(fsdp_size=rank.size)
+    if hasattr(DistributedConfig, "dp_replicate_size"):  # a transformers that does both at once
+        sizes = dict(tp_size=rank.size // 2, fsdp_size=2)
     rank.check("FSDP2", rank.load(**sizes), rank.world.specformer, calls=MANY)
 
 

@@ -123,7 +123,8 @@ def is_synchronized(model) -> bool:
     from torch.distributed.fsdp import FullyShardedDataParallel
 
     return any(isinstance(module, FullyShardedDataParallel) for module in model.modules()) or any(
-        hasattr(parameter, "ds_id") for parameter in model.parameters()
+        hasattr(parameter, "ds_id") and not parameter.numel()  # empty until it is gathered
+        for parameter in model.parameters()
     )
 
 

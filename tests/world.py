@@ -219,9 +219,10 @@ def quick(rank: Rank) -> None:
     rank.raised("cuda_graphs", shared, world.specformer, cuda_graphs=True)
     rank.raised("shared middle model", shared, Hierarchy(Reader(), shared))
     rank.raised("pipeline", rank.load(pp_size=size), world.specformer)
-    gathered = llama()
-    gathered.lm_head.weight.ds_id = 0  # as DeepSpeed has it
-    rank.raised("ZeRO-3", gathered, world.specformer)
+    partitioned = llama()
+    partitioned.lm_head.weight = torch.nn.Parameter(torch.empty(0))  # as DeepSpeed leaves it
+    partitioned.lm_head.weight.ds_id = 0
+    rank.raised("ZeRO-3", partitioned, world.specformer)
 
     if rank.rank:  # a rank that takes another token
         of_target = TokenChoice.of_target

@@ -1,0 +1,202 @@
+"""What a call leaves for a drafter that learns while it serves: texts, with what the target said of each token.
+
+A text's first tokens are its prompt and the token after it, of which nothing is learned; of each of the others the
+target's distribution is known from the round that verified it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Protocol
+
+import torch
+
+from .accept_sampling import count_accepted
+from .drafter import Drafter, Prompts, Verified
+from .drafter_states import read_prompts
+from .proposal import NO_TOKEN, Proposal, first_path
+
+MOST_LIKELY = 16
+"""Tokens of the target's distribution that are kept, with their probabilities."""
+
+
+@dataclass
+class VerifiedText:
+    """The text of a row as far as it was noted, T tokens, of which the last G were verified in rounds.
+
+    Attributes:
+        tokens: (T,).
+        likely: the target's likeliest tokens in the place of each of the last G, (G, K).
+        chances: logarithms of how likely they are, (G, K).
+        states: the target's, of all tokens but the last, (T - 1, S, d); `None` where the drafter reads none.
+    """
+
+    tokens: torch.Tensor
+    likely: torch.Tensor
+    chances: torch.Tensor
+    states: torch.Tensor | None
+
+    @property
+    def first(self) -> int:
+        """The place of the first verified token."""
+        return len(self.tokens) - len(self.likely)
+
+    def usable(self) -> VerifiedText:
+        """The same for autograd: what was noted in inference mode could not be learned from."""
+        parts = self.tokens, self.likely, self.chances, self.states
+        return VerifiedText(*(part.clone() if part is not None and part.is_inference() else part for part in parts))
+
+
+class Recording:
+    """What is noted of one call.
+
+    Args:
+        prompts: what it begins with.
+        max_tokens: positions that are held, of prompts and of passes; what comes after them is not noted, nor rows
+            whose prompts do not fit.
+        with_states: whether the drafter reads the target's states.
+    """
+
+    def __init__(self, prompts: Prompts, max_tokens: int, with_states: bool):
+        layout, device = prompts.layout, prompts.input_ids.device
+        lengths, self.room = layout.host_lengths, max_tokens
+        self.kept: list[int] = []  # rows of the batch
+        for row, length in enumerate(lengths):
+            if length < self.room:
+                self.kept.append(row)
+                self.room -= length + 1
+        ids = torch.cat([layout.compact(prompts.input_ids), prompts.first_tokens], dim=1)
+        self.tokens = {row: [torch.cat([ids[row, : lengths[row]], ids[row, -1:]])] for row in self.kept}
+        self.states: dict[int, list[torch.Tensor]] | None = None
+        if with_states:
+            self.states = {}
+            for read in read_prompts(prompts, device):
+                for row, states in zip(read.rows.tolist(), read.states, strict=True):
+                    if row in self.tokens:
+                        self.states[row] = [states[: lengths[row]].clone()]  # not a view of all rows
+        self.rows = torch.arange(len(lengths), device=device)  # those that passes still carry
+        self.rounds: list[tuple[torch.Tensor | None, ...]] = []
+
+    def add(self, verified: Verified) -> None:
+        """Note a round, as tensors: the host need not wait for them."""
+        self.room -= verified.tokens.numel()
+        if self.room < 0 or not self.kept:
+            self.room = -1  # nor what comes later, without this in front of it
+            return
+        assert verified.logits is not None  # the drafter asks for them
+        logits = verified.logits.float()
+        best = logits.topk(min(MOST_LIKELY, logits.shape[-1]))
+        chances = best.values - logits.logsumexp(dim=-1, keepdim=True)
+        states = None if self.states is None else verified.hidden_states
+        self.rounds.append((self.rows, verified.tokens, verified.counts, best.indices, chances, states))
+
+    def select_rows(self, index: torch.Tensor) -> None:
+        self.rows = self.rows[index.to(self.rows.device)]
+
+    def texts(self) -> list[VerifiedText]:
+        """Those of which something was verified."""
+        likely: dict[int, list[torch.Tensor]] = {row: [] for row in self.kept}
+        chances: dict[int, list[torch.Tensor]] = {row: [] for row in self.kept}
+        for rows, tokens, counts, best, of_best, states in self.rounds:
+            assert rows is not None and tokens is not None and counts is not None
+            assert best is not None and of_best is not None
+            for place, (row, count) in enumerate(zip(rows.tolist(), counts.tolist(), strict=True)):
+                if row not in likely or not count:
+                    continue
+                self.tokens[row].append(tokens[place, :count])
+                likely[row].append(best[place, :count])
+                chances[row].append(of_best[place, :count])
+                if self.states is not None and states is not None:
+                    self.states[row].append(states[place, :count])
+        return [
+            VerifiedText(
+                torch.cat(self.tokens[row]),
+                torch.cat(likely[row]),
+                torch.cat(chances[row]),
+                None if self.states is None else torch.cat(self.states[row]),
+            )
+            for row in self.kept
+            if likely[row]
+        ]
+
+
+class Learner(Protocol):
+    """Whoever learns from calls."""
+
+    def take(self, texts: list[VerifiedText], reached: int, right: int, seconds: float) -> None:
+        """A call is over: its texts, how many drafts were looked at and right, and how long it took."""
+
+
+class LearningDrafter(Drafter):
+    """A drafter of whose call is noted what is to be learned from it.
+
+    Args:
+        drafter: the one that drafts.
+        owner: is given what was noted.
+        max_tokens: of texts that are kept; `None`: nothing is to be learned.
+    """
+
+    def __init__(self, drafter: Drafter, owner: Learner, max_tokens: int | None):
+        self.drafter, self.owner, self.max_tokens = drafter, owner, max_tokens
+        self.max_draft_tokens = drafter.max_draft_tokens
+        self.default_num_assistant_tokens = drafter.default_num_assistant_tokens
+        self.hidden_state_layers = drafter.hidden_state_layers
+        self.reads_logits = drafter.reads_logits or max_tokens is not None
+        self.proposes_known_tokens, self.proposes_trees = drafter.proposes_known_tokens, drafter.proposes_trees
+        self.own_draft_length, self.sources = drafter.own_draft_length, drafter.sources
+        self.recording: Recording | None = None
+        self.proposed: torch.Tensor | None = None  # of this round
+        self.counts: list[torch.Tensor] = []  # drafts that were looked at and right, of each round
+
+    def __enter__(self):
+        self.started = perf_counter()
+        self.drafter.__enter__()
+        return self
+
+    def __exit__(self, kind, *exception) -> None:
+        self.drafter.__exit__(kind, *exception)
+        if kind is None:
+            reached, right = torch.stack(self.counts).sum(dim=0).tolist() if self.counts else (0, 0)
+            texts = [] if self.recording is None else self.recording.texts()
+            self.owner.take(texts, reached, right, perf_counter() - self.started)
+
+    def begin(self, prompts: Prompts) -> None:
+        self.drafter.begin(prompts)
+        if self.max_tokens is not None:
+            self.recording = Recording(prompts, self.max_tokens, self.hidden_state_layers is not None)
+
+    def propose(self, num_tokens, choose) -> Proposal:
+        proposal = self.drafter.propose(num_tokens, choose)
+        self.proposed = proposal.tokens
+        return proposal
+
+    def propose_tree(self, num_tokens, tree_size, chances) -> Proposal:
+        proposal = self.drafter.propose_tree(num_tokens, tree_size, chances)
+        self.proposed = first_path(proposal).tokens
+        return proposal
+
+    def update(self, verified: Verified) -> None:
+        self.drafter.update(verified)
+        if self.proposed is not None:
+            self.counts.append(looked_at_and_right(self.proposed, verified))
+            self.proposed = None
+        if self.recording is not None:
+            self.recording.add(verified)
+
+    def select_rows(self, index, longest) -> None:
+        self.drafter.select_rows(index, longest)
+        if self.recording is not None:
+            self.recording.select_rows(index)
+
+
+def looked_at_and_right(drafts: torch.Tensor, verified: Verified) -> torch.Tensor:
+    """Of `drafts` (R, k) up to the first wrong one, whoever's were verified: how many the text decides about, and how
+    many are right, (2,)."""
+    tokens, counts = verified.tokens.to(drafts.device), verified.counts.to(drafts.device)
+    width = min(drafts.shape[1], tokens.shape[1])
+    place = torch.arange(width, device=drafts.device)
+    drafts, tokens = drafts[:, :width], tokens[:, :width]
+    decided = (place < counts[:, None]) & (drafts != NO_TOKEN)
+    right = count_accepted(decided & (drafts == tokens))
+    return torch.stack([torch.minimum(right + 1, decided.sum(dim=1)).sum(), right.sum()])

@@ -76,7 +76,7 @@ class Recording:
                     if row in self.tokens:
                         self.states[row] = [states[: lengths[row]].clone()]  # not a view of all rows
         self.rows = torch.arange(len(lengths), device=device)  # those that passes still carry
-        self.rounds: list[tuple[torch.Tensor | None, ...]] = []
+        self.rounds: list[tuple[torch.Tensor, ...]] = []
 
     def add(self, verified: Verified) -> None:
         """Note a round, as tensors: the host need not wait for them."""
@@ -88,8 +88,11 @@ class Recording:
         logits = verified.logits.float()
         best = logits.topk(min(MOST_LIKELY, logits.shape[-1]))
         chances = best.values - logits.logsumexp(dim=-1, keepdim=True)
-        states = None if self.states is None else verified.hidden_states
-        self.rounds.append((self.rows, verified.tokens, verified.counts, best.indices, chances, states))
+        noted = [verified.tokens, verified.counts, best.indices, chances]
+        if self.states is not None:
+            assert verified.hidden_states is not None
+            noted.append(verified.hidden_states)
+        self.rounds.append((self.rows, *(part.to(self.rows.device) for part in noted)))
 
     def select_rows(self, index: torch.Tensor) -> None:
         self.rows = self.rows[index.to(self.rows.device)]
@@ -98,17 +101,15 @@ class Recording:
         """Those of which something was verified."""
         likely: dict[int, list[torch.Tensor]] = {row: [] for row in self.kept}
         chances: dict[int, list[torch.Tensor]] = {row: [] for row in self.kept}
-        for rows, tokens, counts, best, of_best, states in self.rounds:
-            assert rows is not None and tokens is not None and counts is not None
-            assert best is not None and of_best is not None
+        for rows, tokens, counts, best, of_best, *states in self.rounds:
             for place, (row, count) in enumerate(zip(rows.tolist(), counts.tolist(), strict=True)):
                 if row not in likely or not count:
                     continue
                 self.tokens[row].append(tokens[place, :count])
                 likely[row].append(best[place, :count])
                 chances[row].append(of_best[place, :count])
-                if self.states is not None and states is not None:
-                    self.states[row].append(states[place, :count])
+                if self.states is not None:
+                    self.states[row].append(states[0][place, :count])
         return [
             VerifiedText(
                 torch.cat(self.tokens[row]),

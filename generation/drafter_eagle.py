@@ -22,6 +22,7 @@ class EagleDrafter(ForeignDrafter):
 
     network: EagleNetwork
     max_draft_tokens = 16
+    of_rows = ("state",)
 
     def __init__(self, network: EagleNetwork, target):
         super().__init__(network, target, states_read(network, target))

@@ -31,7 +31,7 @@ class Hierarchy(DraftingSystem):
     """
     Args:
         inner: what drafts for the middle model: anything that is an `assistant_model` and can go back in its text, such
-            as a causal LM, a SpecFormer drafter of the middle model, `Reader()` for copies, or another hierarchy.
+            as a causal LM, a network that reads the middle model's states, `Reader()` for copies, or another hierarchy.
         middle: a causal LM with the target's tokenizer, smaller than the target.
         num_inner_tokens: that the inner one drafts for a pass of the middle model; "auto": what gives the most tokens
             of the middle model per second, by how long both took and how many were accepted in the calls before, and 4
@@ -64,8 +64,8 @@ class Hierarchy(DraftingSystem):
         if not getattr(inner, "can_rewind", False):
             raise ValueError(
                 f"The inner drafter {name_of(inner)} cannot go back in its text, as the drafter of a middle model has "
-                "to where the target takes less than that model did. Pass a causal LM, the middle model's SpecFormer "
-                "drafter, Reader(), or another Hierarchy."
+                "to where the target takes less than that model did. Pass a causal LM, a SpecFormer or other drafter that "
+                "reads the middle model's states, Reader(), or another Hierarchy."
             )
         fixed: int | None = MiddleCosts.FIRST
         if self.num_inner_tokens != AUTO:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
+import test_dflash as dflash
+import test_eagle_and_pard as eagles
+import test_parallelspec as parallelspec
 import torch
 from architectures import make_target
 from exactness import check, plain
-from foreign import recorded
+from foreign import recorded, save
 from test_copying import network_of
 from test_drafters import repeats_what_came_five_before
 from test_exactness import NEW_TOKENS, SAMPLING, SETTINGS, meaningful_target
@@ -17,9 +21,11 @@ from tiny import VOCAB, llama, ragged_batch
 from specformer import Drafter, Hierarchy, Proposal, Reader, TrigramChains, generate
 from specformer.generation import drafter_assistant as assisting
 from specformer.generation.accept_tokens import BestDrafts
+from specformer.generation.call_drafter import drafter_of_network
 from specformer.generation.drafter import Prompts
 from specformer.generation.drafter_assistant import AssistantDrafter
 from specformer.generation.drafter_hierarchy import HierarchyDrafter, MiddleCosts
+from specformer.generation.drafter_loading import drafting_model
 from specformer.generation.drafter_specformer import SpecFormerDrafter
 from specformer.generation.prompt import PromptLayout
 from specformer.generation.target import prefill, prompt_arguments
@@ -325,8 +331,9 @@ def test_a_network_drafts_for_the_middle_model(preset: str, sampling: dict, monk
         assert rounds == alone and len(rounds) > 3
 
 
-class Told(SpecFormerDrafter):
-    """Notes what each row's text is by what it is told, and whether it drafts what it drafts of that text alone."""
+class Told(Drafter):
+    """Mixed into a drafter: notes what each row's text is by what it is told, and whether it drafts what it drafts of
+    that text alone."""
 
     def begin(self, prompts):
         super().begin(prompts)
@@ -343,8 +350,8 @@ class Told(SpecFormerDrafter):
 
     def alone(self, text: list[int], num_tokens: int) -> list[int]:
         ids = torch.tensor([text[:-1]])
-        layout, middle = PromptLayout.from_mask(None, ids), self.borrowed.target
-        run, other = StateReader(middle, self.hidden_state_layers), SpecFormerDrafter(self.network, middle)
+        layout, middle = PromptLayout.from_mask(None, ids), self.middle
+        run, other = StateReader(middle, self.hidden_state_layers), self.kind(self.network, middle)
         states = prefill(middle, ids, layout, 99, 8, prompt_arguments(middle, layout), None, run)[2]
         other.begin(Prompts(ids, layout, torch.tensor([text[-1:]]), 99, states))
         return other.propose(num_tokens, BestDrafts(VOCAB)).tokens[0].tolist()
@@ -366,21 +373,44 @@ class Told(SpecFormerDrafter):
         super().rewind(before)
 
 
-def test_it_drafts_what_it_drafts_of_that_text_alone(monkeypatch):
+def told(drafter: Drafter, middle) -> Told:
+    made = type("Told", (Told, type(drafter)), {})(drafter.network, middle)
+    made.kind, made.middle = type(drafter), middle
+    return made
+
+
+def readers_of_states(middle, folder: Path) -> dict[str, Drafter]:
+    """One of each kind, so that each draft depends on the states that it is given."""
+    raw, weights, _ = dflash.checkpoints(middle)["raw"]
+    files = {
+        "dflash": (raw, weights),
+        "eagle": (eagles.speculators_config(), eagles.eagle_weights()),
+        "parallelspec": parallelspec.checkpoint(),
+    }
+    foreign = {name: drafting_model(save(folder / name, *parts), middle) for name, parts in files.items()}
+    return {
+        "anchor": SpecFormerDrafter(reading(middle), middle),
+        "all of it": SpecFormerDrafter(reading(middle, "all of it"), middle),
+        **{name: drafter_of_network(network, middle) for name, network in foreign.items()},
+    }
+
+
+def test_it_drafts_what_it_drafts_of_that_text_alone(monkeypatch, tmp_path: Path):
     """Behind texts, and behind what the middle model has written on top of them, in a batch that loses rows."""
     target, batch, eos = meaningful_target("llama")
     middle = middle_of(target)
     arguments = dict(eos_token_id=eos, max_new_tokens=16)
     reference = plain(target, batch, **arguments)
 
-    def are_its_own(preset: str) -> list[bool]:
-        drafter = Told(reading(middle, preset), middle)
-        statistics = check(target, batch, reference, Hierarchy(drafter, middle, 3), 6, **arguments)
+    def are_its_own(drafter: Drafter) -> list[bool]:
+        noted = told(drafter, middle)
+        statistics = check(target, batch, reference, Hierarchy(noted, middle, 3), 6, **arguments)
         assert sum(statistics.accepted_per_slot) > 10
-        return drafter.same
+        return noted.same
 
-    for preset in ("anchor", "all of it"):
-        same = are_its_own(preset)
+    kinds = readers_of_states(middle, tmp_path)
+    for drafter in kinds.values():
+        same = are_its_own(drafter)
         assert len(same) > 20 and all(same)
     # and this can fail: not if the states that it is given are those of the token before
     update = HierarchyDrafter.update
@@ -391,7 +421,7 @@ def test_it_drafts_what_it_drafts_of_that_text_alone(monkeypatch):
         update(self, verified)
 
     monkeypatch.setattr(HierarchyDrafter, "update", late)
-    assert not all(are_its_own("anchor"))
+    assert not all(are_its_own(kinds["anchor"]))
 
 
 def test_a_network_in_a_hierarchy_in_a_hierarchy():

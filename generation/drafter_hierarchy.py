@@ -64,8 +64,8 @@ class Hierarchy(DraftingSystem):
         if not getattr(inner, "can_rewind", False):
             raise ValueError(
                 f"The inner drafter {name_of(inner)} cannot go back in its text, as the drafter of a middle model has "
-                "to where the target takes less than that model did. Pass a causal LM, a SpecFormer or other drafter that "
-                "reads the middle model's states, Reader(), or another Hierarchy."
+                "to where the target takes less than that model did. Pass a causal LM, a network that reads the "
+                "middle model's states, Reader(), or another Hierarchy."
             )
         fixed: int | None = MiddleCosts.FIRST
         if self.num_inner_tokens != AUTO:

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import test_dflash as dflash
 import test_eagle_and_pard as eagles
-import test_parallelspec as parallelspec
 import torch
 from architectures import make_target
 from exactness import check, plain
@@ -70,13 +69,13 @@ class HalfRight(AssistantDrafter):
         return Proposal(torch.where(place % 2 == 0, (tokens + 1) % VOCAB, tokens))
 
 
-def middle_of(target):
-    """A model that is right about half of the time."""
+def middle_of(target, noise: float = 0.05):
+    """A model that is right about half of the time, or more often with less noise."""
     middle = copy.deepcopy(target)
     with torch.no_grad():
         generator = torch.Generator().manual_seed(1)
         for weights in middle.model.layers.parameters():
-            weights += 0.05 * torch.randn(weights.shape, generator=generator, dtype=weights.dtype)
+            weights += noise * torch.randn(weights.shape, generator=generator, dtype=weights.dtype)
     return middle
 
 
@@ -313,7 +312,7 @@ def reading(middle, preset: str = "anchor", near: bool = True):
     return network
 
 
-@pytest.mark.parametrize("preset", ["anchor", "paper", "context", "all of it"])
+@pytest.mark.parametrize("preset", ["paper", "all of it"])
 @pytest.mark.parametrize("sampling", [{}, SAMPLING], ids=["greedy", "sampling"])
 def test_a_network_drafts_for_the_middle_model(preset: str, sampling: dict, monkeypatch):
     """The middle model's tokens are those that it proposes alone, in a batch that loses rows."""
@@ -385,7 +384,6 @@ def readers_of_states(middle, folder: Path) -> dict[str, Drafter]:
     files = {
         "dflash": (raw, weights),
         "eagle": (eagles.speculators_config(), eagles.eagle_weights()),
-        "parallelspec": parallelspec.checkpoint(),
     }
     foreign = {name: drafting_model(save(folder / name, *parts), middle) for name, parts in files.items()}
     return {
@@ -398,20 +396,20 @@ def readers_of_states(middle, folder: Path) -> dict[str, Drafter]:
 def test_it_drafts_what_it_drafts_of_that_text_alone(monkeypatch, tmp_path: Path):
     """Behind texts, and behind what the middle model has written on top of them, in a batch that loses rows."""
     target, batch, eos = meaningful_target("llama")
-    middle = middle_of(target)
-    arguments = dict(eos_token_id=eos, max_new_tokens=16)
+    middle, batch = middle_of(target, 0.01), {name: values[:3] for name, values in batch.items()}
+    arguments = dict(eos_token_id=eos, max_new_tokens=14)
     reference = plain(target, batch, **arguments)
 
     def are_its_own(drafter: Drafter) -> list[bool]:
         noted = told(drafter, middle)
-        statistics = check(target, batch, reference, Hierarchy(noted, middle, 3), 6, **arguments)
-        assert sum(statistics.accepted_per_slot) > 10
+        statistics = check(target, batch, reference, Hierarchy(noted, middle, 3, flush=False), 5, **arguments)
+        assert 5 < sum(statistics.accepted_per_slot) < sum(statistics.drafted_per_slot)
         return noted.same
 
     kinds = readers_of_states(middle, tmp_path)
     for drafter in kinds.values():
         same = are_its_own(drafter)
-        assert len(same) > 20 and all(same)
+        assert len(same) > 10 and all(same)
     # and this can fail: not if the states that it is given are those of the token before
     update = HierarchyDrafter.update
 
@@ -429,11 +427,10 @@ def test_a_network_in_a_hierarchy_in_a_hierarchy():
     middle = middle_of(target)
     small = middle_of(middle)
     system = Hierarchy(Hierarchy(reading(small), small, 2), middle)
-    for setting in (dict(), SAMPLING):
-        arguments = dict(setting, eos_token_id=eos, max_new_tokens=NEW_TOKENS)
-        reference = plain(target, batch, **arguments)
-        for k in (None, 1, 7):
-            check(target, batch, reference, system, k, **arguments)
+    batch = {name: values[:3] for name, values in batch.items()}
+    for sampling in ({}, SAMPLING):
+        arguments = dict(sampling, eos_token_id=eos, max_new_tokens=12)
+        check(target, batch, plain(target, batch, **arguments), system, 5, **arguments)
 
 
 # ---- bad input

@@ -67,12 +67,13 @@ def rounds_of(monkeypatch, target, batch, system, reference, drafter=LayerParall
     return rounds, statistics
 
 
-@pytest.mark.parametrize("group_size", [2, 4, 9])
+@pytest.mark.parametrize("group_size", [4, *(pytest.param(size, marks=pytest.mark.slow) for size in (2, 3, 9))])
 def test_drafts_are_those_of_the_paper(group_size: int, monkeypatch):
     """Of a batch that is ragged in its prompts and in what it accepts."""
     target = llama(seed=4, num_hidden_layers=8)
-    assistant, batch = middle_of(target), ragged_batch(padding=(0, 3, 5))
-    reference = plain(target, batch, **ENDLESS)
+    assistant, batch = middle_of(target), ragged_batch(padding=(0, 5))
+    arguments = dict(max_new_tokens=14, eos_token_id=None)
+    reference = plain(target, batch, **arguments)
     padding = (batch["attention_mask"] == 0).sum(1).tolist()
 
     def are_right(changed=None) -> list[bool]:
@@ -91,12 +92,12 @@ def test_drafts_are_those_of_the_paper(group_size: int, monkeypatch):
 
         with monkeypatch.context() as patch:
             patch.setattr(LayerParallelDrafter, "propose", noted)
-            statistics = check(target, batch, reference, LayerParallel(assistant, group_size), 5, **ENDLESS)
+            statistics = check(target, batch, reference, LayerParallel(assistant, group_size), 5, **arguments)
         assert 0 < sum(statistics.accepted_per_slot) < sum(statistics.drafted_per_slot)
         return same
 
     same = are_right()
-    assert len(same) > 15 and all(same)
+    assert len(same) > 10 and all(same)
 
     def keep_what_drafts_left(self, proposal) -> None:
         self.read = proposal.tokens[:, :-1]
@@ -109,7 +110,7 @@ def test_one_layer_a_group_is_the_ordinary_assistant(sampling: dict, monkeypatch
     """Bit by bit, also where the passes are those of groups, in which each layer then reads what it always reads."""
     target, batch, eos = meaningful_target("llama")
     assistant = middle_of(target)
-    arguments = dict(sampling, eos_token_id=eos, max_new_tokens=NEW_TOKENS)
+    arguments = dict(sampling, eos_token_id=eos, max_new_tokens=16)
     reference = plain(target, batch, **arguments)
     passes: list[list[torch.Tensor]] = []
     read_draft = AssistantDrafter.read_draft
@@ -155,8 +156,8 @@ def test_layers_that_hardly_change_their_input_draft_what_the_assistant_drafts()
     target, batch = deep(), ragged_batch()
     with torch.no_grad():
         for layer in target.model.layers:
-            layer.self_attn.o_proj.weight *= 0.05
-            layer.mlp.down_proj.weight *= 0.05
+            layer.self_attn.o_proj.weight *= 0.03
+            layer.mlp.down_proj.weight *= 0.03
     reference = plain(target, batch, **ENDLESS)
     rates = []
     for group_size in (1, 4):
@@ -168,17 +169,21 @@ def test_layers_that_hardly_change_their_input_draft_what_the_assistant_drafts()
 # ---- texts
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
+IN_EVERY_RUN = ["sampling with a penalty", "num_return_sequences"]
+IN_LONG_RUNS = [pytest.param(name, marks=pytest.mark.slow) for name in SETTINGS if name not in IN_EVERY_RUN]
+
+
+@pytest.mark.parametrize("setting", [*IN_EVERY_RUN, *IN_LONG_RUNS])
 def test_the_text_does_not_depend_on_it(setting: str):
     target, batch, eos = meaningful_target("llama")
     arguments = dict(SETTINGS[setting], eos_token_id=eos, max_new_tokens=NEW_TOKENS)
     reference = plain(target, batch, **arguments)
     system = LayerParallel(middle_of(target), 2)
-    for k in (None, 1, 6):
+    for k in (None, 6):
         check(target, batch, reference, system, k, **arguments)
 
 
-OTHERS = ["gemma3", "gpt2", "olmo2", "falcon"]
+OTHERS = ["gpt2", "olmo2", "falcon"]
 OF_LONG_RUNS = [pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES if name not in OTHERS]
 
 
@@ -186,19 +191,15 @@ OF_LONG_RUNS = [pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES 
 def test_other_families(name: str):
     """Norms in front of attention, behind it, and one for attention and MLP."""
     target, batch, eos = meaningful_target(name)
-    assistant = make_target(name, seed=3)
-    systems = [LayerParallel(target, 2), LayerParallel(assistant, 3)]
-    assert all(system.groups for system in systems)
-    for sampling in ({}, SAMPLING):
+    assert LayerParallel(target, 2).groups
+    for sampling, assistant in (({}, target), (SAMPLING, make_target(name, seed=3))):
         arguments = dict(sampling, eos_token_id=eos, max_new_tokens=NEW_TOKENS)
-        reference = plain(target, batch, **arguments)
-        for system in systems:
-            check(target, batch, reference, system, 5, **arguments)
+        check(target, batch, plain(target, batch, **arguments), LayerParallel(assistant, 2), 5, **arguments)
 
 
 def test_together_with_copies_and_in_a_hierarchy():
     target, batch, eos = meaningful_target("llama")
-    arguments = dict(eos_token_id=eos, max_new_tokens=NEW_TOKENS)
+    arguments = dict(eos_token_id=eos, max_new_tokens=12)
     reference = plain(target, batch, **arguments)
     small = LayerParallel(middle_of(target), 2)
     for system in (Reader(drafter=small), Hierarchy(small, middle_of(target))):
@@ -207,10 +208,9 @@ def test_together_with_copies_and_in_a_hierarchy():
 
 def test_calls_in_threads_share_an_assistant():
     target, batch, _ = meaningful_target("llama")
-    expected = plain(target, batch, **ENDLESS).sequences.tolist()
-    assistant = middle_of(target)
-    system = LayerParallel(assistant, 2)
-    found = texts_of_threads(target, system, batch, **ENDLESS, num_assistant_tokens=4)
+    arguments, assistant = dict(max_new_tokens=8, eos_token_id=None), middle_of(target)
+    expected = plain(target, batch, **arguments).sequences.tolist()
+    found = texts_of_threads(target, LayerParallel(assistant, 2), batch, **arguments, num_assistant_tokens=4)
     assert len(found) == 9 and all(text == expected for text in found)
     assert not any(module._forward_pre_hooks for module in assistant.modules())
 
@@ -218,7 +218,7 @@ def test_calls_in_threads_share_an_assistant():
 @pytest.mark.parametrize("acceptance", ["rejection", "coupled"])
 def test_other_rules_run_in_batches(acceptance: str):
     target, batch, eos = meaningful_target("llama")
-    settings = dict(SAMPLING, acceptance=acceptance, eos_token_id=eos, max_new_tokens=NEW_TOKENS)
+    settings = dict(SAMPLING, acceptance=acceptance, eos_token_id=eos, max_new_tokens=12)
     texts = []
     for assistant in (middle_of(target), target):
         torch.manual_seed(3)

@@ -183,6 +183,7 @@ class HierarchyDrafter(AssistantDrafter):
             taken, drafted, accepted, states = self._pass(wanted, written, going_on, choose)
             if start is None:  # the newest tokens of the texts, which the next round begins with
                 if waits:
+                    assert states is not None  # of `states_of`
                     states = self._tell_of_text(states, int(text.amax()) - 1)
                     of_inner = self.inner.mark()
                 self.leave_newest()

@@ -23,7 +23,8 @@ def write_state(path: Path, network: nn.Module, optimizer: torch.optim.Optimizer
     Raises:
         OSError: it cannot be written. What was there before is safe.
     """
-    tensors, numbers = {}, {}
+    tensors: dict[str, torch.Tensor] = {}
+    numbers: dict[str, int | float] = {}
     for name, parameter in network.named_parameters():
         tensors[f"weights.{name}"] = parameter.detach().cpu().clone()
         for key, value in optimizer.state.get(parameter, {}).items():

@@ -145,7 +145,7 @@ class LearningDrafter(Drafter):
         self.hidden_state_layers = drafter.hidden_state_layers
         self.reads_logits = drafter.reads_logits or max_tokens is not None
         self.proposes_known_tokens, self.proposes_trees = drafter.proposes_known_tokens, drafter.proposes_trees
-        self.own_draft_length, self.sources = drafter.own_draft_length, drafter.sources
+        self.own_draft_length, self.sources = getattr(drafter, "own_draft_length", None), drafter.sources
         self.recording: Recording | None = None
         self.proposed: torch.Tensor | None = None  # of this round
         self.counts: list[torch.Tensor] = []  # drafts that were looked at and right, of each round
@@ -155,9 +155,9 @@ class LearningDrafter(Drafter):
         self.drafter.__enter__()
         return self
 
-    def __exit__(self, kind, *exception) -> None:
-        self.drafter.__exit__(kind, *exception)
-        if kind is None:
+    def __exit__(self, *exception) -> None:
+        self.drafter.__exit__(*exception)
+        if exception[0] is None:
             reached, right = torch.stack(self.counts).sum(dim=0).tolist() if self.counts else (0, 0)
             texts = [] if self.recording is None else self.recording.texts()
             self.owner.take(texts, reached, right, perf_counter() - self.started)

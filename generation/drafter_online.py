@@ -242,7 +242,7 @@ def gradients_of(loss_of: Callable, network, target, texts: list[VerifiedText], 
         for parameter, more in zip(parameters, torch.autograd.grad(loss, parameters, allow_unused=True), strict=True):
             if more is not None:
                 parameter.grad = more if parameter.grad is None else parameter.grad + more
-        total, count = total + float(loss), count + drafts
+        total, count = total + float(loss.detach()), count + drafts
     for parameter in parameters:
         if parameter.grad is not None:
             parameter.grad /= max(count, 1)

@@ -44,7 +44,8 @@ def loss_for(drafter) -> Callable:
 
 def divergence(logits: torch.Tensor, places: torch.Tensor, chances: torch.Tensor) -> torch.Tensor:
     """Kullback-Leibler divergence of a drafter's distribution from the target's, which are told apart by the target's
-    likeliest tokens and all others together. What the drafter cannot draft is left out.
+    likeliest tokens and all others together. Of the likeliest tokens those that the drafter cannot draft are left out:
+    what is compared is how likely the others are among themselves, and it weighs as much as they do.
 
     Args:
         logits: (M, V').
@@ -61,7 +62,13 @@ def divergence(logits: torch.Tensor, places: torch.Tensor, chances: torch.Tensor
     others = (1 - likely.sum(dim=-1)).clamp(min=0)
     of_others = torch.log1p(-(scores.exp() * is_there).sum(dim=-1).clamp(max=1 - 1e-4))
     known = (likely * (chances - scores)).masked_fill(~is_there, 0.0).sum(dim=-1)
-    return known + torch.xlogy(others, others.clamp(min=1e-4)) - others * of_others
+    all_compared = (likely * is_there).sum(dim=-1) + others
+    return (
+        known
+        + torch.xlogy(others, others.clamp(min=1e-4))
+        - others * of_others
+        - torch.xlogy(all_compared, all_compared)
+    )
 
 
 def loss_of_causal_lm(network, target, text: VerifiedText) -> tuple[torch.Tensor, int]:

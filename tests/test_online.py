@@ -95,7 +95,7 @@ def test_slots_are_compared_where_they_were_drafted(preset: str, monkeypatch):
 
     monkeypatch.setattr(losses, "divergence", spied)
     loss, count = losses.loss_of_slots(learning.network, target, text.usable())
-    assert count == len(text.likely) and float(loss) > 0
+    assert count == len(text.likely) and float(loss.detach()) > 0
     ((logits, places),) = seen
     best = logits.argmax(dim=-1).view(count, 4)
     ids = learning.network.draft_token_ids
@@ -128,7 +128,8 @@ def test_the_divergence_by_hand():
         assert float(ours[row]) == pytest.approx(float((target[row] * (target[row] / mine).log()).sum()))
     assert float(losses.divergence(q.log(), places, q.gather(1, places).log()).abs().max()) < 1e-9
     without = losses.divergence(logits, torch.tensor([[1, -1], [2, 0]]), target[:, :2].log())[0]
-    assert float(without) == pytest.approx(float(0.5 * (0.5 / q[0, 1]).log() + 0.2 * (0.2 / (1 - q[0, 1])).log()))
+    by_hand = 0.5 * (0.5 / 0.7 / q[0, 1]).log() + 0.2 * (0.2 / 0.7 / (1 - q[0, 1])).log()
+    assert float(without) == pytest.approx(float(by_hand))
 
 
 def test_the_targets_own_copy_has_nothing_to_learn():
@@ -151,7 +152,7 @@ def test_the_targets_own_copy_has_nothing_to_learn():
     for text in texts:
         text.likely, text.chances = text.likely.roll(1, dims=0), text.chances.roll(1, dims=0)
     loss, norm = loss_and_gradient()
-    assert loss > 0.5 and norm > 0.1
+    assert loss > 0.1 and norm > 0.1
     assert all(parameter.grad is None for parameter in target.parameters())
 
 

@@ -44,8 +44,9 @@ class VerifiedText:
 
     def usable(self) -> VerifiedText:
         """The same for autograd: what was noted in inference mode could not be learned from."""
-        parts = self.tokens, self.likely, self.chances, self.states
-        return VerifiedText(*(part.clone() if part is not None and part.is_inference() else part for part in parts))
+        noted = (part.clone() if part.is_inference() else part for part in (self.tokens, self.likely, self.chances))
+        states = self.states
+        return VerifiedText(*noted, states=states if states is None or not states.is_inference() else states.clone())
 
 
 class Recording:

@@ -43,7 +43,7 @@ class OnlineDistillation(DraftingSystem):
         every: finished texts after which it learns, at the end of a call; `None`: only where `learn()` is called.
         learning_rate: of AdamW without weight decay.
         max_tokens: of the texts that a step learns from, prompts included; each call in progress also holds so many.
-            Of longer texts the beginning is learned from.
+            Prompts take half of them at most, and of longer texts the beginning is learned from.
         max_time_share: of the time that calls take, how much learning may take; it waits otherwise.
         optimizer: makes another one of a list of parameters: those of the drafter that require gradients.
         frozen: whether it learns nothing; may be set at any time.

@@ -54,19 +54,20 @@ class Recording:
 
     Args:
         prompts: what it begins with.
-        max_tokens: positions that are held, of prompts and of passes; what comes after them is not noted, nor rows
-            whose prompts do not fit.
+        max_tokens: positions that are held. Prompts take half of them at most: rows that do not fit are not noted; nor
+            is what is written when passes have taken the rest.
         with_states: whether the drafter reads the target's states.
     """
 
     def __init__(self, prompts: Prompts, max_tokens: int, with_states: bool):
         layout, device = prompts.layout, prompts.input_ids.device
-        lengths, self.room = layout.host_lengths, max_tokens
+        lengths, left = layout.host_lengths, max_tokens // 2
         self.kept: list[int] = []  # rows of the batch
         for row, length in enumerate(lengths):
-            if length < self.room:
+            if length < left:
                 self.kept.append(row)
-                self.room -= length + 1
+                left -= length + 1
+        self.room = max_tokens - max_tokens // 2 + left
         ids = torch.cat([layout.compact(prompts.input_ids), prompts.first_tokens], dim=1)
         self.tokens = {row: [torch.cat([ids[row, : lengths[row]], ids[row, -1:]])] for row in self.kept}
         self.states: dict[int, list[torch.Tensor]] | None = None
@@ -77,26 +78,32 @@ class Recording:
                     if row in self.tokens:
                         self.states[row] = [states[: lengths[row]].clone()]  # not a view of all rows
         self.rows = torch.arange(len(lengths), device=device)  # those that passes still carry
+        self.places = self.rows[self.kept]  # of those that are noted, among them
         self.rounds: list[tuple[torch.Tensor, ...]] = []
 
     def add(self, verified: Verified) -> None:
         """Note a round, as tensors: the host need not wait for them."""
-        self.room -= verified.tokens.numel()
-        if self.room < 0 or not self.kept:
+        self.room -= len(self.places) * verified.tokens.shape[1]
+        if self.room < 0 or not len(self.places):
             self.room = -1  # nor what comes later, without this in front of it
             return
         assert verified.logits is not None  # the drafter asks for them
-        logits = verified.logits.float()
+        logits = verified.logits[self.places.to(verified.logits.device)].float()
         best = logits.topk(min(MOST_LIKELY, logits.shape[-1]))
         chances = best.values - logits.logsumexp(dim=-1, keepdim=True)
-        noted = [verified.tokens, verified.counts, best.indices, chances]
+        given = [verified.tokens, verified.counts]
         if self.states is not None:
             assert verified.hidden_states is not None
-            noted.append(verified.hidden_states)
-        self.rounds.append((self.rows, *(part.to(self.rows.device) for part in noted)))
+            given.append(verified.hidden_states)
+        tokens, counts, *states = (part[self.places.to(part.device)] for part in given)
+        noted = tokens, counts, best.indices, chances, *states
+        self.rounds.append((self.rows[self.places], *(part.to(self.rows.device) for part in noted)))
 
     def select_rows(self, index: torch.Tensor) -> None:
         self.rows = self.rows[index.to(self.rows.device)]
+        kept = set(self.kept)
+        places = [place for place, row in enumerate(self.rows.tolist()) if row in kept]
+        self.places = torch.tensor(places, dtype=torch.long, device=self.rows.device)
 
     def texts(self) -> list[VerifiedText]:
         """Those of which something was verified."""
@@ -104,7 +111,7 @@ class Recording:
         chances: dict[int, list[torch.Tensor]] = {row: [] for row in self.kept}
         for rows, tokens, counts, best, of_best, *states in self.rounds:
             for place, (row, count) in enumerate(zip(rows.tolist(), counts.tolist(), strict=True)):
-                if row not in likely or not count:
+                if not count:
                     continue
                 self.tokens[row].append(tokens[place, :count])
                 likely[row].append(best[place, :count])

@@ -216,7 +216,7 @@ def mean(values: list[float]) -> float:
     return sum(values) / len(values)
 
 
-SHORT = dict(max_new_tokens=16, eos_token_id=None)
+SHORT = dict(max_new_tokens=12, eos_token_id=None)
 
 
 @pytest.mark.parametrize(("kind", "calls"), [("causal lm", 8), pytest.param("network", 20, marks=pytest.mark.slow)])
@@ -244,7 +244,7 @@ def test_it_learns_a_domain_and_the_next_one(kind: str, calls: int, monkeypatch)
     assert statistics.losses[calls - 1] < statistics.losses[0] / 1.5
     assert statistics.acceptances[calls - 1] > statistics.acceptances[0] + 0.1
 
-    frozen, _, control = run(batches[calls - 2 : calls + 2], frozen=True)
+    frozen, _, control = run(batches[calls - 2 : calls], frozen=True)
     assert max(frozen) < first + 0.5 and control.network is drafter and control.statistics.steps == 0
     assert control.statistics.acceptance is not None
     assert all(torch.equal(one, other) for one, other in zip(before, drafter.parameters(), strict=True))
@@ -256,7 +256,7 @@ def test_it_learns_a_domain_and_the_next_one(kind: str, calls: int, monkeypatch)
         update(self, verified)
 
     monkeypatch.setattr(LearningDrafter, "update", beside)
-    wrong, _, _ = run(batches[:calls])
+    wrong, _, _ = run(batches[: calls - 2])
     assert mean(wrong[-2:]) < first + 0.3
 
 
@@ -318,7 +318,7 @@ def test_rejection_keeps_the_distribution():
     torch.manual_seed(0)
     only = lambda row, text: [9] if len(text) == 5 else list(range(VOCAB))  # noqa: E731
     counts = torch.zeros(VOCAB)
-    for _ in range(4):
+    for _ in range(4):  # each learns from as many rows as are noted
         ids = torch.tensor([[7, 8, 9, 7, 8]]).expand(1000, -1)
         output = generate(
             target, learning, input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=True,

@@ -216,7 +216,7 @@ def mean(values: list[float]) -> float:
     return sum(values) / len(values)
 
 
-SHORT = dict(max_new_tokens=12, eos_token_id=None)
+SHORT = dict(max_new_tokens=16, eos_token_id=None)
 
 
 @pytest.mark.parametrize(("kind", "calls"), [("causal lm", 8), pytest.param("network", 20, marks=pytest.mark.slow)])

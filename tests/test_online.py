@@ -313,7 +313,7 @@ def test_inside_other_systems_and_as_trees():
 def test_rejection_keeps_the_distribution():
     """Each draft counts with the chance that it was drawn with, whatever has been learned since."""
     target = llama(torch.float32)
-    learning = OnlineDistillation(llama(torch.float32, seed=4), 1, 0.02, **ALWAYS)
+    learning = OnlineDistillation(llama(torch.float32, seed=4), 1, 0.02, max_tokens=256, **ALWAYS)
     logits = target(input_ids=torch.tensor([[7, 8, 9, 7, 8, 9]])).logits[0, -1].detach()
     torch.manual_seed(0)
     only = lambda row, text: [9] if len(text) == 5 else list(range(VOCAB))  # noqa: E731

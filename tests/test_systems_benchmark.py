@@ -81,4 +81,5 @@ def test_it_ends_in_time(monkeypatch):
     clock = systems.Clock(2, places=2)
     assert clock.is_within(0, 0.6) and not clock.is_within(0, 1.0)
     assert clock.is_within(1, 0.2) and not clock.is_within(1, 1.0)
+    monkeypatch.undo()
     assert systems.Clock(None, 1).is_within(0, 0.0)

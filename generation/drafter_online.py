@@ -29,6 +29,7 @@ from .drafter_online_state import read_state, write_state
 from .drafter_online_statistics import AdaptationStatistics
 from .drafter_online_texts import LearningDrafter, VerifiedText
 from .drafter_system import DraftingSystem, Parts
+from .ranks import ranks_of
 
 
 class OnlineDistillation(DraftingSystem):
@@ -89,6 +90,11 @@ class OnlineDistillation(DraftingSystem):
         self._learning = threading.Lock()  # one step at a time
 
     def drafter_for(self, target, parts: Parts) -> Drafter:
+        if ranks_of(target) is not None or ranks_of(self.network) is not None:
+            raise ValueError(
+                "The weights of the target or of its drafter are shared by several processes, of which each would learn "
+                "when its own clock finds it right. Load both whole in each of them, or pass the drafter as it is."
+            )
         with self._lock:
             known = None if self._target is None else self._target()
             if known is not None and known is not target:

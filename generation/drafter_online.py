@@ -92,8 +92,8 @@ class OnlineDistillation(DraftingSystem):
     def drafter_for(self, target, parts: Parts) -> Drafter:
         if ranks_of(target) is not None or ranks_of(self.network) is not None:
             raise ValueError(
-                "The weights of the target or of its drafter are shared by several processes, and each would learn when "
-                "its own clock finds it right. Load both whole in each of them, or pass the drafter as it is."
+                "The weights of the target or of its drafter are shared by several processes, and each would learn "
+                "when its own clock finds it right. Load both whole in each of them, or pass the drafter as it is."
             )
         with self._lock:
             known = None if self._target is None else self._target()

@@ -125,11 +125,3 @@ def test_a_rank_that_is_lost_ends_the_others_with_a_sentence(how: str, tmp_path:
     assert last["lost"] == "in round 5"
     assert "Raised in rank 0. The target's weights are shared by several processes" in first["raised"]
     assert first["seconds"] < 30  # of which 10 are the timeout of these processes
-
-
-@pytest.mark.slow
-@pytest.mark.real
-@pytest.mark.parametrize("size", [2, 3])
-def test_the_default_target(size: int, tmp_path: Path, real_target):
-    for found in world("real", size, tmp_path, 3600):
-        assert_same(found, kinds=2)

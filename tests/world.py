@@ -27,7 +27,7 @@ from dflash import random_weights, raw_config
 from exactness import choose_eos
 from foreign import save
 from tiny import PRESETS, VOCAB, llama, ragged_batch
-from transformers import AutoModelForCausalLM, AutoTokenizer, StoppingCriteria
+from transformers import AutoModelForCausalLM, StoppingCriteria
 from transformers.distributed import DistributedConfig
 from transformers.generation import stopping_criteria
 from transformers.utils.logging import disable_progress_bar
@@ -132,7 +132,7 @@ class Rank:
             stopping_criteria.time = SimpleNamespace(time=lambda: 1e4 * clock())
         random.seed(rank)
 
-    def load(self, dtype: str = "float64", name: str | Path = "target", **sizes):
+    def load(self, dtype: str = "float64", name: str = "target", **sizes):
         config = DistributedConfig(**sizes)
         folder = self.world.folder / name
         return AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype], distributed_config=config).eval()
@@ -279,32 +279,11 @@ def lost(rank: Rank, how: signal.Signals) -> None:
     rank.found["seconds"] = time.monotonic() - began
 
 
-def real(rank: Rank) -> None:
-    """SmolLM2, whose 9 heads three processes can share, or two its weights."""
-    from specformer.scripts.fetch_target import fetch_target
-
-    folder = fetch_target()
-    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
-    prompts = ["Give three tips for staying healthy.", "Why is the sky blue?", "def fibonacci(n):"]
-    batch = dict(tokenizer(prompts, return_tensors="pt", padding=True))
-    rank.world.arguments = dict(max_new_tokens=24)
-    target = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    rank.world.batch, rank.world.plain = batch, {}
-    for do_sample in (False, True):
-        rank.world.plain["float32", do_sample] = texts(target, batch, max_new_tokens=24, do_sample=do_sample)
-    del target
-    drafter = SpecFormerModel.from_pretrained(Path(__file__).parents[1])
-    shared = rank.load("float32", folder, **(dict(tp_size=3) if rank.size == 3 else dict(fsdp_size=rank.size)))
-    rank.check("default", shared, drafter, "float32", calls=6)
-    rank.check("fixed", shared, drafter, "float32", calls=2, num_assistant_tokens=4)
-
-
 SCENARIOS: dict[str, tuple[Callable[[Rank], None], float]] = {
     "quick": (quick, 60),
     "many calls": (many_calls, 600),
     "killed": (lambda rank: lost(rank, signal.SIGKILL), 60),
     "stopped": (lambda rank: lost(rank, signal.SIGSTOP), 10),
-    "real": (real, 600),
 }
 """What each rank does, and the seconds that a rank waits for another one."""
 

@@ -27,6 +27,8 @@ KNOWN_MODEL_KWARGS = {
 }
 TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
 """By which processors of multimodal models tell images (and other things) from text, which is 0."""
+NO_TEXT = ("pixel_values", "image", "video", "audio", "input_features")
+"""How inputs begin that are of images or sound."""
 EXACT_CACHES = (None, "dynamic", "dynamic_full", "static", "hybrid")
 """Cache implementations that give the text of the default one, as the ragged cache does."""
 
@@ -65,6 +67,13 @@ def check_arguments(
         )
     if settings.get("inputs_embeds") is not None:
         raise ValueError("inputs_embeds is not supported: drafting needs the tokens of the prompt. Pass input_ids.")
+    if given := sorted(
+        name for name, value in settings.kwargs.items() if value is not None and name.startswith(NO_TEXT)
+    ):
+        raise ValueError(  # before they are encoded
+            f"The inputs {given} are not supported: speculative decoding is for text alone. Pass input_ids and a mask, "
+            "or call generate() without custom_generate."
+        )
     if given := [name for name in CACHE_NAMES if settings.get(name) is not None]:
         raise ValueError(
             f"{given[0]} was passed; speculative decoding keeps its own cache and would leave nothing in yours. "

@@ -61,6 +61,7 @@ class MtpNetwork(ForeignNetwork):
     """
 
     kind = "MTP"
+    layers: Any
     fc: Any = None
     embed_tokens = None
 

@@ -88,7 +88,7 @@ def generate(
             causal LM with the same tokenizer. Where a row's text repeats itself, drafters that read the target's hidden
             states leave it to copies of that text (`drafter_copying`), but with "rejection";
             `prompt_lookup_num_tokens` says how many tokens, and 0 none. With `prompt_lookup_num_tokens` alone, all
-            drafts are copied.
+            drafts are copied. With `use_mtp=True` in its place the target's own MTP layer drafts (`drafter_mtp`).
         num_assistant_tokens: tokens to draft each round. "auto" drafts what pays, measured while it runs: see
             `draft_length_auto`. `None` takes the generation config's number, else is "auto", but with "rejection" the
             drafter's default. More than the drafter has slots, or than are copied, is cut to that; 0

@@ -61,8 +61,8 @@ def check_target(model) -> None:
     """Refuse architectures whose cached state cannot be kept per row.
 
     Raises:
-        UnsupportedTargetError: layers in several processes, encoder-decoder, state-space or hybrid layers, ALiBi,
-            multimodal positions.
+        UnsupportedTargetError: layers in several processes, encoder-decoder, layers whose state cannot be taken back,
+            ALiBi.
     """
     if is_pipelined(model):
         refuse(
@@ -110,8 +110,6 @@ def check_target(model) -> None:
     }
     if strange:
         refuse(model, f"it needs cache layers that cannot take back tokens ({', '.join(sorted(strange))}).")
-    if any("mrope_section" in rope for rope in rope_settings(config)):
-        refuse(model, "its rotary positions have several axes (a multimodal model).")
 
 
 def rope_settings(config) -> list[dict]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import signal
@@ -17,13 +18,13 @@ from exactness import choose_eos
 from test_callers import tiny_tokenizer
 from test_distill import prompts, rows_of
 from tiny import llama
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from specformer import SpecFormerConfig, SpecFormerModel
 from specformer import generate as generate_drafted
 from specformer.scripts import distill, generate
 from specformer.scripts.parts.answer_folder import AnswerFolder
-from specformer.scripts.parts.answering import Answer
+from specformer.scripts.parts.answering import Answer, Answering
 from specformer.scripts.parts.drafted_answering import DraftedAnswering, Joined
 
 NEW_TOKENS = 20
@@ -31,12 +32,26 @@ GREEDY = dict(max_new_tokens=NEW_TOKENS, do_sample=False)
 SAMPLED = dict(max_new_tokens=NEW_TOKENS, do_sample=True, temperature=1.3, top_k=20)
 
 
-def with_ends(target):
-    """`target`, some of whose answers end by themselves, at different places."""
+@pytest.fixture(scope="module")
+def answered() -> tuple[PreTrainedModel, dict[int, list[int]]]:
+    """A target, some of whose answers end by themselves, at different places; and what plain generate() answers."""
+    target = llama(seed=3)
     target.generation_config.eos_token_id = None
     texts = [plain(target, ids) for ids in prompts()]
-    target.generation_config.eos_token_id = choose_eos(torch.tensor(texts), 0)
-    return target
+    target.generation_config.eos_token_id = eos = choose_eos(torch.tensor(texts), 0)
+    ends = [text.index(eos) + 1 if eos in text else NEW_TOKENS for text in texts]
+    assert len(set(ends)) > 2
+    return target, {index: text[:end] for index, (text, end) in enumerate(zip(texts, ends, strict=True))}
+
+
+@pytest.fixture
+def target(answered):
+    return copy.deepcopy(answered[0])
+
+
+@pytest.fixture
+def expected(answered):
+    return answered[1]
 
 
 def plain(target, ids: list[int], **settings) -> list[int]:
@@ -83,70 +98,63 @@ def answer_all(target, batch_size: int, settings: dict, drafter, drafting: dict,
     return {answer.index: answer.response_ids for answer in seen}
 
 
-@pytest.mark.parametrize("kind", DRAFTERS)
-def test_answers_are_those_of_plain_generate(kind: str):
-    target = with_ends(llama(seed=3))
-    expected = dict(enumerate(plain(target, ids) for ids in prompts()))
-    assert len({len(answer) for answer in expected.values()}) > 2
-    drafter, drafting = DRAFTERS[kind](target)
-    for batch_size in (1, 5, 64):
-        assert answer_all(target, batch_size, GREEDY, drafter, drafting) == expected
+SLOW = pytest.mark.slow
+QUICK_KINDS = ("with confidences", "copies")
+
+
+@pytest.mark.parametrize("batch_size", [5, pytest.param(1, marks=SLOW), pytest.param(64, marks=SLOW)])
+@pytest.mark.parametrize("kind", [kind if kind in QUICK_KINDS else pytest.param(kind, marks=SLOW) for kind in DRAFTERS])
+def test_answers_are_those_of_plain_generate(kind: str, batch_size: int, target, expected):
+    assert answer_all(target, batch_size, GREEDY, *DRAFTERS[kind](target)) == expected
 
 
 def test_answers_of_a_target_whose_positions_end():
-    target = gpt2()
-    expected = dict(enumerate(plain(target, ids) for ids in prompts()))
-    assert answer_all(target, 5, GREEDY, target, {"num_assistant_tokens": 4}) == expected
+    target, some = gpt2(), range(6)
+    expected = {index: plain(target, prompts()[index]) for index in some}
+    assert answer_all(target, 3, GREEDY, target, {"num_assistant_tokens": 4}, some) == expected
 
 
-def test_what_the_generation_config_says_counts():
+def test_what_the_generation_config_says_counts(target, expected):
     """Processors that read the text among it."""
-    target = with_ends(llama(seed=3))
-    before = plain(target, prompts()[0])
-    target.generation_config.repetition_penalty = 1.7
-    expected = dict(enumerate(plain(target, ids) for ids in prompts()))
-    assert expected[0] != before
-    assert answer_all(target, 5, GREEDY, target, {"num_assistant_tokens": 3}) == expected
+    target.generation_config.repetition_penalty, some = 1.7, range(6)
+    penalised = {index: plain(target, prompts()[index]) for index in some}
+    assert penalised[0] != expected[0]
+    assert answer_all(target, 3, GREEDY, target, {"num_assistant_tokens": 3}, some) == penalised
 
 
-def test_sampled_answers_depend_on_prompt_and_seed_alone():
-    target = with_ends(llama(seed=3))
-    drafter = drafter_of(target)
-    expected = {
-        index: generate_drafted(
-            target,
-            drafter,
-            torch.tensor([ids]),
-            acceptance="coupled",
-            seed=40 + index,
-            num_assistant_tokens=2,
-            **SAMPLED,
-        )[0, len(ids) :].tolist()
-        for index, ids in enumerate(prompts())
-    }
-    assert answer_all(target, 4, SAMPLED, drafter, {"num_assistant_tokens": 3}) == expected
-    some = list(range(22, 8, -1))
-    others = answer_all(target, 9, SAMPLED, target, {"num_assistant_tokens": 4}, some)
-    assert others == {index: expected[index] for index in some}
+def test_sampled_answers_depend_on_prompt_and_seed_alone(target):
+    drafter, some = drafter_of(target), list(range(22, 15, -1))
+    settings = dict(SAMPLED, acceptance="coupled", num_assistant_tokens=2)
+    expected = {}
+    for index in some:
+        ids = torch.tensor([prompts()[index]])
+        text = generate_drafted(target, drafter, ids, seed=40 + index, **settings)
+        expected[index] = text[0, ids.shape[1] :].tolist()
+    assert answer_all(target, 4, SAMPLED, drafter, {"num_assistant_tokens": 3}, some) == expected
+    assert answer_all(target, 9, SAMPLED, target, {"num_assistant_tokens": 4}, some[::-1]) == expected
 
 
-@pytest.mark.parametrize("fault", ["own", "read"])
-def test_a_planted_fault_is_found(fault: str, monkeypatch):
-    """Rows that are given other rows' logits, and lengths that are forgotten."""
-    target = with_ends(llama(seed=3))
-    expected = dict(enumerate(plain(target, ids) for ids in prompts()))
-    if fault == "own":
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "places that were dropped",
+        pytest.param("another row's logits", marks=SLOW),
+        pytest.param("another row's place", marks=SLOW),
+    ],
+)
+def test_a_planted_fault_is_found(fault: str, target, expected, monkeypatch):
+    begin = DraftedAnswering._begin
+    if fault == "another row's logits":
         monkeypatch.setattr(Joined, "own", lambda self, values: values[: len(self.places)])
+    elif fault == "another row's place":
+        monkeypatch.setattr(DraftedAnswering, "_begin", lambda self, group, places: begin(self, group, places[::-1]))
     else:
-        monkeypatch.setattr(DraftedAnswering, "_longest", lambda self: 1)
-    try:
-        assert answer_all(target, 5, GREEDY, target, {"num_assistant_tokens": 3}) != expected
-    except (IndexError, RuntimeError):  # written past the end
-        assert fault == "read"
+        monkeypatch.setattr(DraftedAnswering, "_drop", Answering._drop)
+    with pytest.raises((AssertionError, IndexError, RuntimeError)):
+        assert answer_all(target, 5, GREEDY, target, {"num_assistant_tokens": 3}) == expected
 
 
-def test_rows_are_refilled_and_drafts_save_passes():
-    target = with_ends(llama(seed=3))
+def test_drafts_save_passes(target):
     answering = DraftedAnswering(target, 8, GREEDY, target, {"num_assistant_tokens": 4})
     answers = list(answering.run(Answer(index, ids) for index, ids in enumerate(prompts())))
     assert answering.tokens == sum(len(answer.response_ids) - 1 for answer in answers)
@@ -170,7 +178,7 @@ def folder(tmp_path: Path) -> Path:
 
 def options(folder: Path, output: str = "answers", *more) -> list[str]:
     places = ("--prompts", folder / "prompts.jsonl", "--target", folder / "target", "--output", folder / output)
-    return [*map(str, (*places, "--drafter", folder / "drafter", "--batch-size", 4, "--max-new-tokens", 24, *more))]
+    return [*map(str, (*places, "--drafter", folder / "drafter", "--batch-size", 4, "--max-new-tokens", 16, *more))]
 
 
 def run(monkeypatch, folder: Path, *more, module=generate, **kwargs) -> list[dict]:
@@ -183,26 +191,27 @@ def run(monkeypatch, folder: Path, *more, module=generate, **kwargs) -> list[dic
     return rows_of(folder / (more[0] if more else "answers"))
 
 
-def expected_rows(folder: Path) -> dict[int, list[int]]:
+def expected_rows(folder: Path, limit: int = 40) -> dict[int, list[int]]:
     target = AutoModelForCausalLM.from_pretrained(folder / "target", dtype=torch.float32)
     tokenizer, found = tiny_tokenizer(), {}
-    for index, line in enumerate((folder / "prompts.jsonl").read_text().splitlines()):
+    for index, line in enumerate((folder / "prompts.jsonl").read_text().splitlines()[:limit]):
         chat = [{"role": "user", "content": json.loads(line)["prompt"]}]
         ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]
-        found[index] = plain(target, ids, max_new_tokens=24)
+        found[index] = plain(target, ids, max_new_tokens=16)
     return found
 
 
 def test_command(folder: Path, monkeypatch, capsys):
-    rows = run(monkeypatch, folder, "answers", "--dtype", "float32", "--measure-plain", 6)
-    assert {row["id"]: row["response_ids"] for row in rows} == expected_rows(folder)
+    some = ("--dtype", "float32", "--limit", 14)
+    rows = run(monkeypatch, folder, "answers", *some, "--measure-plain", 4)
+    assert {row["id"]: row["response_ids"] for row in rows} == expected_rows(folder, 14)
     tokenizer = tiny_tokenizer()
     assert all(row["text"] == tokenizer.decode(row["response_ids"], skip_special_tokens=True) for row in rows)
     told = capsys.readouterr().out
-    assert "40 answers in" in told and "tokens per target pass" in told
-    assert "Speed-up" in told and "6 prompts once more" in told and "6 texts are the same" in told
+    assert "14 answers in" in told and "tokens per target pass" in told
+    assert "Speed-up" in told and "4 prompts once more" in told and "4 texts are the same" in told
     assert '"speed_up"' in (folder / "answers" / "README.md").read_text(encoding="utf-8")
-    assert run(monkeypatch, folder, "answers", "--dtype", "float32") == rows
+    assert run(monkeypatch, folder, "answers", *some) == rows
     assert "All of them were there." in capsys.readouterr().out
 
 
@@ -266,6 +275,7 @@ def lines(folder: Path) -> int:
     return sum(path.read_bytes().count(b"\n") for path in folder.glob("answers-*.jsonl"))
 
 
+@pytest.mark.slow
 def test_two_processes_of_which_one_is_killed(folder: Path):
     """SIGKILL in the midst of the work; the same command again answers the others."""
     output = folder / "answers"

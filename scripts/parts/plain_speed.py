@@ -41,7 +41,7 @@ def plain_answers(answering: DraftedAnswering, batch: Sequence[Answer]) -> list[
     """What plain generate() answers, each up to its end."""
     ids, mask = left_padded(batch, answering.device)
     texts = answering.target.generate(ids, attention_mask=mask, **answering.settings)[:, ids.shape[1] :]
-    eos = torch.tensor(sorted(answering.eos_token_ids), device=texts.device)
+    eos = torch.tensor([token for token in answering.eos_token_ids if token is not None], device=texts.device).long()
     goes_on = (~torch.isin(texts, eos)).long().cumprod(dim=1).sum(dim=1)  # tokens in front of the first end
     return [text[: count + 1] for text, count in zip(texts.tolist(), goes_on.tolist(), strict=True)]
 

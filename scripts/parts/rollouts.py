@@ -135,7 +135,7 @@ class Rollouts:
         loss = torch.tensor(float("nan"))
         with (
             torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
-            torch.autocast(device.type, dtype=dtype, enabled=dtype in HALF),
+            torch.autocast(device.type, dtype=dtype if dtype in HALF else None, enabled=dtype in HALF),
             torch.inference_mode(False),
             torch.enable_grad(),
         ):
@@ -151,7 +151,7 @@ class Rollouts:
                 self.optimizer.step()
                 self.optimizer.zero_grad()
         forget_promises(self.model, self.drafter)
-        return float(loss)
+        return float(loss.detach())
 
     def _batch(self, newest: bool) -> dict[str, torch.Tensor]:
         count = min(self.batch_size, len(self.texts))

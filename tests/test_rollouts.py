@@ -10,6 +10,7 @@ import pytest
 import torch
 from test_callers import tiny_tokenizer
 from tiny import PAD, llama, ragged_batch
+from transformers import LlamaForCausalLM
 
 from specformer import Rollouts, SpecFormerConfig, SpecFormerModel, generate
 from specformer.generation import backend_linear, backend_packed, draft_length_auto
@@ -244,21 +245,28 @@ def test_other_trainers(kind: str, tmp_path: Path):
     written: dict[str, list] = {}
 
     def weights(drafted: bool) -> dict:
-        target = llama(torch.float32)
-        texts = written.setdefault(str(drafted), [])
+        llama(torch.float32).save_pretrained(tmp_path / "target")  # the reference is loaded by its name
+        target = LlamaForCausalLM.from_pretrained(tmp_path / "target")
+        drafter, texts = drafter_of(target), written.setdefault(str(drafted), [])
 
         def reward(prompts, completions, **kwargs):
             texts.extend(completions)
             return [-float(len(str(completion))) for completion in completions]
 
         arguments = config(
-            str(tmp_path), max_steps=3, per_device_train_batch_size=4, save_strategy="no", report_to="none", **more
+            str(tmp_path),
+            max_steps=3,
+            per_device_train_batch_size=4,
+            save_strategy="no",
+            report_to="none",
+            bf16=False,
+            **more,
         )
         trainer = make(
             model=target, args=arguments, reward_funcs=reward, train_dataset=data, processing_class=tiny_tokenizer()
         )
         if drafted:
-            with Rollouts(trainer.model, drafter_of(target), num_assistant_tokens=3) as rollouts:
+            with Rollouts(trainer.model, drafter, num_assistant_tokens=3) as rollouts:
                 trainer.add_callback(rollouts.refresh_every(1, steps=1))
                 trainer.train()
                 assert sum(rollouts.statistics.drafted_per_slot) > 0

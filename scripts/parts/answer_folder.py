@@ -35,7 +35,8 @@ class AnswerFolder:
     def __init__(self, path: Path, process: PartialState | None = None):
         self.path = path
         self.is_main = process is None or process.is_main_process
-        self.number, self.count = (0, 1) if process is None else (process.process_index, process.num_processes)
+        self.number: int = 0 if process is None else process.process_index
+        self.count: int = 1 if process is None else process.num_processes
         self.wait: Callable[[], None] = (lambda: None) if process is None else process.wait_for_everyone
 
     @property

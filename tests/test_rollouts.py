@@ -176,7 +176,7 @@ def step(target) -> None:
     torch.optim.AdamW(parameters, lr=0.05, fused=True).step()
 
 
-@pytest.mark.parametrize("is_checked", [True, False], ids=["checked", "planted fault"])
+@pytest.mark.parametrize("is_checked", [True, pytest.param(False, marks=SLOW)], ids=["checked", "planted fault"])
 def test_packed_weights_are_those_of_now(is_checked: bool, monkeypatch):
     monkeypatch.setattr(backend_linear, "gain", lambda *_, **__: 2.0)
     target = llama(torch.float32)

@@ -25,7 +25,7 @@ from specformer.generation.proposal import NO_TOKEN, Proposal, count_drafted
 from specformer.generation.target import prefill, verify
 from specformer.generation.target_positions import positions_in_table
 from specformer.generation.target_states import StateReader
-from specformer.scripts.parts.answering import Answer, Answering
+from specformer.scripts.parts.answering import Answer, Answering, left_padded
 
 
 class Joined:
@@ -150,6 +150,7 @@ class DraftedAnswering(Answering):
         )
         self.settings, self.groups = settings, list[Joined]()
         self.draft_length: DraftLength | None = None
+        self.reads_text: bool | None = None  # whether a processor does, and so would read padding
         self.tokens = self.passes = 0
 
     def run(self, prompts: Iterator[Answer]) -> Generator[Answer, None, None]:
@@ -160,12 +161,40 @@ class DraftedAnswering(Answering):
                 group.entered.close()
             self.groups, self.draft_length = [], None
 
-    def _read(self, answers: list[Answer], input_ids: torch.Tensor, mask: torch.Tensor) -> tuple[Any, Any]:
+    def _admit(self, answers: list[Answer], free: list[int]) -> list[Answer]:
+        """Where a processor reads the text, those of one length after the other, without padding: as it is alone."""
+        if self.reads_text is None:
+            one = self._prepared(answers[:1], *left_padded(answers[:1], self.device))
+            self.reads_text = one.choice.processors.need_prefix
+        if not self.reads_text:
+            return super()._admit(answers, free)
+        complete: list[Answer] = []
+        for length in sorted({len(answer.prompt_ids) for answer in answers}):
+            some = [answer for answer in answers if len(answer.prompt_ids) == length]
+            is_new = not self.rows
+            complete += super()._admit(some, free)
+            free = self._widen(len(answers)) if is_new else free[len(some) :]
+        return complete
+
+    def _widen(self, batch_size: int) -> list[int]:
+        """Make room for more rows in a batch that has begun; returns where."""
+        count = len(self.rows)
+        more = [0] * (batch_size - count)  # copies of the first row, which others replace
+        self.rows, self.read = [*self.rows, *[None for _ in more]], [*self.read, *(self.read[row] for row in more)]
+        index = torch.tensor([*range(count), *more], device=self.device)
+        self.cache.select_rows(index, self._longest())
+        return list(range(count, batch_size))
+
+    def _prepared(self, answers: list[Answer], input_ids: torch.Tensor, mask: torch.Tensor) -> PreparedCall:
         seeds = [self.seed + answer.index for answer in answers]
         strategy = Strategy(self.drafts, "coupled", seeds, None, None, False, None)
         call: Any = GenerationMixin.generate(
             self.target, input_ids, attention_mask=mask, custom_generate=strategy.prepared, **self.settings
         )
+        return call
+
+    def _read(self, answers: list[Answer], input_ids: torch.Tensor, mask: torch.Tensor) -> tuple[Any, Any]:
+        call = self._prepared(answers, input_ids, mask)
         if self.draft_length is None:
             self.draft_length = call.draft_length
             layers = call.drafter.hidden_state_layers if call.draft_length.most else None

@@ -10,7 +10,7 @@ answers its own prompts. Run the same command again after an interruption, with 
 with another drafter if you like: answers that are there are kept, and those that are missing are made. An answer
 depends on its prompt, the settings and --seed alone: it is what plain generate() writes for the prompt alone, in the
 target's generation config but for what is an option here; sampled, it is that of acceptance="coupled" with the seed
---seed + id.
+--seed + id. In half precision, rows beside it can decide a tie.
 """
 
 from __future__ import annotations

@@ -127,7 +127,7 @@ class Generation(Distillation):
         arguments, drafter = super().arguments(output), self.folder / "drafter"
         if not drafter.exists():
             SpecFormerModel(SpecFormerConfig.from_target_config(llama().config)).save_pretrained(drafter)
-        return [*arguments, "--drafter", str(drafter)]
+        return [*arguments, "--drafter", str(drafter), "--dtype", "float32"]  # half precision has ties
 
 
 class Training(Job):

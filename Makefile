@@ -62,7 +62,7 @@ test-gpu:
 		exit 1; }
 	$(PYTHON) -m pytest -m gpu -rs
 
-# Kills distillation and training, ten times each, and compares with runs that are left alone.
+# Kills distillation, generation and training, ten times each, and compares with runs that are left alone.
 kill: $(VENV)/ready
 	$(VENV)/bin/python tests/kill.py --kills 10 --output benchmarks/results/kills.json
 

@@ -36,6 +36,7 @@ _HOMES = {
     "PathSearch": "specformer.generation.drafter_paths",
     "Proposal": "specformer.generation.drafter",
     "Reader": "specformer.generation.drafter_reader",
+    "Rollouts": "specformer.scripts.parts.rollouts",
     "Round": "specformer.generation.call_rounds",
     "RowRound": "specformer.generation.call_rounds",
     "SpecFormerConfig": "specformer.configuration_specformer",

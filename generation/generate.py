@@ -22,8 +22,10 @@ from .call_rounds import Round, check_on_round
 from .call_settings import CallSettings
 from .call_statistics import GenerationStatistics
 from .decoding import decode
-from .drafter import NoDrafter
+from .draft_length import DraftLength
+from .drafter import Drafter, NoDrafter
 from .drafter_system import finished_texts, is_system
+from .prompt import PromptLayout
 from .ranks import among_ranks, is_first
 from .ranks_agreement import check_agreement
 from .target import prompt_layout
@@ -155,6 +157,18 @@ def generate(
 
 
 @dataclass
+class PreparedCall:
+    """A call before its first token; what `decode` takes."""
+
+    drafter: Drafter
+    text: Text
+    choice: TokenChoice
+    layout: PromptLayout
+    model_kwargs: dict
+    draft_length: DraftLength
+
+
+@dataclass
 class Strategy:
     """What a call does once transformers' generate() has prepared it; the arguments are those of `generate`."""
 
@@ -167,6 +181,40 @@ class Strategy:
     on_round: Callable[[Round], object] | None
 
     def __call__(self, model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
+        call = self.prepared(model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs)
+        text, choice = call.text, call.choice
+        with recorded_passes(self.cuda_graphs):
+            statistics = decode(
+                model,
+                call.drafter,
+                text,
+                choice,
+                call.layout,
+                call.model_kwargs,
+                call.draft_length,
+                generation_config.prefill_chunk_size,
+                self.on_round,
+            )
+        if is_system(system := self.drafts.assistant_model) and is_first():
+            system.finished(finished_texts(text.result(), call.layout, statistics.tokens_per_row))
+        if not generation_config.return_dict_in_generate:
+            return text.result()
+        logits, scores, limit = choice.logits, choice.scores, text.stops.limit
+        # transformers' annotations name classes that tensors do not have, and tuples of one
+        return SpeculativeOutput(
+            sequences=text.result(),  # type: ignore[arg-type]
+            scores=None if scores is None else scores.first(limit),  # type: ignore[arg-type]
+            logits=None if logits is None else logits.first(limit),  # type: ignore[arg-type]
+            statistics=statistics,
+        )
+
+    def prepared(
+        self, model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs
+    ) -> PreparedCall:
+        """What is decided before the first token. Passed as `custom_generate` itself, generate() returns it.
+
+        Raises: see `generate`.
+        """
         input_ids = input_ids.long()  # plain generate() takes int32 as well, and returns int64
         batch_size, width = input_ids.shape
         settings = [generation_config, logits_processor, stopping_criteria, self.acceptance, self.seed]
@@ -204,19 +252,4 @@ class Strategy:
             pads_through_model=logits is not None or scores is not None,
         )
         choice = TokenChoice(rule, processors, text, logits, scores)
-        with recorded_passes(self.cuda_graphs):
-            chunk_size = generation_config.prefill_chunk_size
-            statistics = decode(
-                model, drafter, text, choice, layout, model_kwargs, draft_length, chunk_size, self.on_round
-            )
-        if is_system(system := self.drafts.assistant_model) and is_first():
-            system.finished(finished_texts(text.result(), layout, statistics.tokens_per_row))
-        if wants is None:
-            return text.result()
-        # transformers' annotations name classes that tensors do not have, and tuples of one
-        return SpeculativeOutput(
-            sequences=text.result(),  # type: ignore[arg-type]
-            scores=None if scores is None else scores.first(stops.limit),  # type: ignore[arg-type]
-            logits=None if logits is None else logits.first(stops.limit),  # type: ignore[arg-type]
-            statistics=statistics,
-        )
+        return PreparedCall(drafter, text, choice, layout, model_kwargs, draft_length)

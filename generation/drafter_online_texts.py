@@ -44,9 +44,13 @@ class VerifiedText:
 
     def usable(self) -> VerifiedText:
         """The same for autograd: what was noted in inference mode could not be learned from."""
-        noted = (part.clone() if part.is_inference() else part for part in (self.tokens, self.likely, self.chances))
+        tokens, likely, chances = (
+            part.clone() if part.is_inference() else part for part in (self.tokens, self.likely, self.chances)
+        )
         states = self.states
-        return VerifiedText(*noted, states=states if states is None or not states.is_inference() else states.clone())
+        if states is not None and states.is_inference():
+            states = states.clone()
+        return VerifiedText(tokens, likely, chances, states)
 
 
 class Recording:

@@ -47,7 +47,8 @@ def best_first(
         tokens, chances, follows = (part[:, :width] for part in (*found[-1][:2], follows))
         places = torch.arange(count, count + tokens.shape[1], device=tokens.device).expand(rows, -1)
         count += after.shape[1]
-    return likeliest(*(torch.cat(parts, dim=1) for parts in zip(*found, strict=True)), tree_size, num_tokens)
+    tokens, chances, before, parents = (torch.cat(parts, dim=1) for parts in zip(*found, strict=True))
+    return likeliest(tokens, chances, before, parents, tree_size, num_tokens)
 
 
 def likeliest(

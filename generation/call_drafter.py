@@ -19,6 +19,8 @@ from .drafter_dflash import DFlashDrafter
 from .drafter_dflash_network import DFlashNetwork
 from .drafter_eagle import EagleDrafter
 from .drafter_eagle_network import EagleNetwork
+from .drafter_falcon import FalconDrafter
+from .drafter_falcon_network import FalconNetwork
 from .drafter_loading import drafting_model
 from .drafter_parallel import ParallelDrafter
 from .drafter_parallelspec import ParallelSpecDrafter
@@ -149,6 +151,8 @@ def drafter_of_network(network, model) -> Drafter | None:
         return DFlashDrafter(network, model)
     if isinstance(network, ParallelSpecNetwork):
         return ParallelSpecDrafter(network, model)
+    if isinstance(network, FalconNetwork):
+        return FalconDrafter(network, model)
     if isinstance(network, EagleNetwork):
         return EagleDrafter(network, model)
     return None

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from specformer.generation.drafter_dflash_network import DFlashNetwork
 from specformer.generation.drafter_eagle_network import EagleNetwork
+from specformer.generation.drafter_falcon_network import FalconNetwork
 from specformer.generation.drafter_parallelspec_network import ParallelSpecNetwork
 from specformer.scripts.parts.kinds.dflash import DFlashStudent
 from specformer.scripts.parts.kinds.eagle3 import EagleStudent
+from specformer.scripts.parts.kinds.falcon import FalconStudent
 from specformer.scripts.parts.kinds.parallelspec import ParallelSpecStudent
 from specformer.scripts.parts.kinds.pard import PardStudent
 from specformer.scripts.parts.kinds.specformer import SpecFormerStudent
 from specformer.scripts.parts.kinds.student import Student
 
 KINDS: dict[str, type[Student]] = {
-    kind.kind: kind for kind in (SpecFormerStudent, DFlashStudent, EagleStudent, PardStudent, ParallelSpecStudent)
+    kind.kind: kind
+    for kind in (SpecFormerStudent, DFlashStudent, EagleStudent, FalconStudent, PardStudent, ParallelSpecStudent)
 }
 
 
@@ -33,6 +36,8 @@ def student_of(network, target, num_draft_tokens: int | None = None) -> Student:
         return DFlashStudent(network, target)
     if isinstance(network, ParallelSpecNetwork):
         return ParallelSpecStudent(network, target, number)
+    if isinstance(network, FalconNetwork):
+        return FalconStudent(network, target, number)
     if isinstance(network, EagleNetwork):
         return EagleStudent(network, target, number)
     if getattr(getattr(network, "config", None), "pard_token", None) is not None:

@@ -242,7 +242,6 @@ IN_EVERY_RUN = [
     ("rejection", "token before", "all warpers"),
     ("coupled", "token before", "eos"),
     ("rejection", "trees", "all warpers"),
-    ("rejection", "trees with copies", "eos"),
 ]
 CASES = [
     pytest.param(*case, marks=() if case in IN_EVERY_RUN else pytest.mark.slow, id="-".join(case))

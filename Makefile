@@ -4,13 +4,13 @@ PYTHON ?= python3
 VENV := .venv
 OLDEST := .venv-oldest
 CANARY := .venv-canary
-PAGES := .venv-pages
 PYTEST := -m pytest -n 2 --dist worksteal
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 CPU_BUILDS := https://download.pytorch.org/whl/cpu
+comma := ,
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo demo-code docs test test-all test-oldest test-pages canary test-gpu bench-gpu kill lint clean
+.PHONY: demo demo-code docs test test-all test-browser test-oldest test-pages canary test-gpu bench-gpu kill lint clean
 
 demo: $(VENV)/ready
 	$(VENV)/bin/python -m specformer demo
@@ -21,20 +21,27 @@ demo-code: $(VENV)/ready
 test: lint
 	OMP_NUM_THREADS=1 $(VENV)/bin/python $(PYTEST) -m "not slow and not gpu"
 
-test-all: lint test-oldest test-pages
+test-all: lint test-oldest $(VENV)/pages
+	$(VENV)/bin/python tests/browser.py
 	OMP_NUM_THREADS=1 $(VENV)/bin/python $(PYTEST) -m "not gpu"
 
 # The oldest transformers that is supported.
 test-oldest: $(OLDEST)/ready
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python $(PYTEST) -m "not slow and not gpu and not real"
 
-# The Space in a browser (apt-get install chromium), the documentation and the notebook.
-test-pages: $(PAGES)/ready
-	OMP_NUM_THREADS=1 $(PAGES)/bin/python -m pytest -m "not gpu" tests/test_space.py tests/test_pages.py tests/test_notebook.py
+# One visit to the Space in a browser, which is installed if need be. Where none can be had it is skipped, and says so.
+test-browser: $(VENV)/browser
+	$(VENV)/bin/python tests/browser.py
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests/test_space.py::test_the_page_in_short
+
+# The Space in a browser, the documentation and the notebook.
+test-pages: $(VENV)/pages
+	$(VENV)/bin/python tests/browser.py
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m "not gpu" tests/test_space.py tests/test_pages.py tests/test_notebook.py
 
 # The documentation as pages, in build/site.
-docs: $(PAGES)/ready
-	NO_MKDOCS_2_WARNING=1 $(PAGES)/bin/mkdocs build
+docs: $(VENV)/pages
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build
 
 # The newest of everything, in an environment that is made anew each time: what the next release elsewhere breaks.
 # torch stays the CPU build that was found: a newer one that another package asks for would be a CUDA build.
@@ -55,7 +62,7 @@ test-gpu:
 		exit 1; }
 	$(PYTHON) -m pytest -m gpu -rs
 
-# Kills distillation and training, ten times each, and compares with runs that are left alone.
+# Kills distillation, generation and training, ten times each, and compares with runs that are left alone.
 kill: $(VENV)/ready
 	$(VENV)/bin/python tests/kill.py --kills 10 --output benchmarks/results/kills.json
 
@@ -86,7 +93,7 @@ lint: $(VENV)/ready
 	$(VENV)/bin/mypy
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(CANARY) $(PAGES) build *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(OLDEST) $(CANARY) build *.egg-info .mypy_cache .pytest_cache .ruff_cache
 
 # environment, folder: a fresh one
 define environment
@@ -105,11 +112,18 @@ torch = echo "Installing torch $(2) (CPU build) ..."; \
 	$(call pip,$(1),$(3)) "torch==$(2)+cpu" --extra-index-url $(CPU_BUILDS) 2>/dev/null || \
 	$(call pip,$(1),$(3)) "torch==$(2)"
 
-# package, folder, constraints
+# package, folder, constraints: with what `make test` needs
 define package
 	@echo "Installing the package and its tools ..."
 	@$(call pip,$(1),$(2)) -e ".[scripts,test]"
 	@touch $(1)/ready
+endef
+
+# extras, their names, file that says they are there: beside what is in $(VENV) already
+define extras
+	@echo "Installing $(1) ..."
+	@$(call pip,$(VENV),"constraints.txt constraints-pages.txt") -e ".[$(1)]"
+	@touch $(2)
 endef
 
 $(VENV)/ready: setup.cfg pyproject.toml constraints.txt
@@ -124,9 +138,10 @@ $(OLDEST)/ready: setup.cfg pyproject.toml constraints.txt
 	@$(call torch,$(OLDEST),$(TORCH),$(OLDEST)/constraints.txt)
 	$(call package,$(OLDEST),$(OLDEST)/constraints.txt)
 
-$(PAGES)/ready: setup.cfg pyproject.toml constraints.txt constraints-pages.txt
-	$(call environment,$(PAGES))
-	{ grep -v '^pillow==' constraints.txt; cat constraints-pages.txt; } > $(PAGES)/constraints.txt
-	@$(call torch,$(PAGES),$(TORCH),$(PAGES)/constraints.txt)
-	@$(call pip,$(PAGES),$(PAGES)/constraints.txt) -e ".[scripts,test,space,docs,test-pages]"
-	@touch $(PAGES)/ready
+# The page of the Space, and a browser's driver.
+$(VENV)/browser: $(VENV)/ready constraints-pages.txt
+	$(call extras,space$(comma)test-browser,$@)
+
+# Also the documentation and the notebook.
+$(VENV)/pages: $(VENV)/browser
+	$(call extras,docs$(comma)test-pages,$@)

@@ -15,6 +15,7 @@ scripts/ is the command line, benchmarks/ measures, and generation/ decodes, whe
     prompt        where the tokens of padded prompts are, and which rows read theirs together
     backend       what belongs to torch, transformers, the machine and the process
     cache         keys and values of rows that have lengths of their own
+    ranks         one target in several processes: what the first of them decides, and tells the others
     argument      what a caller passed, in messages
 
 No room imports from one above it. A picture, and the files: docs/house.md.
@@ -29,10 +30,13 @@ _HOMES = {
     "AnswerStore": "specformer.generation.drafter_store",
     "Drafter": "specformer.generation.drafter",
     "Hierarchy": "specformer.generation.drafter_hierarchy",
+    "LayerParallel": "specformer.generation.drafter_layer_parallel",
     "MaskedDiffusion": "specformer.generation.drafter_diffusion",
+    "OnlineDistillation": "specformer.generation.drafter_online",
     "PathSearch": "specformer.generation.drafter_paths",
     "Proposal": "specformer.generation.drafter",
     "Reader": "specformer.generation.drafter_reader",
+    "Rollouts": "specformer.scripts.parts.rollouts",
     "Round": "specformer.generation.call_rounds",
     "RowRound": "specformer.generation.call_rounds",
     "SpecFormerConfig": "specformer.configuration_specformer",

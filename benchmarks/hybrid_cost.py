@@ -2,9 +2,9 @@
 
     python -m benchmarks.hybrid_cost --output benchmarks/results/hybrid_cost_cpu.json
 
-Targets have random weights: tiny ones, whose passes are mostly overhead, and ones of about the sizes of LFM2-350M
-(short convolutions) and Qwen3.5-0.8B (gated delta nets). For each batch size and number of drafts, behind --context
-tokens:
+Targets have random weights: tiny ones, whose passes are mostly overhead, and ones of the published sizes of LFM2-350M
+(short convolutions) and of Qwen3.5-0.8B's text model (gated delta nets). For each batch size and number of drafts,
+behind --context tokens:
 
 - the pass, beside a step of plain generate(), which is one token with transformers' own cache. Their ratio is how many
   tokens a pass has to give with a drafter that costs nothing: the break-even;

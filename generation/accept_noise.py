@@ -13,6 +13,7 @@ from collections import OrderedDict
 import torch
 
 from .backend_process import shared
+from .ranks import shared_ranks, told
 from .text_positions import Positions
 
 KEPT_BYTES = 512 * 2**20
@@ -25,6 +26,15 @@ def default_generator(device: torch.device) -> torch.Generator:
         return torch.mps._get_default_mps_generator()
     index = device.index if device.index is not None else torch.accelerator.current_device_index()
     return getattr(torch, device.type).default_generators[index]
+
+
+def share_generators(device: torch.device) -> None:
+    """Where several processes share a target, all go on from the random numbers of the first one."""
+    if shared_ranks() is None:
+        return
+    for generator in {id(each): each for each in (torch.default_generator, default_generator(device))}.values():
+        (state,) = told(generator.get_state())
+        generator.set_state(state)
 
 
 _replayed: set[torch.device] = shared("replayed", set)  # devices whose default generator some call is replaying

@@ -38,6 +38,7 @@ from torch.nn import functional
 
 from .backend_compiled import is_compiled
 from .backend_packed import can_pack, pack, packed_weights, state_of
+from .ranks import shared_ranks
 
 ANY = range(1, sys.maxsize)
 NONE = range(0)
@@ -58,7 +59,8 @@ def fast_linears(*models: nn.Module | None, in_training: bool = False):
     """Plain linear layers of `models` go through oneDNN where that is faster, in what this thread runs inside.
 
     Layers with a forward of their own (adapters, quantised or offloaded weights) stay as they are, and so does all of a
-    model of which a part is compiled, as that would be compiled again.
+    model of which a part is compiled, as that would be compiled again. Where several processes share a target, nothing
+    is changed: each would measure for itself, and what they all compute must be the same to the last bit.
 
     Args:
         in_training: whether weights change inside, so that none is packed: an optimizer's steps are not all counted.
@@ -67,7 +69,8 @@ def fast_linears(*models: nn.Module | None, in_training: bool = False):
         the forwards that the layers concerned have inside, whose `rows` are the numbers of rows concerned.
     """
     thread, entered = threading.get_ident(), []
-    layers = [layer for model in models if model is not None for layer in plain_linears(model)]
+    wanted = [model for model in models if model is not None and shared_ranks() is None]
+    layers = [layer for model in wanted for layer in plain_linears(model)]
     forwards = fast_forwards(dict.fromkeys(layer for layer in layers if not is_inside(layer, thread)), in_training)
     try:
         for layer in layers:

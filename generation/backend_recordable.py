@@ -9,6 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .backend_compiled import is_compiled
+from .ranks import ranks_of
 
 
 def can_record(device: torch.device) -> bool:
@@ -21,6 +22,11 @@ def check_recordable(*models) -> None:
     Raises:
         ValueError: the target, the first of `models`, is not on one GPU, or one of them is compiled.
     """
+    if ranks_of(models[0]) is not None:
+        raise ValueError(
+            "cuda_graphs=True was given and several processes share the target's weights, so that its passes wait for "
+            "one another; expected all of it on one CUDA GPU. Leave cuda_graphs out."
+        )
     devices = {parameter.device for parameter in models[0].parameters()}
     if len(devices) != 1 or not can_record(next(iter(devices))):
         raise ValueError(

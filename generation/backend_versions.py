@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable
 
 import transformers
+from transformers import GenerationMixin
 from transformers.integrations.sdpa_attention import sdpa_attention_forward as sdpa_attention  # noqa: F401
 
 NEWEST_TESTED = "5.24.0"
@@ -66,6 +67,17 @@ def rows_of_a_prompt(prefix_processor) -> int:
 
 def keeps_recurrent_state(model) -> bool:
     return bool(getattr(model, "_is_stateful", False))
+
+
+def is_pipelined(model) -> bool:
+    """Whether transformers has put the layers of `model` into several processes, some into each."""
+    return getattr(model, "_pp_stage", None) is not None
+
+
+def numbers_positions_by_itself(model) -> bool:
+    """Whether its class numbers a prompt's positions in a way of its own, such as along several axes."""
+    name = "_prepare_position_ids_for_generation"
+    return getattr(type(model), name, None) is not getattr(GenerationMixin, name, None)
 
 
 def untested() -> str:

@@ -22,6 +22,7 @@ from .drafter_eagle_network import EagleNetwork
 from .drafter_falcon import FalconDrafter
 from .drafter_falcon_network import FalconNetwork
 from .drafter_loading import drafting_model
+from .drafter_mtp import MtpDrafter, MtpModel, mtp_layers
 from .drafter_parallel import ParallelDrafter
 from .drafter_parallelspec import ParallelSpecDrafter
 from .drafter_parallelspec_network import ParallelSpecNetwork
@@ -42,8 +43,8 @@ class DraftSettings:
     """What a call says about drafting.
 
     Attributes:
-        assistant_model: a SpecFormer or DFlash network, a causal LM, an object that is a `Drafter` already, a
-            `DraftingSystem`, or `None`.
+        assistant_model: a SpecFormer or DFlash network, the target's MTP layers, a causal LM, an object that is a
+            `Drafter` already, a `DraftingSystem`, or `None`.
         num_assistant_tokens: to draft each round: a number, "auto", or `None` if not given.
         prompt_lookup_num_tokens: to copy from the text; `None` if not given, 0: none.
         max_matching_ngram_size: of what has to be found in the text before it is copied.
@@ -70,6 +71,10 @@ class DraftSettings:
         ngram = settings.get("max_matching_ngram_size")
         if ngram is not None and (whole_number(ngram) or 0) < 1:
             raise ValueError(f"max_matching_ngram_size is {ngram!r}; expected a positive integer.")
+        if settings.take("use_mtp"):
+            if assistant_model is not None:
+                raise ValueError("assistant_model and use_mtp were both given; pass one of them.")
+            assistant_model = mtp_layers(model)
         return cls(
             drafting_model(unwrapped(assistant_model), model),
             checked_draft_length(num_assistant_tokens),
@@ -155,6 +160,8 @@ def drafter_of_network(network, model) -> Drafter | None:
         return FalconDrafter(network, model)
     if isinstance(network, EagleNetwork):
         return EagleDrafter(network, model)
+    if isinstance(network, MtpModel):
+        return MtpDrafter(network, model)
     return None
 
 

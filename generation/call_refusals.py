@@ -11,7 +11,7 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 from transformers.generation import GenerationMode
 
 from .argument import whole_number
-from .backend_versions import CACHE_NAMES
+from .backend_versions import CACHE_NAMES, numbers_positions_by_itself
 from .call_settings import CallSettings
 from .prompt import PromptLayout
 from .target_refusals import refuse, rope_settings
@@ -27,6 +27,8 @@ KNOWN_MODEL_KWARGS = {
 }
 TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
 """By which processors of multimodal models tell images (and other things) from text, which is 0."""
+NO_TEXT = ("pixel_values", "image", "video", "audio", "input_features")
+"""How inputs begin that are of images or sound."""
 EXACT_CACHES = (None, "dynamic", "dynamic_full", "static", "hybrid")
 """Cache implementations that give the text of the default one, as the ragged cache does."""
 
@@ -39,7 +41,6 @@ OTHER_STRATEGIES = (
     "constraints",
     "force_words_ids",
     "assistant_early_exit",
-    "use_mtp",
     "speculation_type",
 )
 """Options that choose a strategy of their own."""
@@ -66,6 +67,13 @@ def check_arguments(
         )
     if settings.get("inputs_embeds") is not None:
         raise ValueError("inputs_embeds is not supported: drafting needs the tokens of the prompt. Pass input_ids.")
+    if given := sorted(
+        name for name, value in settings.kwargs.items() if value is not None and name.startswith(NO_TEXT)
+    ):
+        raise ValueError(  # before they are encoded
+            f"The inputs {given} are not supported: speculative decoding is for text alone. Pass input_ids and a mask, "
+            "or call generate() without custom_generate."
+        )
     if given := [name for name in CACHE_NAMES if settings.get(name) is not None]:
         raise ValueError(
             f"{given[0]} was passed; speculative decoding keeps its own cache and would leave nothing in yours. "
@@ -133,8 +141,7 @@ def check_call(model, layout: PromptLayout, generation_config: GenerationConfig,
     given = {key: value for key, value in model_kwargs.items() if value is not None and not is_empty(value)}
     if extra := sorted(given.keys() - KNOWN_MODEL_KWARGS):
         raise ValueError(f"The inputs {extra} are not supported by speculative decoding; pass input_ids and a mask.")
-    if (positions := model_kwargs.get("position_ids")) is not None and positions.ndim != 2:
-        refuse(model, f"its position ids have {positions.ndim} axes (a multimodal model).")
+    positions = positions_of_text(model, model_kwargs)
     if positions is not None and not layout.numbers_rows_from_zero(positions):
         raise ValueError("position_ids do not count each row's tokens from 0; leave them unset.")
 
@@ -185,6 +192,24 @@ def drop_types_of_text(model, model_kwargs: dict) -> None:
             )
         if changes_nothing(model, name):
             del model_kwargs[name]
+
+
+def positions_of_text(model, model_kwargs: dict) -> torch.Tensor | None:
+    """The position ids of a call, (batch, tokens), also where the model prepared several axes of them, which are alike
+    for text: one is left in `model_kwargs` then.
+
+    Raises:
+        UnsupportedTargetError: they are not alike, as with images.
+    """
+    positions = model_kwargs.get("position_ids")
+    if positions is None or positions.ndim == 2:
+        return positions
+    if positions.ndim != 3 or not numbers_positions_by_itself(model):
+        refuse(model, f"position_ids have {positions.ndim} axes; expected (batch, tokens).")
+    if not bool((positions == positions[:1]).all()):
+        refuse(model, "its positions differ by axis, as they do where a prompt has images; text alone is supported.")
+    model_kwargs["position_ids"] = positions[0]
+    return positions[0]
 
 
 def is_empty(value) -> bool:

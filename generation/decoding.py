@@ -7,6 +7,7 @@ writes: a token enters it only if the target takes it at that position (see `acc
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from time import perf_counter
 
 import torch
@@ -18,8 +19,9 @@ from .call_statistics import GenerationStatistics
 from .draft_length import DraftLength, round_draft_length
 from .drafter import Drafter, Prompts, Verified
 from .prompt import PromptLayout
-from .proposal import count_drafted
+from .proposal import count_drafted, to_verify
 from .proposal_tree import DraftTree, along
+from .ranks import decided, told
 from .target import prefill, verify
 from .target_positions import positions_in_table
 from .target_states import StateReader
@@ -55,7 +57,7 @@ def decode(
             model, input_ids, layout, max_length, widest + 1, model_kwargs, prefill_chunk_size, states_of, widest
         )
         drafts = input_ids.new_empty(text.batch_size, 0)  # (B, 0): the prompt pass verifies nothing
-        tokens, accepted, _ = choice.of_target(logits, drafts)  # (B, 1), (B,)
+        tokens, accepted, _ = told(*choice.of_target(logits, drafts))  # (B, 1), (B,)
         _, outcome, drafted = text.append(tokens, accepted)
         statistics.count(text.rows, 0, drafted, outcome, is_prompt=True)
         statistics.lap("prefill")
@@ -69,7 +71,7 @@ def decode(
                 cache.select_rows(kept, longest)
                 drafter.select_rows(kept, longest)
             started = perf_counter()
-            wanted = draft_length.next(len(text.rows))
+            wanted = decided(draft_length.next, len(text.rows))
             k = round_draft_length(min(wanted, draft_length.most), min(text.running_lengths()), text.stops.limit)
             if table is not None:
                 k = max(0, min(k, table - 1 - longest_read(text, layout)))
@@ -80,9 +82,10 @@ def decode(
                 else:
                     proposal = drafter.propose(k, choice.for_drafter)
                 proposal = choice.checked(proposal, drafter, k, draft_length.tree_size)
+                keep = partial(draft_length.keep, proposal, text.device_idle, started)
+                proposal = to_verify(proposal, keep)
                 sources = proposal.sources
-                kept = draft_length.keep(proposal, text.device_idle, started)
-                drafts = text.pad_stopped(proposal.tokens[:, :kept])  # (R, k) or fewer
+                drafts = text.pad_stopped(proposal.tokens)  # (R, k) or fewer
                 tree = DraftTree.of(drafts, proposal, k)
             statistics.lap("draft")
 
@@ -91,7 +94,7 @@ def decode(
             logits, states = verify(model, cache, block, states_of, branches)  # (R, k + 1, V), (R, k + 1, S, d)
             statistics.lap("verify")
 
-            tokens, accepted, path = choice.of_target(logits, drafts, tree)  # (R, k + 1), (R,)
+            tokens, accepted, path = told(*choice.of_target(logits, drafts, tree))  # (R, k + 1), (R,)
             if path is not None:
                 cache.follow(path)
                 logits, states = along(logits, path), None if states is None else along(states, path)

@@ -240,3 +240,16 @@ def experience_of(target, drafting, way: Hashable, make: type = Experience):
     except TypeError:
         return make()
     return ways.setdefault(way, make())
+
+
+def forget_promises(target, drafting) -> None:
+    """The weights of `drafting`, which drafts for `target`, are others now: how much of its drafts was accepted says
+    nothing any more. How long they take stays known."""
+    try:
+        ways = _experience.get(target, {}).get(drafting, {})
+    except TypeError:  # see `experience_of`
+        return
+    for known in list(ways.values()):
+        if isinstance(known, Experience):
+            known.promises.clear()
+            known.trust = []

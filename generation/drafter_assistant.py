@@ -15,6 +15,7 @@ from .target_attention import usable_attention
 from .target_mixers import keeps_states
 from .target_probe import probe_target
 from .target_refusals import check_target, input_device
+from .target_states import StateReader
 
 
 class AssistantDrafter(Drafter):
@@ -38,6 +39,8 @@ class AssistantDrafter(Drafter):
 
     proposes_known_tokens = True
     sources = ("assistant",)
+    states_of: StateReader | None = None
+    """Passes of the assistant that give its states as well, if somebody reads them."""
 
     def __init__(self, assistant, target, chunk_size: int | None = None):
         check_target(assistant)
@@ -59,6 +62,10 @@ class AssistantDrafter(Drafter):
         self._attached.__exit__(*exception)
 
     def begin(self, prompts: Prompts) -> None:
+        self.read_prompts(prompts)
+
+    def read_prompts(self, prompts: Prompts) -> list[torch.Tensor] | None:
+        """Read them, and give the states that `states_of` reads, as `Prompts.hidden_states` has them."""
         input_ids, layout, max_length = prompts.input_ids, prompts.layout, prompts.max_length
         width = input_ids.shape[1]
         # Past its last position it goes on with clamped positions: the drafts are worse, the text is the same.
@@ -72,21 +79,24 @@ class AssistantDrafter(Drafter):
         kwargs = prompt_arguments(self.assistant, layout)
         limit = min(max_length, last_position + width - layout.longest)
         # rounds without a proposal are caught up with at once, however many there were
-        _, self.cache, _ = prefill(self.assistant, input_ids, layout, limit, None, kwargs, self.chunk_size)
+        _, self.cache, states = prefill(
+            self.assistant, input_ids, layout, limit, None, kwargs, self.chunk_size, self.states_of
+        )
         self.tokens = self._known(prompts.first_tokens)
         self.read: torch.Tensor | None = None
         self.counts = torch.ones_like(self.tokens[:, 0])
+        return states
 
     @torch.no_grad()
     def propose(self, num_tokens, choose) -> Proposal:
         self.cache.keep_states(self.tokens.shape[1] + num_tokens + 1)  # from before what is read, to the last draft
-        logits = self.read_with(self.tokens[:, :0])  # (R, 1, V)
+        logits, _ = self.read_with(self.tokens[:, :0])  # (R, 1, V)
         self.cache.advance(self.counts, self.cache.longest + self.tokens.shape[1])
         lengths, longest = self.cache.lengths, self.cache.longest
         drafts: list[torch.Tensor] = []
         for ahead in range(num_tokens):
             if ahead:
-                logits, _ = verify(self.assistant, self.cache, self._known(drafts[-1]))
+                logits = self.read_draft(self._known(drafts[-1]))
                 self.cache.advance(torch.ones_like(lengths), self.cache.longest + 1)
             drafts.append(choose(logits, ahead))  # (R, 1)
         self.cache.advance(lengths - 1 - self.cache.lengths, longest)
@@ -94,15 +104,19 @@ class AssistantDrafter(Drafter):
         self.read = self._known(torch.cat(drafts, dim=1))[:, :-1]
         return Proposal(torch.cat(drafts, dim=1))
 
-    def read_with(self, behind: torch.Tensor) -> torch.Tensor:
+    def read_with(self, behind: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """One pass over what it has not read of each row, and `behind` (R, n) after that: logits of the newest token
-        and of those behind it, (R, n + 1, V)."""
+        and of those behind it, (R, n + 1, V), and the states that `states_of` reads, of all tokens (R, q + n, S, d)."""
         index, rows = torch.arange(behind.shape[1] + 1, device=self.device), len(behind)
         if self.tokens.shape[1] == 1:
-            return verify(self.assistant, self.cache, torch.cat([self.tokens, behind], dim=1))[0]
+            return verify(self.assistant, self.cache, torch.cat([self.tokens, behind], dim=1), self.states_of)
         block = spliced(self.tokens, self.counts, behind, torch.zeros_like(self.counts))
-        logits, _ = verify(self.assistant, self.cache, block)
-        return logits[torch.arange(rows, device=self.device)[:, None], self.counts[:, None] - 1 + index]
+        logits, states = verify(self.assistant, self.cache, block, self.states_of)
+        return logits[torch.arange(rows, device=self.device)[:, None], self.counts[:, None] - 1 + index], states
+
+    def read_draft(self, token: torch.Tensor) -> torch.Tensor:
+        """One pass over a draft (R, 1): logits of what follows it, (R, 1, V)."""
+        return verify(self.assistant, self.cache, token)[0]
 
     def leave_newest(self) -> None:
         """All of its tokens are in the cache now, but for each row's newest one, which the next round begins with."""
@@ -110,6 +124,11 @@ class AssistantDrafter(Drafter):
         self.counts = torch.ones_like(self.counts)
 
     def update(self, verified: Verified) -> None:
+        self.take_over(verified)
+
+    def take_over(self, verified: Verified) -> torch.Tensor:
+        """Go on with what was verified. Gives how many of each row's tokens it need not read, (R,): the newest one, and
+        those behind it that it has proposed and read."""
         new, counts = self._known(verified.tokens), verified.counts.to(self.device)
         skipped = torch.zeros_like(counts)
         if self.read is not None:  # what the text goes on with need not be read again, but for the newest token
@@ -120,6 +139,7 @@ class AssistantDrafter(Drafter):
         self.counts, self.read = self.counts + counts - skipped, None
         self.cache.advance(skipped, verified.longest)  # no row has read more than the target
         self.tokens = self.tokens[:, : int(self.counts.amax())]
+        return skipped
 
     def select_rows(self, index, longest) -> None:
         index = index.to(self.device)

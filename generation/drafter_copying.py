@@ -11,6 +11,7 @@ from .drafter import Drafter, Prompts, Verified
 from .drafter_prompt_lookup import PromptLookupDrafter
 from .drafter_tree import complete, side_by_side, united
 from .proposal import NO_TOKEN, Proposal
+from .ranks import decided
 
 MOST_COPIED = 8
 """Tokens that are copied each round where no number is given."""
@@ -168,7 +169,8 @@ class CopyingDrafter(Drafter):
         """
         if chances.device.type != "cpu" or not self.knows_confidence:
             return False
-        return bool(((expected(chances) >= self.SURE * chances.shape[1]) | ~self.running).all())
+        sure = (expected(chances) >= self.SURE * chances.shape[1]) | ~self.running
+        return bool(decided(lambda: bool(sure.all())))  # the other drafter may use a head that processes share
 
     def update(self, verified: Verified) -> None:
         self.drafter.update(verified)

@@ -24,6 +24,7 @@ class DFlashDrafter(ForeignDrafter):
 
     network: DFlashNetwork
     proposes_trees = True
+    of_rows = ("newest",)
 
     def __init__(self, network: DFlashNetwork, target):
         super().__init__(network, target, network.config.target_states)

@@ -32,6 +32,7 @@ class EagleDrafter(ForeignDrafter):
     max_draft_tokens = 16
     proposes_trees = True
     block_size = 1
+    of_rows = ("state",)
 
     def __init__(self, network: EagleNetwork, target):
         super().__init__(network, target, states_read(network, target))
@@ -59,7 +60,7 @@ class EagleDrafter(ForeignDrafter):
             drafts.append(choose(logits, ahead=ahead, token_ids=self.draft_token_ids))  # (R, 1)
             if ahead + 1 < num_tokens:
                 positions = self.cache.prepare(1)
-                mask = self.cache.mask(positions)
+                mask = self.cache.mask(positions, self.network.window)
                 before = normed if self.network.config.norm_output else state
                 state = self.network(before, self.embed(drafts[-1]), positions, self.cache, mask)
                 self.cache.advance(torch.ones_like(lengths), self.cache.longest + 1)
@@ -116,7 +117,7 @@ class EagleDrafter(ForeignDrafter):
         return self.network(before, self.embed(tokens), positions, self.cache, self.cache.mask(positions))
 
     def read_round(self, states, tokens, counts, positions) -> None:
-        fused, mask = self.network.fuse(states), self.cache.mask(positions)
+        fused, mask = self.network.fuse(states), self.cache.mask(positions, self.network.window)
         given = self.network(fused, self.embed(tokens), positions, self.cache, mask)
         newest = given.gather(1, (counts - 1).clamp(min=0)[:, None, None].expand(-1, 1, given.shape[2]))
         self.state = torch.where(counts[:, None, None] > 0, newest, self.state)

@@ -152,9 +152,14 @@ class EagleLayer(nn.Module):
 
 
 class EagleNetwork(ForeignNetwork):
-    """See the module."""
+    """See the module.
+
+    Attributes:
+        window: of the layer's attention; `None`: it sees the whole text.
+    """
 
     kind = "EAGLE-3"
+    window: int | None = None
 
     def __init__(self, config: EagleConfig):
         layer, size = config.layer, config.layer.hidden_size

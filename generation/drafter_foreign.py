@@ -24,11 +24,15 @@ class ForeignDrafter(Drafter):
         target: the model that it drafts for.
         states: which of the target's hidden states it reads, in its order.
 
+    Attributes:
+        of_rows: names of what it keeps of each row besides its cache.
+
     Raises:
         ValueError: it is the drafter of another model.
     """
 
-    proposes_known_tokens = True
+    proposes_known_tokens = can_rewind = True
+    of_rows: tuple[str, ...] = ()
     sources = ("network",)
 
     def __init__(self, network: ForeignNetwork, target, states: Sequence[int]):
@@ -84,6 +88,20 @@ class ForeignDrafter(Drafter):
         self.unread.select_rows(index)
         self.cache.select_rows(index, longest)
         self.longest = longest
+
+    def mark(self):
+        self.read()
+        return (
+            self.cache.lengths,
+            self.cache.longest,
+            self.longest,
+            {name: getattr(self, name) for name in self.of_rows},
+        )
+
+    def rewind(self, mark) -> None:
+        self.cache.lengths, self.cache.longest, self.longest, of_rows = mark
+        vars(self).update(of_rows)
+        self.unread = UnreadStates(self.device)
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
         """Embeddings of `tokens` (R, n), (R, n, d), as the network has learnt to read them."""

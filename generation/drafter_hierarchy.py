@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import threading
 from contextlib import ExitStack
+from dataclasses import replace
 from time import perf_counter
 
 import torch
@@ -22,13 +23,15 @@ from .drafter import Drafter, Prompts, Verified
 from .drafter_assistant import AssistantDrafter
 from .drafter_system import DraftingSystem, Parts, is_system
 from .proposal import NO_TOKEN, Proposal, count_drafted
+from .ranks import ranks_of
+from .target_states import StateReader
 
 
 class Hierarchy(DraftingSystem):
     """
     Args:
         inner: what drafts for the middle model: anything that is an `assistant_model` and can go back in its text, such
-            as a causal LM, `Reader()` for copies, or another hierarchy.
+            as a causal LM, a network that reads the middle model's states, `Reader()` for copies, or another hierarchy.
         middle: a causal LM with the target's tokenizer, smaller than the target.
         num_inner_tokens: that the inner one drafts for a pass of the middle model; "auto": what gives the most tokens
             of the middle model per second, by how long both took and how many were accepted in the calls before, and 4
@@ -52,11 +55,17 @@ class Hierarchy(DraftingSystem):
         self.num_inner_tokens, self.costs = num_inner_tokens, MiddleCosts()
 
     def drafter_for(self, target, parts: Parts) -> Drafter:
+        if ranks_of(self.middle) is not None:
+            raise ValueError(
+                f"The weights of the middle model {name_of(self.middle)} are shared by several processes, and each "
+                "asks it as often as its own clock finds right. Load it whole in each of them."
+            )
         inner = parts.drafter(self.inner, self.middle)
         if not getattr(inner, "can_rewind", False):
             raise ValueError(
                 f"The inner drafter {name_of(inner)} cannot go back in its text, as the drafter of a middle model has "
-                "to where the target takes less than that model did. Pass a causal LM, Reader(), or another Hierarchy."
+                "to where the target takes less than that model did. Pass a causal LM, a network that reads the "
+                "middle model's states, Reader(), or another Hierarchy."
             )
         fixed: int | None = MiddleCosts.FIRST
         if self.num_inner_tokens != AUTO:
@@ -128,6 +137,10 @@ class HierarchyDrafter(AssistantDrafter):
         num_inner_tokens: that `inner` drafts for a pass, `None` for what `costs` says.
         flush: whether a row's proposal ends at a correction.
         takes_the_best: whether the middle model's tokens are its best ones, and not chosen as the call samples.
+
+    Attributes:
+        held: where the inner one reads states of the middle model, those of each row's newest token and of what this
+            round proposed and read behind it, (R, n, S, d).
     """
 
     default_num_assistant_tokens = 8
@@ -150,25 +163,40 @@ class HierarchyDrafter(AssistantDrafter):
         self._entered.__exit__(*exception)
 
     def begin(self, prompts: Prompts) -> None:
-        super().begin(prompts)
-        self.inner.begin(prompts)
+        if (layers := getattr(self.inner, "hidden_state_layers", None)) is not None:
+            self.states_of = StateReader(self.assistant, layers)
+        self.inner.begin(replace(prompts, hidden_states=self.read_prompts(prompts)))
+        self.held: torch.Tensor | None = None
 
     @torch.no_grad()
     def propose(self, num_tokens, choose) -> Proposal:
-        of_inner, text = self.inner.mark(), self.cache.lengths + self.counts  # (R,), tokens of each row's text
+        text = self.cache.lengths + self.counts  # (R,), tokens of each row's text
         written, going_on = torch.zeros_like(text), torch.ones_like(text, dtype=torch.bool)
         proposal = self.tokens.new_full((len(text), num_tokens + 1), NO_TOKEN)  # its last column is spare
+        # what reads states of this model drafts only behind what this model has read, but for the newest token
+        waits = self.states_of is not None and self.tokens.shape[1] > 1
+        of_inner = None if waits else self.inner.mark()
         start = None
         while True:
             room = num_tokens - int(written[going_on].min())
-            taken, drafted, accepted = self._pass(min(self._inner_length(), room - 1), written, going_on, choose)
+            wanted = 0 if waits and start is None else min(self._inner_length(), room - 1)
+            taken, drafted, accepted, states = self._pass(wanted, written, going_on, choose)
             if start is None:  # the newest tokens of the texts, which the next round begins with
+                if waits:
+                    assert states is not None  # of `states_of`
+                    states = self._tell_of_text(states, int(text.amax()) - 1)
+                    of_inner = self.inner.mark()
                 self.leave_newest()
                 start = self.tokens
+                if states is not None:
+                    self.held = states.new_zeros(len(text), num_tokens + 1, *states.shape[2:])
             counts = torch.minimum(accepted + 1, num_tokens - written) * going_on
             place = torch.arange(taken.shape[1], device=self.device)
             is_new = place < counts[:, None]  # (R, j + 1)
-            proposal.scatter_(1, (written[:, None] + place).masked_fill(~is_new, num_tokens), taken)
+            places = (written[:, None] + place).masked_fill(~is_new, num_tokens)
+            proposal.scatter_(1, places, taken)
+            if states is not None and self.held is not None:
+                self.held.scatter_(1, places[..., None, None].expand_as(states), states)
             newest = taken.gather(1, (counts[:, None] - 1).clamp(min=0))
             self.tokens = torch.where(counts[:, None] > 0, newest, self.tokens)
             written = written + counts
@@ -179,7 +207,7 @@ class HierarchyDrafter(AssistantDrafter):
                 going_on = going_on & (accepted == drafted)
             if not going_on.any():
                 break
-            self.inner.update(Verified(taken, counts, longest))
+            self.inner.update(Verified(taken, counts, longest, states))
         self.inner.rewind(of_inner)
         proposal = proposal[:, : int(written.amax())]
         # back to the texts; what it wrote last it has not read
@@ -188,14 +216,21 @@ class HierarchyDrafter(AssistantDrafter):
         self.read = proposal.scatter(1, written[:, None] - 1, NO_TOKEN)
         return Proposal(proposal)
 
+    def _tell_of_text(self, states: torch.Tensor, longest: int) -> torch.Tensor:
+        """The inner drafter is told of the tokens that this model has just read in front of each row's newest one;
+        returns the states of the newest ones, (R, 1, S, d)."""
+        self.inner.update(Verified(self.tokens[:, 1:], self.counts - 1, longest, states[:, :-1]))
+        return states[torch.arange(len(states), device=states.device), self.counts - 1][:, None]
+
     def _inner_length(self) -> int:
         return self.costs.best_length() if self.num_inner_tokens is None else self.num_inner_tokens
 
     def _pass(
         self, num_tokens: int, written: torch.Tensor, going_on: torch.Tensor, choose
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """One pass of the middle model over `num_tokens` drafts of the inner one, behind `written` (R,) of its own: its
-        tokens (R, j + 1), how many each row drafted (R,), and how many of them are its own (R,)."""
+        tokens (R, j + 1), how many each row drafted (R,), how many of them are its own (R,), and the states that the
+        inner one reads, of all that was read (R, q + j, S, d)."""
 
         def at_its_place(logits: torch.Tensor, ahead: int | torch.Tensor = 0, token_ids: torch.Tensor | None = None):
             if self.takes_the_best:
@@ -207,18 +242,25 @@ class HierarchyDrafter(AssistantDrafter):
             drafts = self.inner.propose(min(num_tokens, self.inner.max_draft_tokens), at_its_place).tokens
             drafts = drafts.to(self.device)
         drafted_at = perf_counter()
-        taken = at_its_place(self.read_with(self._known(drafts))).to(self.device)
+        logits, states = self.read_with(self._known(drafts))
+        taken = at_its_place(logits).to(self.device)
         drafted = count_drafted(drafts)
         accepted = count_accepted(taken[:, :-1] == drafts)
         reached, right = torch.stack([torch.minimum(accepted + 1, drafted), accepted])[:, going_on].sum(dim=1).tolist()
         self.costs.record(
             num_tokens, reached, right, right + int(going_on.sum()), drafted_at - began, perf_counter() - drafted_at
         )
-        return taken, drafted, accepted
+        return taken, drafted, accepted, states
 
     def update(self, verified: Verified) -> None:
-        super().update(verified)
-        self.inner.update(verified)
+        read = self.take_over(verified)
+        if self.states_of is None:
+            self.inner.update(verified)
+        elif self.held is not None:  # of what is not read yet the inner one is told when it is
+            width = min(self.held.shape[1], verified.tokens.shape[1])
+            tokens = verified.tokens[:, :width].to(self.device)
+            self.inner.update(Verified(tokens, read, verified.longest, self.held[:, :width]))
+        self.held = None
 
     def select_rows(self, index, longest) -> None:
         super().select_rows(index, longest)

@@ -29,7 +29,7 @@ class ParallelDrafter(AssistantDrafter):
     @torch.no_grad()
     def propose(self, num_tokens, choose) -> Proposal:
         masks = self.tokens.new_full((len(self.tokens), num_tokens - 1), self.mask)
-        drafts = choose(self.read_with(masks))
+        drafts = choose(self.read_with(masks)[0])
         # its tokens stay in the cache, but for the newest, so that there is one to read in any case; no mask does
         self.cache.advance(self.counts - 1, self.cache.longest + self.tokens.shape[1] - 1)
         self.leave_newest()

@@ -27,7 +27,7 @@ class SpecFormerDrafter(Drafter):
         target: the model it drafts for.
     """
 
-    proposes_known_tokens = proposes_trees = True
+    proposes_known_tokens = proposes_trees = can_rewind = True
     sources = ("network",)
 
     def __init__(self, network, target):
@@ -134,6 +134,14 @@ class SpecFormerDrafter(Drafter):
         self.cache.select_rows(index, longest)
         self.longest = longest
         self.context, self.newest, self.rows = self.context[index], self.newest[index], self.rows[: len(index)]
+
+    def mark(self):
+        self._read()
+        return self.cache.lengths, self.cache.longest, self.context, self.newest, self.longest
+
+    def rewind(self, mark) -> None:
+        self.cache.lengths, self.cache.longest, self.context, self.newest, self.longest = mark
+        self.unread = UnreadStates(self.borrowed.device)
 
     def _read(self) -> None:
         """Context states of the tokens that the target has read since the last proposal."""

@@ -9,6 +9,7 @@ import torch
 from transformers import GenerationMixin
 from transformers.generation import GenerateDecoderOnlyOutput
 
+from .accept_noise import share_generators
 from .accept_processors import PrefixFunctionForWantedRows, Processors
 from .accept_rules import acceptance_rule, check_acceptance
 from .accept_tokens import TokenChoice
@@ -21,8 +22,12 @@ from .call_rounds import Round, check_on_round
 from .call_settings import CallSettings
 from .call_statistics import GenerationStatistics
 from .decoding import decode
-from .drafter import NoDrafter
+from .draft_length import DraftLength
+from .drafter import Drafter, NoDrafter
 from .drafter_system import finished_texts, is_system
+from .prompt import PromptLayout
+from .ranks import among_ranks, is_first
+from .ranks_agreement import check_agreement
 from .target import prompt_layout
 from .target_attention import usable_attention
 from .target_probe import probe_target
@@ -85,7 +90,7 @@ def generate(
             causal LM with the same tokenizer. Where a row's text repeats itself, drafters that read the target's hidden
             states leave it to copies of that text (`drafter_copying`), but with "rejection";
             `prompt_lookup_num_tokens` says how many tokens, and 0 none. With `prompt_lookup_num_tokens` alone, all
-            drafts are copied.
+            drafts are copied. With `use_mtp=True` in its place the target's own MTP layer drafts (`drafter_mtp`).
         num_assistant_tokens: tokens to draft each round. "auto" drafts what pays, measured while it runs: see
             `draft_length_auto`. `None` takes the generation config's number, else is "auto", but with "rejection" the
             drafter's default. More than the drafter has slots, or than are copied, is cut to that; 0
@@ -136,7 +141,7 @@ def generate(
         cuda_graphs,
         on_round,
     )
-    with usable_attention(model):
+    with usable_attention(model), among_ranks(model):
         # GenerationMixin's, since the model's own generate may be this very strategy, or another repository's.
         return GenerationMixin.generate(
             model,
@@ -152,6 +157,18 @@ def generate(
 
 
 @dataclass
+class PreparedCall:
+    """A call before its first token; what `decode` takes."""
+
+    drafter: Drafter
+    text: Text
+    choice: TokenChoice
+    layout: PromptLayout
+    model_kwargs: dict
+    draft_length: DraftLength
+
+
+@dataclass
 class Strategy:
     """What a call does once transformers' generate() has prepared it; the arguments are those of `generate`."""
 
@@ -164,8 +181,46 @@ class Strategy:
     on_round: Callable[[Round], object] | None
 
     def __call__(self, model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
+        call = self.prepared(model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs)
+        text, choice = call.text, call.choice
+        with recorded_passes(self.cuda_graphs):
+            statistics = decode(
+                model,
+                call.drafter,
+                text,
+                choice,
+                call.layout,
+                call.model_kwargs,
+                call.draft_length,
+                generation_config.prefill_chunk_size,
+                self.on_round,
+            )
+        if is_system(system := self.drafts.assistant_model) and is_first():
+            system.finished(finished_texts(text.result(), call.layout, statistics.tokens_per_row))
+        if not generation_config.return_dict_in_generate:
+            return text.result()
+        logits, scores, limit = choice.logits, choice.scores, text.stops.limit
+        # transformers' annotations name classes that tensors do not have, and tuples of one
+        return SpeculativeOutput(
+            sequences=text.result(),  # type: ignore[arg-type]
+            scores=None if scores is None else scores.first(limit),  # type: ignore[arg-type]
+            logits=None if logits is None else logits.first(limit),  # type: ignore[arg-type]
+            statistics=statistics,
+        )
+
+    def prepared(
+        self, model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs
+    ) -> PreparedCall:
+        """What is decided before the first token. Passed as `custom_generate` itself, generate() returns it.
+
+        Raises: see `generate`.
+        """
         input_ids = input_ids.long()  # plain generate() takes int32 as well, and returns int64
         batch_size, width = input_ids.shape
+        settings = [generation_config, logits_processor, stopping_criteria, self.acceptance, self.seed]
+        check_agreement([input_ids, model_kwargs.get("attention_mask")], settings, self.drafts)
+        if generation_config.do_sample:
+            share_generators(input_ids.device)
         rules = StoppingRules(stopping_criteria, generation_config.max_length, width)
         layout = prompt_layout(model, model_kwargs.get("attention_mask"), input_ids)
         check_call(model, layout, generation_config, model_kwargs, rules.max_length)
@@ -197,19 +252,4 @@ class Strategy:
             pads_through_model=logits is not None or scores is not None,
         )
         choice = TokenChoice(rule, processors, text, logits, scores)
-        with recorded_passes(self.cuda_graphs):
-            chunk_size = generation_config.prefill_chunk_size
-            statistics = decode(
-                model, drafter, text, choice, layout, model_kwargs, draft_length, chunk_size, self.on_round
-            )
-        if is_system(system := self.drafts.assistant_model):
-            system.finished(finished_texts(text.result(), layout, statistics.tokens_per_row))
-        if wants is None:
-            return text.result()
-        # transformers' annotations name classes that tensors do not have, and tuples of one
-        return SpeculativeOutput(
-            sequences=text.result(),  # type: ignore[arg-type]
-            scores=None if scores is None else scores.first(stops.limit),  # type: ignore[arg-type]
-            logits=None if logits is None else logits.first(stops.limit),  # type: ignore[arg-type]
-            statistics=statistics,
-        )
+        return PreparedCall(drafter, text, choice, layout, model_kwargs, draft_length)

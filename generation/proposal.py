@@ -5,6 +5,7 @@ R rows that a pass carries, n tokens of a row, V entries of the vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -12,6 +13,7 @@ import torch
 from torch.nn import functional
 
 from .argument import name_of
+from .ranks import decided_numbers, shared_ranks, told
 
 NO_TOKEN = -1
 """Stands where a row has nothing to draft."""
@@ -77,6 +79,30 @@ def first_path(proposal: Proposal) -> Proposal:
         None if probabilities is None else along(probabilities, 0.0),
         sources=sources,
     )
+
+
+def to_verify(proposal: Proposal, keep: Callable[[], int]) -> Proposal:
+    """The first `keep()` drafts of a proposal, as what it says of them is needed from here on. Where several processes
+    share the target, all of them verify those of the first one."""
+    tokens, parents, sources = proposal.tokens, proposal.parents, proposal.sources
+    if shared_ranks() is None:
+        kept = keep()
+        sources = sources if sources is None or sources.ndim == 1 else sources[:, :kept]
+        parents = None if parents is None else parents[:, :kept]
+        return Proposal(tokens[:, :kept], parents=parents, depth=proposal.depth, sources=sources)
+    depth = 0 if parents is None else proposal.depth or -1  # 0: a chain, -1: a tree that does not say
+    kept, depth = decided_numbers(2, lambda: [keep(), depth])
+    if not kept:
+        return Proposal(tokens[:, :0])
+
+    def fitted(values: torch.Tensor | None, filling: int) -> torch.Tensor:
+        """(R, kept): another process may have drafted less."""
+        values = tokens.new_empty(len(tokens), 0) if values is None else values.to(tokens)
+        values = values[:, None].expand(-1, kept) if values.ndim == 1 else values[:, :kept]
+        return functional.pad(values, (0, kept - values.shape[1]), value=filling)
+
+    tokens, parents, sources = told(fitted(tokens, NO_TOKEN), fitted(parents, -1), fitted(sources, 0))
+    return Proposal(tokens, parents=parents if depth else None, depth=depth if depth > 0 else None, sources=sources)
 
 
 def check_proposal(proposal: Proposal, drafter, num_rows: int, num_tokens: int, vocab_size: int) -> None:

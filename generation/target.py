@@ -15,6 +15,7 @@ from .cache_masks import attention_masks, sliding_layers
 from .cache_ragged import RaggedCache
 from .prompt import PromptLayout
 from .prompt_groups import tokens_of_a_pass
+from .ranks import decided
 from .target_mixers import Mixers, WatchedCache, as_written, keeps_states, mixers_by_token, prompt_cache
 from .target_states import StateReader
 
@@ -30,7 +31,7 @@ def prompt_layout(model, attention_mask: torch.Tensor | None, input_ids: torch.T
     Raises:
         ValueError: a row is empty or padded on the right.
     """
-    pass_tokens = None if keeps_states(model) else tokens_of_a_pass(model)
+    pass_tokens = None if keeps_states(model) else decided(tokens_of_a_pass, model)
     return PromptLayout.from_mask(attention_mask, input_ids, pass_tokens)
 
 

@@ -29,7 +29,8 @@ from .prompt import PromptLayout
 from .target import prefill, prompt_arguments, read_block, verify
 from .target_attention import attention_of
 from .target_mixers import keeps_states
-from .target_refusals import UnsupportedTargetError, input_device
+from .target_refusals import UnsupportedTargetError, input_device, refuse
+from .target_trials import numbers_anew
 
 _probed: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # model -> attention implementations that passed
 _verifying_trees: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # model -> by attention, what is in the way
@@ -124,6 +125,8 @@ def probe_target(model) -> None:
             arguments["position_ids"] = places
         return model(input_ids=tokens, **arguments).logits
 
+    if takes_places and numbers_anew(model):
+        refuse(model, "its generate() does not number a prompt's positions from 0, one by one.")
     kept = [block, 1]  # of the first block, so that the second one stands at another position in each row
     try:
         layout = PromptLayout.from_mask(mask, prompt)

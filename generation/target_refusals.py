@@ -13,7 +13,8 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from .backend_versions import CACHE_NAMES, STATE_LAYERS, cache_name, keeps_recurrent_state, untested
+from .backend_versions import CACHE_NAMES, STATE_LAYERS, cache_name, is_pipelined, keeps_recurrent_state, untested
+from .ranks import is_synchronized
 from .target_mixers import keeps_states
 
 
@@ -60,8 +61,22 @@ def check_target(model) -> None:
     """Refuse architectures whose cached state cannot be kept per row.
 
     Raises:
-        UnsupportedTargetError: encoder-decoder, state-space or hybrid layers, ALiBi, multimodal positions.
+        UnsupportedTargetError: layers in several processes, encoder-decoder, layers whose state cannot be taken back,
+            ALiBi.
     """
+    if is_pipelined(model):
+        refuse(
+            model,
+            "its layers are in several processes, some in each (pipeline parallel), and drafters need the states of "
+            "all layers. Load it with DistributedConfig(tp_size=...) or device_map instead.",
+        )
+    if is_synchronized(model):
+        refuse(
+            model,
+            "DeepSpeed ZeRO-3 or FSDP (the first) gathers its weights for every pass, so that all processes have to "
+            "make the same number of passes, and rows of one would wait for others. Shard it with FSDP2 or "
+            "DistributedConfig(tp_size=...), or gather the weights first.",
+        )
     if not model.can_generate():
         refuse(model, "it has no LM head. Load it with AutoModelForCausalLM.")
     # While PEFT generates, this method of the inner model is one of the PEFT model.
@@ -95,8 +110,6 @@ def check_target(model) -> None:
     }
     if strange:
         refuse(model, f"it needs cache layers that cannot take back tokens ({', '.join(sorted(strange))}).")
-    if any("mrope_section" in rope for rope in rope_settings(config)):
-        refuse(model, "its rotary positions have several axes (a multimodal model).")
 
 
 def rope_settings(config) -> list[dict]:

@@ -9,13 +9,14 @@ not compiled with. A target that is compiled as a whole captures the states itse
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, nullcontext
 from typing import Protocol
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from .backend_compiled import compiled_parts, uncompiled
 from .target_refusals import input_device
@@ -142,12 +143,23 @@ class HiddenStates:
 
 def find_decoder(model) -> tuple[nn.Module, nn.ModuleList]:
     """The module that runs the decoder layers and the final norm, and its list of layers."""
-    count = model.config.get_text_config(decoder=True).num_hidden_layers
+    text = model.config.get_text_config(decoder=True)
     # get_decoder() may return something else that is called `decoder`, such as the head
-    for module in (*model.get_decoder().modules(), *model.modules()):
+    for module in (*text_modules(model.get_decoder(), model), *text_modules(model, model)):
         for child in module.children():
-            if isinstance(child, nn.ModuleList) and len(child) == count:
+            if isinstance(child, nn.ModuleList) and len(child) == text.num_hidden_layers:
                 return module, child
     raise ValueError(
-        f"{type(model).__name__} has no nn.ModuleList of {count} decoder layers to read hidden states from."
+        f"{type(model).__name__} has no nn.ModuleList of {text.num_hidden_layers} decoder layers to read hidden states "
+        "from."
     )
+
+
+def text_modules(module: nn.Module, model) -> Iterator[nn.Module]:
+    """`module` and what is in it, but for towers that read images or sound: models whose config is of another kind than
+    that of `model` and of its text."""
+    yield module
+    kinds = type(model.config), type(model.config.get_text_config(decoder=True))
+    for child in module.children():
+        if not isinstance(child, PreTrainedModel) or isinstance(child.config, kinds):
+            yield from text_modules(child, model)

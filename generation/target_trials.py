@@ -6,6 +6,7 @@ import torch
 from transformers import DynamicCache
 
 from .backend_versions import cache_of, prepared_inputs
+from .target_mixers import prompt_cache
 from .target_refusals import input_device
 
 
@@ -31,6 +32,27 @@ def forgets_at(model, length: int) -> bool:
     except (AttributeError, TypeError, ValueError):  # it wants more than that
         return False
     return cache_of(inputs) is None and inputs["input_ids"].shape[1] == 1
+
+
+def numbers_anew(model) -> bool:
+    """Whether plain generate() hands a forward other positions than the tokens of a prompt have, as PaliGemma's does,
+    which counts from 1 in each step: passes over drafts would not."""
+    tokens = torch.zeros(2, 3, dtype=torch.long, device=input_device(model))
+    places = torch.arange(3, device=tokens.device).expand(2, -1)
+    try:
+        inputs = prepared_inputs(
+            model,
+            tokens,
+            prompt_cache(model),
+            attention_mask=torch.ones_like(tokens),
+            position_ids=places,
+            is_first_iteration=True,
+            use_cache=True,
+        )
+    except (AttributeError, IndexError, TypeError, ValueError):  # it wants more than that
+        return False
+    prepared = inputs.get("position_ids")
+    return prepared is not None and not bool((prepared == places).all())
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ from transformers import (
 )
 
 from .argument import name_of
+from .ranks import decided, told
 from .text_in_step import InStep
 
 
@@ -62,10 +63,12 @@ class StoppingRules:
                 if not isinstance(answer, torch.Tensor) or answer.shape != (batch_size,):
                     in_step.require(f"{name_of(criterion)} gives one answer for the whole batch, not one for each row.")
                 stopped = stopped | answer
+        if self.custom:  # which may look at a clock
+            (stopped,) = told(stopped)
         return stopped.tolist()
 
     def time_is_up(self, input_ids: torch.Tensor) -> bool:
-        return bool(self.timers) and bool(self.timers(input_ids, None).any())
+        return bool(self.timers) and bool(decided(lambda: bool(self.timers(input_ids, None).any())))
 
 
 def with_stop_strings(criteria, stop_strings, tokenizer) -> StoppingCriteriaList:

@@ -34,6 +34,7 @@ class Command(NamedTuple):
 COMMANDS = {
     "demo": Command("demo", USE, "Eight prompts as one batch, with the default drafter and with plain generate()."),
     "space": Command("space", USE, "The same as a page in a browser: who drafted which token, for prompts of yours."),
+    "generate": Command("generate", USE, "Answer a file of prompts, drafted, with one process or several."),
     "fetch": Command("fetch_target", USE, "Bring a target to this machine: SmolLM2-135M-Instruct, or a Qwen2.5-Coder."),
     "distill": Command("distill", MAKE, "Let the target answer prompts: the training data."),
     "train": Command("train", MAKE, "Train a drafter on these answers."),

@@ -3,6 +3,7 @@
 python -m specformer.scripts.plots runs/drafter/training.json          # training.png next to it
 python -m specformer.scripts.plots benchmarks/results/mt_bench_*.json  # acceptance.png next to the first one
 python -m specformer.scripts.plots benchmarks/results/benchmark_cpu.json  # benchmark_cpu.png
+python -m specformer.scripts.plots switch.json  # of benchmarks.systems --then: switch.png
 """
 
 from __future__ import annotations
@@ -86,6 +87,30 @@ def speeds(result: dict, path: Path) -> None:
     pyplot.close(figure)
 
 
+def switches(result: dict, path: Path) -> None:
+    """Tokens per target pass of a drafter that learns and of one that does not, before and after what it is asked for
+    changes: at each batch the mean of five of its domain."""
+    from matplotlib import pyplot
+
+    places = {name: turns for name, turns in result["switches"].items() if turns}
+    figure, panels = pyplot.subplots(1, len(places), figsize=(7 * len(places), 4), layout="constrained", squeeze=False)
+    for axes, (name, turns) in zip(panels[0], places.items(), strict=True):
+        for way in ("frozen", "learning"):
+            of_way = [turn for turn in turns if turn["way"] == way]
+            rates = []
+            for turn in of_way:
+                near = [each for each in of_way if each["domain"] == turn["domain"]]
+                near = [each for each in near if abs(each["batch"] - turn["batch"]) <= 2]
+                rates.append(sum(each["tokens"] for each in near) / max(1, sum(each["passes"] for each in near)))
+            axes.plot([turn["batch"] + 1 for turn in of_way], rates, label=way)
+        if later := [turn["batch"] for turn in turns if turn["domain"] == 1]:
+            axes.axvline(min(later) + 0.5, color="grey", linestyle="--", label="other prompts")
+        axes.set(xlabel="batch", ylabel="tokens per target pass", title=name)
+        axes.legend()
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
 def main(paths: list[Path]) -> None:
     import matplotlib
 
@@ -99,11 +124,15 @@ def main(paths: list[Path]) -> None:
         elif "contests" in content:
             speeds(content, path.with_suffix(".png"))
             print(path.with_suffix(".png"))
+        elif any(content.get("switches", {}).values()):
+            switches(content, path.with_suffix(".png"))
+            print(path.with_suffix(".png"))
         elif "acceptance_per_slot" in content:
             decoded.append(content)
         else:
             raise ValueError(
-                f"{path} is no training log, and no result of evaluate_drafter's decoding or of benchmark."
+                f"{path} is no training log, and no result of evaluate_drafter's decoding, of benchmark, or of "
+                "benchmarks.systems with --then."
             )
     if decoded:
         acceptance(decoded, paths[0].with_name("acceptance.png"))

@@ -385,20 +385,22 @@ def verifying_section() -> str:
 
 def before_after_section() -> str:
     """How this version compares with an earlier one."""
+    return section(*before_after_lines("before_after"), "", *before_after_lines("before_after_32"))
+
+
+def before_after_lines(name: str) -> list[str]:
+    """A table of `benchmarks.before_after`, and what was compared there."""
     from benchmarks import before_after  # of a checkout, as the results are
 
-    lines: list[str] = []
-    for result in map(result_of, ("before_after", "before_after_32")):
-        regime = result["regime"]
-        lines += [
-            *before_after.table(result),
-            "",
-            f"{regime['target']}, greedy, {regime['max_new_tokens']} new tokens, MT-Bench prompts, medians of the "
-            f"turns: commit {regime['commits']['after']} over {regime['commits']['before']}; {machine_of(result)}, "
-            f"{software_of(result)}, {result['date']}.",
-            "",
-        ]
-    return section(*lines[:-1])
+    result = result_of(name)
+    regime = result["regime"]
+    return [
+        *before_after.table(result),
+        "",
+        f"{regime['target']}, greedy, {regime['max_new_tokens']} new tokens, MT-Bench prompts, medians of the "
+        f"turns: commit {regime['commits']['after']} over {regime['commits']['before']}; {machine_of(result)}, "
+        f"{software_of(result)}, {result['date']}.",
+    ]
 
 
 def rules_section() -> str:

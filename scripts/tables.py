@@ -11,8 +11,10 @@ from statistics import mean
 
 from specformer.scripts.model_card import machine_text, regime_text, run_table, task_table, what_it_is
 from specformer.scripts.speed_tables import (
+    KINDS_OF_PROMPTS,
     RESULTS,
     ROOT,
+    before_after_lines,
     before_after_section,
     contenders_section,
     costs_section,
@@ -190,6 +192,46 @@ def ablations_section() -> str:
     )
 
 
+def replay_section() -> str:
+    """Draft lengths replayed on the drafts of real texts: "auto", the rule before it, and fixed numbers."""
+    result = result_of("draft_length_replay")
+    ((target, speeds),) = result["targets"].items()
+    titles = list(speeds[0]["speed"])
+    rows = [
+        [each["drafts"], each["machine"], str(each["batch_size"])]
+        + [f"{each['speed'][title]:.2f}" if title in each["speed"] else "" for title in titles]
+        for each in speeds
+    ]
+    return section(
+        *markdown(["drafts", "passes of", "batch", *titles], rows),
+        "",
+        f"Speeds in times of plain decoding, {target}, {result['texts']} answers; "
+        f"torch {result['versions']['torch']}, transformers {result['versions']['transformers']}, {result['date']}.",
+    )
+
+
+def rule_before_after_section() -> str:
+    """The rule of "auto" against the one before it."""
+    return section(*before_after_lines("draft_length_before_after"))
+
+
+def packed_widths_section() -> str:
+    """One number of drafts for all rows beside a number for each."""
+    result = result_of("packed_widths")
+    titles = list(result["table"][0]["speed"])
+    rows = [
+        [each["target"], KINDS_OF_PROMPTS[each["prompts"]], each["drafts"], str(each["batch_size"])]
+        + [f"{each['speed'][title]:.2f}" for title in titles]
+        for each in result["table"]
+    ]
+    return section(
+        *markdown(["target", "prompts", "drafts", "batch", *titles], rows),
+        "",
+        f"Speeds in times of plain decoding, bfloat16, simulated; {machine_of(result)}, {software_of(result)}, "
+        f"{result['date']}.",
+    )
+
+
 SECTIONS = {
     "README.md": {"speed": headline_section},
     "docs/benchmarks.md": {
@@ -211,7 +253,12 @@ SECTIONS = {
     },
     "docs/default_drafter.md": {"drafter": drafter_section, "by task": by_task_section, "copies": copies_section},
     "docs/lossless.md": {"half precision": half_precision_section},
-    "docs/experiments.md": {"ablations": ablations_section},
+    "docs/experiments.md": {
+        "replay": replay_section,
+        "rule before after": rule_before_after_section,
+        "packed widths": packed_widths_section,
+        "ablations": ablations_section,
+    },
 }
 """By page, what stands between the markers <!-- name --> and <!-- /name -->."""
 

@@ -157,7 +157,9 @@ def make_config(arguments: DrafterTrainingArguments) -> Any:
     return kind.make_config(arguments, target_config)
 
 
-def divide(answers: Answers, arguments: DrafterTrainingArguments) -> tuple[list[int], torch.utils.data.Dataset]:
+def divide(
+    answers: Answers, arguments: DrafterTrainingArguments
+) -> tuple[list[int], Answers | torch.utils.data.Subset]:
     """Which rows of `answers` to learn from, and what to evaluate on.
 
     Raises:

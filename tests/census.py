@@ -448,6 +448,10 @@ those, greedily and sampling with a seed.
 target with noise in its weights. SpecFormer: whether `SpecFormerConfig.from_target_config` knows the model, a drafter
 for it can be trained, and decoding with that drafter is exact.
 
+Models that read images as well, which `AutoModelForImageTextToText` makes, are not in these tables. With text alone
+those of `tests/test_multimodal.py` are exact, Qwen 2 to 3.5 VL, Gemma 3 and 4, Llava and Mllama among them; a call with
+images is refused.
+
 How the real model's half precision rounds is another matter: see [lossless.md](lossless.md#rounding).
 """
 

@@ -25,6 +25,7 @@ ROOMS = {
     "prompt": "where the tokens of padded prompts are, and which rows read theirs together",
     "backend": "what belongs to torch, transformers, the machine and the process",
     "cache": "keys, values and states of rows that have lengths of their own",
+    "ranks": "one target in several processes: what the first of them decides, and tells the others",
     "argument": "what a caller passed, in messages",
 }
 """From the entry down. A room is the beginning of its files' names; none imports from one that is above it, in the

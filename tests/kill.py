@@ -1,4 +1,4 @@
-"""Kill distillation and training at random moments: nothing is lost or doubled, and the result is the same.
+"""Kill distillation, generation and training at random moments: nothing is lost or doubled, and the result is the same.
 
     python tests/kill.py --kills 10 --seed 0 --output benchmarks/results/kills.json
 
@@ -34,6 +34,7 @@ from test_callers import tiny_tokenizer
 from test_training import SELDOM, arguments_of, prepare, run_differences
 from tiny import llama
 
+from specformer import SpecFormerConfig, SpecFormerModel
 from specformer.scripts.parts.provenance import provenance
 from specformer.scripts.train import CHECKPOINTS, WHOLE
 
@@ -117,6 +118,18 @@ class Distillation(Job):
         return super().differences(output, calm) + found
 
 
+class Generation(Distillation):
+    """The same answers, drafted: those of each prompt must not depend on the rows beside it, which a kill changes."""
+
+    module = "specformer.scripts.generate"
+
+    def arguments(self, output: str) -> list[str]:
+        arguments, drafter = super().arguments(output), self.folder / "drafter"
+        if not drafter.exists():
+            SpecFormerModel(SpecFormerConfig.from_target_config(llama().config)).save_pretrained(drafter)
+        return [*arguments, "--drafter", str(drafter), "--dtype", "float32"]  # half precision has ties
+
+
 class Training(Job):
     """120 steps with 24 checkpoints."""
 
@@ -152,6 +165,7 @@ class Training(Job):
 
 JOBS = {
     "distillation": Distillation,
+    "generation": Generation,
     "training": Training,
     "training on stored states": partial(Training, options=("--store-hidden-states",)),
 }

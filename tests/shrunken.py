@@ -103,6 +103,7 @@ GEMMA3N = dict(
     num_kv_shared_layers=2,
     activation_sparsity_pattern=[0.95, 0.95, 0.0, 0.0],
 )
+MROPE = {"text_config.rope_parameters": dict(rope_type="default", rope_theta=1e4, mrope_section=[2, 1, 1])}
 OVERRIDES: dict[str, dict] = {
     "BambaForCausalLM": dict(mamba_d_head="auto", attn_layer_indices=[1, 3]),
     "BltForCausalLM": dict(encoder_hash_byte_group_vocab=VOCAB),
@@ -132,6 +133,9 @@ OVERRIDES: dict[str, dict] = {
     ),
     "Gemma3nForCausalLM": GEMMA3N,
     "Gemma3nForConditionalGeneration": {f"text_config.{name}": value for name, value in GEMMA3N.items()},
+    "Glm4vForConditionalGeneration": MROPE,
+    "Qwen2VLForConditionalGeneration": MROPE,
+    "Qwen2_5_VLForConditionalGeneration": MROPE,
     "GitForCausalLM": {"vision_config.num_hidden_layers": 3},  # as in the real one, not as many as for text
     "Gemma4AssistantForCausalLM": {
         "text_config.hidden_size_per_layer_input": 0,

@@ -24,6 +24,16 @@ ROOT = Path(__file__).resolve().parents[1]
 GIVEN = {
     "demo": ["--output", "demo.json"],
     "space": ["--target", "a", "--port", "7861", "--dtype", "bfloat16"],
+    "generate": [
+        "--prompts",
+        "p.jsonl",
+        "--output",
+        "answers",
+        "--num-assistant-tokens",
+        "auto",
+        "--measure-plain",
+        "9",
+    ],
     "fetch": ["--folder", "here", "--source", "hub"],
     "distill": ["--prompts", "p.jsonl", "--output", "answers", "--max-new-tokens", "9"],
     "train": ["--data", "answers", "--output", "drafter", "--base-loss", "-0.1", "--config", "a=1", "b=true"],

@@ -21,8 +21,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from specformer.generation import backend_linear
 from specformer.generation.backend_linear import plain_linears
 from specformer.generation.target_attention import attention_of
-from specformer.scripts.distill import main, parse, read_answers
+from specformer.scripts.distill import main, parse
 from specformer.scripts.parts import answering
+from specformer.scripts.parts.answer_folder import AnswerFolder
 from specformer.scripts.parts.answering import Answer, Answering
 from specformer.scripts.parts.runs import begin_or_go_on
 
@@ -118,7 +119,7 @@ def test_what_an_interruption_left_is_cut_off(tmp_path: Path):
     for number, tail in enumerate(("", '{"id":9,"prompt', "\x00\x00")):
         path = tmp_path / f"answers-{number:05d}.jsonl"
         path.write_text("\n".join(whole) + "\n" + tail)
-        assert read_answers(tmp_path) == {0, 1, 2}
+        assert AnswerFolder(tmp_path).there() == {0, 1, 2}
         assert path.read_text() == "\n".join(whole) + "\n"
 
 

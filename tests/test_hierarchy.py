@@ -3,20 +3,32 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
+import test_dflash as dflash
+import test_eagle_and_pard as eagles
 import torch
 from architectures import make_target
 from exactness import check, plain
-from foreign import recorded
+from foreign import recorded, save
+from test_copying import network_of
 from test_drafters import repeats_what_came_five_before
 from test_exactness import NEW_TOKENS, SAMPLING, SETTINGS, meaningful_target
 from tiny import VOCAB, llama, ragged_batch
 
 from specformer import Drafter, Hierarchy, Proposal, Reader, TrigramChains, generate
 from specformer.generation import drafter_assistant as assisting
+from specformer.generation.accept_tokens import BestDrafts
+from specformer.generation.call_drafter import drafter_of_network
+from specformer.generation.drafter import Prompts
 from specformer.generation.drafter_assistant import AssistantDrafter
 from specformer.generation.drafter_hierarchy import HierarchyDrafter, MiddleCosts
+from specformer.generation.drafter_loading import drafting_model
+from specformer.generation.drafter_specformer import SpecFormerDrafter
+from specformer.generation.prompt import PromptLayout
+from specformer.generation.target import prefill, prompt_arguments
+from specformer.generation.target_states import StateReader
 
 ENDLESS = dict(max_new_tokens=NEW_TOKENS, eos_token_id=None)
 
@@ -57,13 +69,13 @@ class HalfRight(AssistantDrafter):
         return Proposal(torch.where(place % 2 == 0, (tokens + 1) % VOCAB, tokens))
 
 
-def middle_of(target):
-    """A model that is right about half of the time."""
+def middle_of(target, noise: float = 0.05):
+    """A model that is right about half of the time, or more often with less noise."""
     middle = copy.deepcopy(target)
     with torch.no_grad():
         generator = torch.Generator().manual_seed(1)
         for weights in middle.model.layers.parameters():
-            weights += 0.05 * torch.randn(weights.shape, generator=generator, dtype=weights.dtype)
+            weights += noise * torch.randn(weights.shape, generator=generator, dtype=weights.dtype)
     return middle
 
 
@@ -287,6 +299,146 @@ def test_an_assistant_reads_what_was_verified_in_place_of_its_drafts(monkeypatch
     # and this can fail: not if it took what was verified for its own
     monkeypatch.setattr(assisting, "count_accepted", lambda same: same.new_full((len(same),), 99, dtype=torch.long))
     assert not all(are_its_own())
+
+
+# ---- an inner drafter that reads the middle model's states
+
+
+def reading(middle, preset: str = "anchor", near: bool = True):
+    """A SpecFormer network of the middle model; near it, half of its first drafts are right."""
+    network = network_of(middle, preset)
+    if near:
+        network.init_from_target(middle)
+    return network
+
+
+@pytest.mark.parametrize(
+    ("preset", "sampling"),
+    [
+        ("all of it", {}),
+        ("paper", SAMPLING),
+        *(pytest.param(preset, SAMPLING, marks=pytest.mark.slow) for preset in ("all of it", "context")),
+    ],
+)
+def test_a_network_drafts_for_the_middle_model(preset: str, sampling: dict, monkeypatch):
+    """The middle model's tokens are those that it proposes alone, in a batch that loses rows."""
+    target, batch, eos = meaningful_target("llama")
+    middle = middle_of(target)
+    arguments = dict(sampling, eos_token_id=eos, max_new_tokens=NEW_TOKENS)
+    reference = plain(target, batch, **arguments)
+    with monkeypatch.context() as patch:
+        alone = recorded(patch, AssistantDrafter)
+        check(target, batch, reference, middle, 6, **arguments)
+    for inner in (reading(middle, preset), Reader(drafter=reading(middle, preset))):
+        with monkeypatch.context() as patch:
+            rounds = recorded(patch, HierarchyDrafter)
+            check(target, batch, reference, Hierarchy(inner, middle, 3, flush=False), 6, **arguments)
+        assert rounds == alone and len(rounds) > 3
+
+
+class Told(Drafter):
+    """Mixed into a drafter: notes what each row's text is by what it is told, and whether it drafts what it drafts of
+    that text alone."""
+
+    def begin(self, prompts):
+        super().begin(prompts)
+        rows = zip(prompts.input_ids.tolist(), prompts.first_tokens.tolist(), strict=True)
+        lengths = prompts.layout.host_lengths
+        self.texts = [ids[-length:] + first for (ids, first), length in zip(rows, lengths, strict=True)]
+        self.same: list[bool] = []
+
+    def propose(self, num_tokens, choose):
+        proposal = super().propose(num_tokens, choose)
+        for text, drafts in zip(self.texts, proposal.tokens.tolist(), strict=True):
+            self.same.append(drafts == self.alone(text, num_tokens))
+        return proposal
+
+    def alone(self, text: list[int], num_tokens: int) -> list[int]:
+        ids = torch.tensor([text[:-1]])
+        layout, middle = PromptLayout.from_mask(None, ids), self.middle
+        run, other = StateReader(middle, self.hidden_state_layers), self.kind(self.network, middle)
+        states = prefill(middle, ids, layout, 99, 8, prompt_arguments(middle, layout), None, run)[2]
+        other.begin(Prompts(ids, layout, torch.tensor([text[-1:]]), 99, states))
+        return other.propose(num_tokens, BestDrafts(VOCAB)).tokens[0].tolist()
+
+    def update(self, verified):
+        super().update(verified)
+        rows = zip(self.texts, verified.tokens.tolist(), verified.counts.tolist(), strict=True)
+        self.texts = [text + tokens[:count] for text, tokens, count in rows]
+
+    def select_rows(self, index, longest):
+        super().select_rows(index, longest)
+        self.texts = [self.texts[row] for row in index.tolist()]
+
+    def mark(self):
+        return super().mark(), self.texts
+
+    def rewind(self, mark):
+        before, self.texts = mark
+        super().rewind(before)
+
+
+def told(drafter: Drafter, middle) -> Told:
+    made = type("Told", (Told, type(drafter)), {})(drafter.network, middle)
+    made.kind, made.middle = type(drafter), middle
+    return made
+
+
+def readers_of_states(middle, folder: Path) -> dict[str, Drafter]:
+    """One of each kind, so that each draft depends on the states that it is given."""
+    raw, weights, _ = dflash.checkpoints(middle)["raw"]
+    files = {
+        "dflash": (raw, weights),
+        "eagle": (eagles.speculators_config(), eagles.eagle_weights()),
+    }
+    foreign = {name: drafting_model(save(folder / name, *parts), middle) for name, parts in files.items()}
+    return {
+        "anchor": SpecFormerDrafter(reading(middle), middle),
+        "all of it": SpecFormerDrafter(reading(middle, "all of it"), middle),
+        **{name: drafter_of_network(network, middle) for name, network in foreign.items()},
+    }
+
+
+@pytest.mark.parametrize(
+    "kind", ["anchor", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("all of it", "dflash", "eagle"))]
+)
+def test_it_drafts_what_it_drafts_of_that_text_alone(kind: str, monkeypatch, tmp_path: Path):
+    """Behind texts, and behind what the middle model has written on top of them, in a batch that loses rows."""
+    target, batch, eos = meaningful_target("llama")
+    middle, batch = middle_of(target, 0.01), {name: values[:3] for name, values in batch.items()}
+    arguments = dict(eos_token_id=eos, max_new_tokens=12)
+    reference = plain(target, batch, **arguments)
+
+    def are_its_own(drafter: Drafter) -> list[bool]:
+        noted = told(drafter, middle)
+        statistics = check(target, batch, reference, Hierarchy(noted, middle, 3, flush=False), 5, **arguments)
+        assert 5 < sum(statistics.accepted_per_slot) < sum(statistics.drafted_per_slot)
+        return noted.same
+
+    drafter = readers_of_states(middle, tmp_path)[kind]
+    same = are_its_own(drafter)
+    assert len(same) > 10 and all(same)
+    # and this can fail: not if the states that it is given are those of the token before
+    update = HierarchyDrafter.update
+
+    def late(self, verified):
+        if self.held is not None:
+            self.held = self.held.roll(1, dims=1)
+        update(self, verified)
+
+    monkeypatch.setattr(HierarchyDrafter, "update", late)
+    assert not all(are_its_own(drafter))
+
+
+def test_a_network_in_a_hierarchy_in_a_hierarchy():
+    target, batch, eos = meaningful_target("llama")
+    middle = middle_of(target)
+    small = middle_of(middle)
+    system = Hierarchy(Hierarchy(reading(small), small, 2), middle)
+    batch = {name: values[:3] for name, values in batch.items()}
+    for sampling in ({}, SAMPLING):
+        arguments = dict(sampling, eos_token_id=eos, max_new_tokens=12)
+        check(target, batch, plain(target, batch, **arguments), system, 5, **arguments)
 
 
 # ---- bad input

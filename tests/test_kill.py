@@ -25,14 +25,19 @@ def test_killed_twice(name: str, tmp_path: Path):
 @pytest.mark.parametrize(
     ("make", "fault", "difference"),
     [
-        (Distillation, "read_answers = lambda folder: set()", "doubled"),
-        (Training, "DrafterTrainer._load_optimizer_and_scheduler = lambda self, checkpoint: None", "another history"),
+        (Distillation, "AnswerFolder.there = lambda self: set()", "doubled"),
+        (
+            Training,
+            "train.DrafterTrainer._load_optimizer_and_scheduler = lambda self, checkpoint: None",
+            "another history",
+        ),
     ],
     ids=["answers are forgotten", "the optimizer is forgotten"],
 )
 def test_a_planted_fault_is_found(make: Callable, fault: str, difference: str, tmp_path: Path):
     name = make.module.rpartition(".")[2]
-    code = f"from specformer.scripts import {name}; {name}.{fault}; {name}.main({name}.parse())"
+    code = f"from specformer.scripts import {name}; from specformer.scripts.parts.answer_folder import AnswerFolder; "
+    code += f"{fault}; {name}.main({name}.parse())"
     found = check(make(tmp_path, launcher=("-c", code)), kills=2, seed=0)
     assert any(difference in line for line in found["differences"])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import copy
 import importlib
 import json
 import os
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from hybrids import INSTALLED, hybrid
 from tape import use_tapes
 from test_callers import tiny_tokenizer
 from tiny import PRESETS, llama, ragged_batch
@@ -418,10 +420,17 @@ def test_half_precision(folder: Path, monkeypatch):
     assert [equal[name] == len(TEXTS) for name in equal] == [True, True, False, False]
 
 
-@pytest.mark.parametrize("kind", ["specformer", "dflash", "pard"])
-def test_figures_from_answers_are_those_of_decoding(kind: str, folder: Path, monkeypatch):
+WITH_STATES = [("specformer", name) for name in ("Lfm2ForCausalLM", "Qwen3_5ForCausalLM") if name in INSTALLED]
+
+
+@pytest.mark.parametrize(
+    ("kind", "other_target"), [("specformer", None), ("dflash", None), ("pard", None), *WITH_STATES]
+)
+def test_figures_from_answers_are_those_of_decoding(kind: str, other_target: str | None, folder: Path, monkeypatch):
     """All together and task by task, for every draft length. The drafter learnt the answers, so that it is often
-    right."""
+    right; also that of a target that keeps states."""
+    if other_target is not None:
+        copy.deepcopy(hybrid(other_target)[0]).float().save_pretrained(folder / "target")
     tasks = ["short" if len(text) < 10 else "long" for text in TEXTS]
     lines = [json.dumps({"prompt": text, "task": task}) + "\n" for text, task in zip(TEXTS, tasks, strict=True)]
     (folder / "prompts.jsonl").write_text("".join(lines))

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import re
-import shutil
 import sys
 import threading
 import time
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from browser import find as find_browser
 from test_callers import tiny_tokenizer
 from tiny import llama
 
@@ -272,10 +272,9 @@ def address(loaded):
 @pytest.fixture(scope="module")
 def browser():
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    names = ("chromium", "chromium-browser", "google-chrome", "chrome")
-    place = next(filter(None, map(shutil.which, names)), None)
+    place = find_browser()
     if place is None:
-        pytest.skip("no Chromium is installed: apt-get install chromium")
+        pytest.skip("no Chromium is installed: python tests/browser.py")
     with playwright.sync_playwright() as engine:
         browser = engine.chromium.launch(executable_path=place, args=["--no-sandbox"])
         yield browser

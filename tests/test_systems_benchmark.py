@@ -13,6 +13,7 @@ from test_copying import network_of
 from tiny import llama
 
 from benchmarks import systems
+from specformer.scripts import plots
 
 
 def test_it_measures_every_system_and_goes_on_where_it_was(tmp_path: Path, monkeypatch):
@@ -30,6 +31,9 @@ def test_it_measures_every_system_and_goes_on_where_it_was(tmp_path: Path, monke
     options = {"target": target, "assistant": assistant, "drafter": drafter, "prompts": prompts, "output": output}
     given = [word for name, value in options.items() for word in (f"--{name}", str(value))]
     given += ["--batch-sizes", "2", "--max-new-tokens", "20", "--dtype", "float32", "--num-assistant-tokens", "6"]
+    then = tmp_path / "code.jsonl"
+    then.write_text(prompts.read_text(encoding="utf-8").replace("the", "in a"), encoding="utf-8")
+    given += ["--then", str(then), "--every", "2", "--learning-rate", "0.01"]
     monkeypatch.setattr(sys, "argv", ["systems", *given])
     calls, measure = [], systems.measure
 
@@ -55,3 +59,27 @@ def test_it_measures_every_system_and_goes_on_where_it_was(tmp_path: Path, monke
     middle = [figures[name]["middle_passes_per_accepted"] for name in (systems.HIERARCHY, systems.MIDDLE)]
     assert all(each > 0 for each in middle)
     assert "command" in result and "date" in result
+    assistant_alone, by_one = (figures[name] for name in (systems.MIDDLE, "LayerParallel, groups of 1"))
+    assert by_one["as_the_assistant"] and by_one["acceptance"] == assistant_alone["acceptance"]
+    assert figures["LayerParallel, groups of 4"]["acceptance"] <= 1
+    # and the drafter that learns, beside the frozen one
+    (switch,), (curves,) = result["switch_summary"].values(), result["switches"].values()
+    assert switch["learning"]["steps"] >= 2 and switch["frozen"]["steps"] == 0
+    assert all(of_way["identical"] == "8/8" for of_way in switch.values())
+    assert [turn["batch"] for turn in curves if turn["way"] == "learning"] == [0, 1, 2, 3]
+    before = json.dumps(curves)
+    systems.main(systems.parse())  # there is nothing left to do
+    again = json.loads(output.read_text(encoding="utf-8"))
+    assert json.dumps(*again["switches"].values()) == before and again["turns"] == result["turns"]
+    plots.main([output])
+    assert output.with_suffix(".png").stat().st_size > 1000
+
+
+def test_it_ends_in_time(monkeypatch):
+    seconds = iter([0.0, 30.0, 61.0, 61.0, 200.0])
+    monkeypatch.setattr(systems.time, "perf_counter", lambda: next(seconds))
+    clock = systems.Clock(2, places=2)
+    assert clock.is_within(0, 0.6) and not clock.is_within(0, 1.0)
+    assert clock.is_within(1, 0.2) and not clock.is_within(1, 1.0)
+    monkeypatch.undo()
+    assert systems.Clock(None, 1).is_within(0, 0.0)

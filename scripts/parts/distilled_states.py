@@ -18,10 +18,10 @@ import torch
 from specformer.scripts.parts.answering import Answer
 from specformer.scripts.parts.answers import Answers, states_file
 from specformer.scripts.parts.kinds.student import ReadTarget
+from specformer.scripts.parts.some_weights import STORED, some_weights
 
 OF_WHAT = "states.json"
 """Beside them: the target and the layers whose states they are."""
-STORED = torch.bfloat16
 OF_DTYPE_AND_PLACE = ("dtype", "torch_dtype", "_name_or_path", "transformers_version")
 """Fields of a config that may differ where the states are the same."""
 
@@ -30,9 +30,7 @@ def digest_of_target(target, layer_ids: Sequence[int]) -> str:
     """What tells the states of one target's layers from those of others: its config and some of its weights."""
     config = json.loads(target.config.to_json_string(use_diff=False), object_hook=without_dtype_and_place)
     digest = hashlib.sha256(json.dumps([list(layer_ids), config], sort_keys=True).encode())
-    for parameter in target.parameters():
-        some = parameter.detach().flatten()[:: max(1, parameter.numel() // 64)]
-        digest.update(some.to(STORED).double().cpu().numpy().tobytes())  # the same in any precision
+    digest.update(some_weights(target))
     return digest.hexdigest()[:16]
 
 
@@ -82,7 +80,7 @@ class StatesWriter:
         self.file.truncate(self.file.tell() // self.token * self.token)
         self.at = self.file.seek(0, 2) // self.token
 
-    def append(self, answer: Answer) -> None:
+    def append(self, answer: Answer) -> Answer:
         """Write the states of `answer`, zeros for its last token, which the target has not read, and note where."""
         states = torch.cat([part.to(STORED) for part in answer.states])
         states = torch.cat([states, states.new_zeros(1, *states.shape[1:])])
@@ -91,6 +89,7 @@ class StatesWriter:
         self.file.flush()
         answer.states_at, answer.states = self.at, []
         self.at += len(states)
+        return answer
 
     def close(self) -> None:
         self.file.close()

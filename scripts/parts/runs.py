@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,9 +12,9 @@ SETTINGS = "settings.json"
 """Written when a run begins, and never again."""
 
 
-def begin_or_go_on(folder: Path, settings: dict) -> bool:
+def begin_or_go_on(folder: Path, settings: dict, where_noted: Collection[str] = ()) -> bool:
     """Note the settings that decide about a run, or compare them with those that began the folder. One that was not
-    known then was None.
+    known then was None, but for those of `where_noted`, which are compared only where they were noted.
 
     Returns:
         Whether the folder had been begun before.
@@ -29,7 +29,7 @@ def begin_or_go_on(folder: Path, settings: dict) -> bool:
         different = "; ".join(
             f"{name}: {before.get(name)!r} there, {value!r} now"
             for name, value in json.loads(json.dumps(settings)).items()
-            if before.get(name) != value
+            if before.get(name) != value and (name in before or name not in where_noted)
         )
         if different:
             raise ValueError(

@@ -16,9 +16,10 @@ import torch
 from tqdm import tqdm
 
 from specformer.scripts.parts.answers import Answers
-from specformer.scripts.parts.distilled_states import STORED, DistilledStates, digest_of_target
+from specformer.scripts.parts.distilled_states import DistilledStates, digest_of_target
 from specformer.scripts.parts.kinds.student import ReadTarget, target_states
 from specformer.scripts.parts.runs import writing
+from specformer.scripts.parts.some_weights import STORED
 
 
 class StoredStates(torch.utils.data.Dataset):

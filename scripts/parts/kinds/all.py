@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from specformer.generation.drafter_dflash_network import DFlashNetwork
 from specformer.generation.drafter_eagle_network import EagleNetwork
 from specformer.generation.drafter_falcon_network import FalconNetwork
@@ -20,6 +22,23 @@ KINDS: dict[str, type[Student]] = {
 }
 
 
+def kind_of_student(network) -> type[Student] | None:
+    """Of which kind `network` is; `None`: of none whose drafts depend on the text alone."""
+    if getattr(getattr(network, "config", None), "model_type", None) == "specformer":  # of a repository's own code too
+        return SpecFormerStudent
+    if isinstance(network, DFlashNetwork):
+        return DFlashStudent
+    if isinstance(network, ParallelSpecNetwork):
+        return ParallelSpecStudent
+    if isinstance(network, FalconNetwork):
+        return FalconStudent
+    if isinstance(network, EagleNetwork):
+        return EagleStudent
+    if getattr(getattr(network, "config", None), "pard_token", None) is not None:
+        return PardStudent
+    return None
+
+
 def student_of(network, target, num_draft_tokens: int | None = None) -> Student:
     """`network`, loaded for `target`, with its kind.
 
@@ -29,20 +48,11 @@ def student_of(network, target, num_draft_tokens: int | None = None) -> Student:
     Raises:
         ValueError: it is of another kind, whose drafts depend on more than the text; or the drafter of another model.
     """
-    number = num_draft_tokens or 4
-    if getattr(getattr(network, "config", None), "model_type", None) == "specformer":  # of a repository's own code too
-        return SpecFormerStudent(network, target)
-    if isinstance(network, DFlashNetwork):
-        return DFlashStudent(network, target)
-    if isinstance(network, ParallelSpecNetwork):
-        return ParallelSpecStudent(network, target, number)
-    if isinstance(network, FalconNetwork):
-        return FalconStudent(network, target, number)
-    if isinstance(network, EagleNetwork):
-        return EagleStudent(network, target, number)
-    if getattr(getattr(network, "config", None), "pard_token", None) is not None:
-        return PardStudent(network, target, number)
-    raise ValueError(
-        f"--answers is for drafters of the kinds {', '.join(KINDS)}, and this one is a {type(network).__name__}. Leave "
-        "it out: prompts are decoded then."
-    )
+    kind: Any = kind_of_student(network)
+    if kind is None:
+        raise ValueError(
+            f"--answers is for drafters of the kinds {', '.join(KINDS)}, and this one is a {type(network).__name__}. "
+            "Leave it out: prompts are decoded then."
+        )
+    has_own_number = kind in (SpecFormerStudent, DFlashStudent)
+    return kind(network, target) if has_own_number else kind(network, target, num_draft_tokens or 4)

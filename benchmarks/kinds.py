@@ -41,6 +41,7 @@ OPTIONS: dict[str, list[str]] = {
     "specformer": ["--config", "previous_token_rank=256", "confidence_head=true"],
     "dflash": ["--config", "num_hidden_layers=2"],
     "eagle3": [],
+    "falcon": [],
     "parallelspec": [],
     "pard": ["--config", "num_hidden_layers=2"],
 }

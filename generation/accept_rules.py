@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 
 from .accept_noise import HashedNoise, StepNoise
-from .accept_sampling import best_tokens, reject_and_resample, sample_with_noise
+from .accept_sampling import best_tokens, reject_and_resample, sample_with_noise, with_confidence
 from .accept_top_k import FewScores, sample_surely
 from .argument import whole_number
 from .text_positions import Positions
@@ -54,10 +54,15 @@ class AcceptanceRule:
         raise NotImplementedError
 
     def chances(
-        self, scores: torch.Tensor, positions: Positions, vocab_size: int, token_ids: torch.Tensor
+        self,
+        scores: torch.Tensor,
+        positions: Positions,
+        vocab_size: int,
+        token_ids: torch.Tensor,
+        confidence: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """How likely each of `token_ids` (N, q, C) is taken, for all that a drafter's scores of them say: logarithms,
-        (N, q, C)."""
+        (N, q, C). Its `confidence` (N, q) in the best of them, if it tells, is about the target's best token."""
         return scores.log_softmax(dim=-1)
 
     def take(
@@ -94,6 +99,10 @@ class Greedy(AcceptanceRule):
         tokens = best_tokens(scores)
         return tokens, tokens == drafts
 
+    def chances(self, scores, positions, vocab_size, token_ids, confidence=None):
+        chances = scores.log_softmax(dim=-1)
+        return chances if confidence is None else with_confidence(chances, confidence)
+
 
 class Match(AcceptanceRule):
     """A sample with the noise that belongs to the position, and the draft if it is that one ("match", "coupled").
@@ -122,7 +131,7 @@ class Match(AcceptanceRule):
         tokens = sample_with_noise(scores, self.noise.gather(positions, scores.shape[-1]))
         return tokens, (tokens == drafts) & (drafts >= 0)
 
-    def chances(self, scores, positions, vocab_size, token_ids):
+    def chances(self, scores, positions, vocab_size, token_ids, confidence=None):
         # what is taken is the best token of such numbers of the target's; its own are not far from the drafter's
         noise = self.noise.gather(positions, vocab_size, token_ids)
         return (scores.log_softmax(dim=-1) - noise.log()).log_softmax(dim=-1)
@@ -138,7 +147,12 @@ class Match(AcceptanceRule):
 
 
 class Rejection(AcceptanceRule):
-    """Rejection sampling, with torch's generator. Where the drafter gave no distribution, its token is certain."""
+    """Rejection sampling, with torch's generator. Where the drafter gave no distribution, its token is certain.
+
+    So are the tokens of a tree, which are the likeliest ones and not sampled. The rule for several guesses (SpecInfer,
+    arXiv 2305.09781, section 4.3) then accepts the first with the target's probability of it, the next with what it has
+    of the rest, and so on: altogether the guess that one sample of the target is, if there is one.
+    """
 
     text_depends_on_drafts = True
 

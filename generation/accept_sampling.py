@@ -45,6 +45,16 @@ def places_of_best(values: torch.Tensor) -> torch.Tensor:
     return best[..., 0] * block + inside
 
 
+def with_confidence(chances: torch.Tensor, confidence: torch.Tensor) -> torch.Tensor:
+    """Logarithms of chances (..., C) where the best one is as likely as `confidence` (...) says. The others share what
+    that leaves, and none of them overtakes it: where it is less likely than it was, all are, by as much."""
+    best = places_of_best(chances)[..., None]
+    before, confidence = chances.gather(-1, best), confidence.to(chances)[..., None].clamp(1e-4, 1 - 1e-4)
+    less, rest = confidence.log() - before, torch.log1p(-confidence) - torch.log1p(-before.exp().clamp(max=1 - 1e-4))
+    told = confidence.log().masked_fill(before.isneginf(), -torch.inf)
+    return (chances + torch.minimum(less, rest)).scatter(-1, best, told)
+
+
 def count_accepted(accepted: torch.Tensor) -> torch.Tensor:
     """How many leading positions were accepted: bool (N, q) -> (N,) from 0 to q."""
     return accepted.long().cumprod(dim=1).sum(dim=1)

@@ -95,15 +95,18 @@ class TokenChoice:
         self.proposals.append(proposals)
         return drafts
 
-    def chances(self, logits: torch.Tensor, ahead: int, token_ids: torch.Tensor) -> torch.Tensor:
+    def chances(
+        self, logits: torch.Tensor, ahead: int, token_ids: torch.Tensor, confidence: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """How likely the target takes each of `token_ids` (R, w, C) at the position that `ahead` drafts are in front
-        of, for all that a drafter's logits of them say after w beginnings: logarithms, (R, w, C)."""
+        of, for all that a drafter's logits of them say after w beginnings: logarithms, (R, w, C). `confidence` (R, w):
+        that the best of them is the target's best, if the drafter knows."""
         device = self.text.ids.device
         logits, token_ids = logits.to(device, torch.float32), token_ids.to(device).expand(logits.shape)
         scores = logits if self.processors.know_tokens else self.processors.warp(logits)
         positions = self.text.positions(1, ahead)
         positions = Positions(*(part.expand(-1, logits.shape[1]) for part in (positions.rows, positions.steps)))
-        return self.rule.chances(scores, positions, self.vocab_size, token_ids)
+        return self.rule.chances(scores, positions, self.vocab_size, token_ids, confidence)
 
     def checked(self, proposal: Proposal, drafter, num_tokens: int, tree_size: int = 0) -> Proposal:
         """What is verified of a `drafter`'s proposal for `num_tokens`, on the text's device: a chain, or a tree of up

@@ -142,20 +142,22 @@ class RaggedCache(Cache):
         """Choose the slots of the next pass; returns its position ids (B, q).
 
         Args:
-            depths: of the tokens of a tree, (B, q), where the pass reads one: see `DraftTree`.
-            ancestors: which of them each one sees, bool (B, q, q).
+            depths: of the tokens of a tree, (B, n), where the pass reads one: see `DraftTree`. It reads the last q of
+                them; those in front were read by passes before, in which no row kept any.
+            ancestors: which of them each of the q sees, bool (B, q, n).
         """
-        self.reserve(query_length)
+        read = 0 if depths is None else depths.shape[1] - query_length
+        self.reserve(read + query_length)
         self.width, self.span, self.branches = query_length, None, None
         if len(self.lengths) == 1 and is_on_host(self.lengths) and not self.is_recorded:
-            start = int(self.lengths[0])
+            start = int(self.lengths[0]) + read
             if start + query_length <= (self.max_length if depths is None else self.max_slots):
                 self.span = slice(start, start + query_length)
-        slots = positions = self.lengths[:, None] + torch.arange(query_length, device=self.lengths.device)
+        slots = positions = self.lengths[:, None] + read + torch.arange(query_length, device=self.lengths.device)
         is_kept = positions < self.max_length
         if depths is not None and ancestors is not None:
             self.branches = depths, ancestors
-            positions, is_kept = self.lengths[:, None] + depths, slots < self.max_slots
+            positions, is_kept = self.lengths[:, None] + depths[:, read:], slots < self.max_slots
         # filled, since torch.where would copy its number from the host
         self.slots = slots.masked_fill(~is_kept, self.capacity)
         if self.ring is not None:
@@ -226,14 +228,15 @@ class RaggedCache(Cache):
     def _mask_of_trees(self, position_ids: torch.Tensor, window: int | None, chunk: int | None) -> torch.Tensor:
         """The same where tokens of the block stand beside one another: each sees its ancestors, at their depths."""
         assert self.branches is not None  # `mask` has looked
-        (depths, ancestors), width = self.branches, position_ids.shape[1]
+        depths, ancestors = self.branches
+        queries, width = ancestors.shape[1:]
         lengths = self.lengths[:, None]
         held = torch.arange(self.kv_length, device=position_ids.device)[None]  # what each slot would hold of a chain
         if window is not None and self.ring is not None:
             held = positions_held(lengths + width - 1, min(self.kv_length, self.ring), self.ring)
         place = held - lengths  # in the block; negative in the text before it: (B, K)
         inside = place.clamp(0, width - 1)
-        of_block = ancestors.gather(2, inside[:, None].expand(-1, width, -1)) & (place < width)[:, None]  # (B, q, K)
+        of_block = ancestors.gather(2, inside[:, None].expand(-1, queries, -1)) & (place < width)[:, None]  # (B, q, K)
         visible = torch.where((place < 0)[:, None], (held >= 0)[:, None], of_block)
         key = torch.where(place < 0, held, lengths + depths.gather(1, inside))[:, None]
         query = position_ids[..., None]

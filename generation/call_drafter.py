@@ -19,6 +19,8 @@ from .drafter_dflash import DFlashDrafter
 from .drafter_dflash_network import DFlashNetwork
 from .drafter_eagle import EagleDrafter
 from .drafter_eagle_network import EagleNetwork
+from .drafter_falcon import FalconDrafter
+from .drafter_falcon_network import FalconNetwork
 from .drafter_loading import drafting_model
 from .drafter_mtp import MtpDrafter, MtpModel, mtp_layers
 from .drafter_parallel import ParallelDrafter
@@ -95,8 +97,10 @@ def choose_drafter(model, drafts: DraftSettings, rule: AcceptanceRule) -> Drafte
     assistant_model, copied = drafts.assistant_model, drafts.prompt_lookup_num_tokens
     if drafts.num_assistant_tokens == 0:
         return NoDrafter()
+    # of trees all guesses count as certain, so that nothing follows from what was sampled
+    chains_decide = rule.text_depends_on_drafts and not drafts.tree_size
     if (drafter := drafter_of_network(assistant_model, model)) is not None:
-        if copied == 0 or rule.text_depends_on_drafts:
+        if copied == 0 or chains_decide:
             return drafter
         rates = experience_of(model, assistant_model, CopyingDrafter, CopyRates)
         return CopyingDrafter(drafter, copied or MOST_COPIED, rates, drafts.max_matching_ngram_size)
@@ -108,7 +112,7 @@ def choose_drafter(model, drafts: DraftSettings, rule: AcceptanceRule) -> Drafte
             )
         if not copied:
             return NoDrafter()
-        if drafts.num_assistant_tokens == AUTO and not rule.text_depends_on_drafts:
+        if drafts.tree_size or (drafts.num_assistant_tokens == AUTO and not chains_decide):
             rates = experience_of(model, model, CopyingDrafter, CopyRates)
             return CopyingDrafter(NoDrafter(), copied, rates, drafts.max_matching_ngram_size)
         return PromptLookupDrafter(drafts.max_matching_ngram_size or 2, copied)
@@ -116,7 +120,7 @@ def choose_drafter(model, drafts: DraftSettings, rule: AcceptanceRule) -> Drafte
         return assistant_model
     if is_system(assistant_model):
         return assistant_model.drafter_for(
-            model, Parts(lambda part, of: drafter_of_part(part, of, drafts, rule), rule.text_depends_on_drafts)
+            model, Parts(lambda part, of: drafter_of_part(part, of, drafts, rule), chains_decide)
         )
     if isinstance(assistant_model, GenerationMixin):
         is_parallel = getattr(getattr(assistant_model, "config", None), "pard_token", None) is not None
@@ -152,6 +156,8 @@ def drafter_of_network(network, model) -> Drafter | None:
         return DFlashDrafter(network, model)
     if isinstance(network, ParallelSpecNetwork):
         return ParallelSpecDrafter(network, model)
+    if isinstance(network, FalconNetwork):
+        return FalconDrafter(network, model)
     if isinstance(network, EagleNetwork):
         return EagleDrafter(network, model)
     if isinstance(network, MtpModel):
@@ -182,7 +188,7 @@ def choose_draft_length(
         elif rule.text_depends_on_drafts:  # and would depend on the clock
             requested = drafter.default_num_assistant_tokens
     if tree_size and requested != 0:
-        check_tree_size(model, drafts, rule, drafter)
+        check_tree_size(model, drafts, drafter)
     if isinstance(requested, int):
         most = min(requested, drafter.max_draft_tokens)
         return DraftLength(most, tree_size or 0 if most else 0)
@@ -207,21 +213,16 @@ def choose_draft_length(
     return AutoDraftLength(most, start, experience, may_cut)
 
 
-def check_tree_size(model, drafts: DraftSettings, rule: AcceptanceRule, drafter: Drafter) -> None:
+def check_tree_size(model, drafts: DraftSettings, drafter: Drafter) -> None:
     """
     Raises:
-        ValueError: the drafter proposes no trees, or the rule is for chains.
+        ValueError: the drafter proposes no trees.
         UnsupportedTargetError: the target does not verify them as it verifies chains.
     """
-    if rule.text_depends_on_drafts:
-        raise ValueError(
-            f"tree_size is {drafts.tree_size} and acceptance 'rejection', which is for chains; expected acceptance="
-            "'match' or 'coupled', or no tree_size."
-        )
     if not getattr(drafter, "proposes_trees", False):
         raise ValueError(
-            f"tree_size is {drafts.tree_size}, and {name_of(drafter)} proposes chains; expected a SpecFormer or DFlash "
-            "drafter, or no tree_size."
+            f"tree_size is {drafts.tree_size}, and {name_of(drafter)} proposes chains; expected a SpecFormer, DFlash, "
+            "DSpark, EAGLE-3 or ParallelSpec drafter, copies or trigrams, or no tree_size."
         )
     if (obstacle := tree_obstacle(model)) is not None:
         raise UnsupportedTargetError(f"{obstacle} Leave out tree_size.")
@@ -230,7 +231,7 @@ def check_tree_size(model, drafts: DraftSettings, rule: AcceptanceRule, drafter:
 def requested_length(drafts: DraftSettings, drafter: Drafter) -> int | str | None:
     """How many tokens a call asks of its drafter. Copies alone are `prompt_lookup_num_tokens`, or "auto" up to that
     number; a causal LM may have a number of its own."""
-    if isinstance(drafter, PromptLookupDrafter):
+    if drafts.assistant_model is None and isinstance(drafter, PromptLookupDrafter | CopyingDrafter):
         return AUTO if drafts.num_assistant_tokens == AUTO else drafts.prompt_lookup_num_tokens
     if drafts.num_assistant_tokens is None and isinstance(drafter, AssistantDrafter):
         generation_config = getattr(drafts.assistant_model, "generation_config", None)

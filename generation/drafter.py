@@ -145,8 +145,9 @@ class Drafter:
     def propose_tree(self, num_tokens: int, tree_size: int, chances: Callable[..., torch.Tensor]) -> Proposal:
         """Draft up to `tree_size` tokens for each row as a tree that is no deeper than `num_tokens`.
 
-        `chances(logits, ahead, token_ids)` turns logits (R, w, C) of the tokens `token_ids` (R, w, C), after w
-        beginnings that are `ahead` drafts long each, into logarithms of how likely the call takes each.
+        `chances(logits, ahead, token_ids, confidence=None)` turns logits (R, w, C) of the tokens `token_ids` (R, w, C),
+        after w beginnings that are `ahead` drafts long each, into logarithms of how likely the call takes each. A
+        drafter that knows how likely the best of them is the target's best says so: `confidence` (R, w).
         """
         raise NotImplementedError(f"{type(self).__name__} has no propose_tree(num_tokens, tree_size, chances).")
 

@@ -1,11 +1,13 @@
-"""Drafts without a model: the chain of tokens that is likeliest by what followed each two (ADED, arXiv 2407.12021).
+"""Drafts without a model: the likeliest chain or tree of tokens by what followed each two (ADED, arXiv 2407.12021).
 
-ADED searches a tree by visits and verifies the best of its paths as a tree; here a beam finds the chain of the most
-expected tokens, which is one and the same for the same table and text, so that no rule's text depends on chance.
+ADED searches a tree by visits and verifies the best of its paths as a tree; here a beam finds the likeliest tokens, or
+the chain of the most expected ones: both are one and the same for the same table and text, so that no rule's text
+depends on chance.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -91,6 +93,7 @@ class Chain:
         pair: the last two tokens, of which the next one follows.
         reached: how likely all of it is.
         expected: how many of its tokens are accepted.
+        before: the one that its last token was added to, `None` for an empty chain.
     """
 
     pair: Pair
@@ -98,6 +101,7 @@ class Chain:
     chances: list[float]
     reached: float = 1.0
     expected: float = 0.0
+    before: Chain | None = None
 
 
 class ChainDrafter(Drafter):
@@ -108,6 +112,7 @@ class ChainDrafter(Drafter):
 
     WIDTH = 4  # chains that are gone on with
     sources = ("trigrams",)
+    proposes_trees = True
     default_num_assistant_tokens = MOST_COPIED
 
     def __init__(self, table: TrigramTable):
@@ -128,9 +133,34 @@ class ChainDrafter(Drafter):
             torch.tensor(chances, dtype=torch.float32, device=self.device).view(shape),
         )
 
+    def propose_tree(self, num_tokens, tree_size, chances) -> Proposal:
+        likeliest: list[list[Chain]] = [[] for _ in self.texts.newest]
+        for row, chains in self._levels(num_tokens, tree_size):
+            likeliest[row] = sorted([*likeliest[row], *chains], key=lambda chain: -chain.reached)[:tree_size]
+        width = max(map(len, likeliest))
+        tokens, told, parents = [], [], []
+        for chains in likeliest:
+            places, missing = {id(chain): place for place, chain in enumerate(chains)}, width - len(chains)
+            tokens.append([chain.tokens[-1] for chain in chains] + [NO_TOKEN] * missing)
+            told.append([chain.chances[-1] for chain in chains] + [0.0] * missing)
+            parents.append([places.get(id(chain.before), -1) for chain in chains] + [-1] * missing)
+        shape = len(likeliest), width
+        return Proposal(
+            torch.tensor(tokens, dtype=torch.long, device=self.device).view(shape),
+            torch.tensor(told, dtype=torch.float32, device=self.device).view(shape),
+            parents=torch.tensor(parents, dtype=torch.long, device=self.device).view(shape),
+            depth=max((len(chain.tokens) for chains in likeliest for chain in chains), default=0),
+        )
+
     def _search(self, num_tokens: int) -> list[Chain]:
         """The chain of the most expected tokens of each row, up to `num_tokens`."""
         best = [Chain((0, 0), [], []) for _ in self.texts.newest]
+        for row, chains in self._levels(num_tokens, self.WIDTH):
+            best[row] = max([best[row], *chains], key=lambda chain: chain.expected)
+        return best
+
+    def _levels(self, num_tokens: int, width: int) -> Iterator[tuple[int, list[Chain]]]:
+        """Rows, and the `width` likeliest chains of each, by one token longer up to `num_tokens` times."""
         live: list[tuple[int, Chain]] = [
             (row, Chain((newest[0], newest[1]), [], []))
             for row, newest in enumerate(self.texts.newest)
@@ -145,8 +175,7 @@ class ChainDrafter(Drafter):
             for row, chains in longer.items():
                 chains.sort(key=lambda chain: chain.reached, reverse=True)
                 live += [(row, chain) for chain in chains[: self.WIDTH]]
-                best[row] = max([best[row], *chains[: self.WIDTH]], key=lambda chain: chain.expected)
-        return best
+                yield row, chains[:width]
 
     def update(self, verified: Verified) -> None:
         self.texts.update(verified)
@@ -163,4 +192,5 @@ def gone_on(chain: Chain, token: int, chance: float) -> Chain:
         [*chain.chances, chance],
         reached,
         chain.expected + reached,
+        chain,
     )

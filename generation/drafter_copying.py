@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch.nn import functional
 
 from .drafter import Drafter, Prompts, Verified
 from .drafter_prompt_lookup import PromptLookupDrafter
+from .drafter_tree import complete, side_by_side, united
 from .proposal import NO_TOKEN, Proposal
-from .proposal_tree import staying
 from .ranks import decided
 
 MOST_COPIED = 8
@@ -40,10 +42,14 @@ class CopyRates:
 
     def count(self, matched: torch.Tensor, copies: torch.Tensor, tokens: torch.Tensor, counts: torch.Tensor) -> None:
         """Of `copies` (R, k), the text went on with the first `counts` (R,) of `tokens` (R, k or more). Rows with
-        `matched` 0 copied nothing."""
+        `matched` 0 copied nothing, and where a stored text ends it is NO_TOKEN. Nothing is known of copies behind a
+        wrong one."""
         width = copies.shape[1]
-        decided = (matched > 0)[:, None] & (torch.arange(width, device=matched.device) < counts[:, None])  # (R, k)
-        is_right = decided & (copies == tokens[:, :width])
+        same = copies == tokens[:, :width]  # (R, k)
+        reached = functional.pad(same.long().cumprod(dim=1)[:, :-1], (1, 0), value=1).bool()  # beside it in a tree
+        copied = (matched > 0)[:, None] & (copies != NO_TOKEN)
+        decided = copied & reached & (torch.arange(width, device=matched.device) < counts[:, None])
+        is_right = decided & same
         lengths = self._lengths(matched, width).flatten()
         # new tensors, since those of a call in inference mode could not be changed in another one
         seen = self.FADING * (self.seen - self.FIRST_WEIGHT) + self.FIRST_WEIGHT
@@ -84,12 +90,15 @@ class CopyingDrafter(Drafter):
         self.max_draft_tokens = max(drafter.max_draft_tokens, num_tokens)
         self.default_num_assistant_tokens = drafter.default_num_assistant_tokens
         self.hidden_state_layers, self.reads_logits = drafter.hidden_state_layers, drafter.reads_logits
-        self.proposes_known_tokens, self.proposes_trees = drafter.proposes_known_tokens, drafter.proposes_trees
+        self.proposes_known_tokens = drafter.proposes_known_tokens
+        self.proposes_trees = getattr(drafter, "proposes_trees", False) or not drafter.max_draft_tokens
         self.can_rewind = getattr(drafter, "can_rewind", False)  # not in older copies of this code
         self.sources = ("copy", *drafter.sources[:1])
         self.knows_confidence = False  # whether the other drafter tells how sure it is
         # of this round: the copies (R, k), and how much stood in front of them before (R,); 0 where none is used
         self.copied: tuple[torch.Tensor, torch.Tensor] | None = None
+        # the same of a tree: rates, and the copies that they are counted of
+        self.followed: list[tuple[CopyRates, torch.Tensor, torch.Tensor]] = []
 
     def __enter__(self):
         self.drafter.__enter__()
@@ -124,36 +133,29 @@ class CopyingDrafter(Drafter):
         return Proposal(torch.where(is_own[:, None], drafts, copies), confidences, sources=is_own)
 
     def propose_tree(self, num_tokens, tree_size, chances) -> Proposal:
-        """Copies are a branch in front of the other drafter's tree, in rows where they are expected to be longer than
-        what is accepted of that."""
-        copies, matched, of_copies = self.copies(self.lookup, min(num_tokens, tree_size))  # (R, m), (R,), (R, m)
-        width = copies.shape[1]
-        if self._needs_no_other(of_copies):
-            self.copied = copies, matched
-            return Proposal(copies.masked_fill(matched[:, None] == 0, NO_TOKEN), of_copies)
+        """Copies from several places are branches of the other drafter's tree, which keeps the likeliest tokens."""
+        trees, surest = self.branches(min(num_tokens, tree_size))
+        if surest.device.type == "cpu" and not surest.any():  # a GPU is not waited for
+            trees = []
         own = min(num_tokens, self.drafter.max_draft_tokens)
-        tree = self.drafter.propose_tree(own, tree_size, chances)
-        self.knows_confidence = True
-        is_copied = expected(of_copies) > staying(tree.confidences, tree.parents).sum(dim=1)
-        self.copied = copies, matched * is_copied
-        shift = torch.where(is_copied, width, 0)[:, None]  # (R, 1)
-        size = max(width, tree.tokens.shape[1])
-        place = torch.arange(size, device=copies.device)
-        in_copy = place < shift  # (R, n)
-        behind = (place - shift).clamp(min=0, max=tree.tokens.shape[1] - 1)  # of the other drafter's tree
-        is_there = in_copy | (place - shift < tree.tokens.shape[1])
-        tokens, confidences, parents = (
-            part.gather(1, behind) for part in (tree.tokens, tree.confidences, tree.parents)
-        )
-        copies, of_copies = (functional.pad(part, (0, size - width)) for part in (copies, of_copies))
-        parents = torch.where(in_copy, place - 1, torch.where(parents < 0, parents, parents + shift))
-        return Proposal(
-            torch.where(in_copy, copies, tokens).masked_fill(~is_there, NO_TOKEN),
-            torch.where(in_copy, of_copies, confidences).masked_fill(~is_there, 0.0),
-            parents=parents.masked_fill(~is_there, -1),
-            depth=max(width, tree.depth),
-            sources=~in_copy,
-        )
+        if own and not self._needs_no_other(surest[:, :own]):
+            tree = complete(self.drafter.propose_tree(own, tree_size, chances), surest.device)
+            self.knows_confidence = True
+            of_other = self.of_other(tree, num_tokens)
+            return united([*trees, *of_other], tree_size) if trees or len(of_other) > 1 else of_other[0]
+        return united(trees, tree_size) if trees else Proposal(self.lookup.ids[:, :0])
+
+    def branches(self, num_tokens: int) -> tuple[list[Proposal], torch.Tensor]:
+        """Copies as trees, no deeper than `num_tokens`, and how likely those of each row's surest copy are, once those
+        in front of them are (R, num_tokens)."""
+        copies, matched = self.lookup.find_several(num_tokens)  # (R, m, k), (R, m)
+        likely = self.rates.chances(matched.flatten(), num_tokens).view(copies.shape)
+        self.followed = [(self.rates, copies[:, 0], matched[:, 0])]
+        return [side_by_side(copies, likely)], likely[:, 0]
+
+    def of_other(self, tree: Proposal, num_tokens: int) -> list[Proposal]:
+        """The other drafter's `tree`, as it takes part."""
+        return [replace(tree, sources=torch.ones_like(tree.tokens))]
 
     def copies(self, lookup: PromptLookupDrafter, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Copies (R, k) behind the texts of `lookup`, after how many tokens that stood there before (R,), and how
@@ -177,7 +179,9 @@ class CopyingDrafter(Drafter):
         self.running = counts > 0
         if self.copied is not None:
             self.count(*self.copied, tokens, counts)
-            self.copied = None
+        for rates, copies, matched in self.followed:
+            rates.count(matched, copies[:, : tokens.shape[1] - 1], tokens, counts)
+        self.copied, self.followed = None, []
 
     def count(self, copies: torch.Tensor, matched: torch.Tensor, tokens: torch.Tensor, counts: torch.Tensor) -> None:
         """The rows in which `copies` (R, k) after `matched` (R,) tokens, 0 in others, were verified go on with the
@@ -196,4 +200,4 @@ class CopyingDrafter(Drafter):
         of_lookup, of_drafter, self.running = mark
         self.lookup.rewind(of_lookup)
         self.drafter.rewind(of_drafter)
-        self.copied = None
+        self.copied, self.followed = None, []

@@ -56,7 +56,7 @@ class DFlashDrafter(ForeignDrafter):
         (states,) = run_pass(self.cache, 0, ("slots", num_tokens), self._slots(num_tokens), self.newest)
         every, head = self._logits(states), self.network.markov_head
 
-        def candidates(slot: int, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        def candidates(slot: int, tokens: torch.Tensor, _) -> tuple[torch.Tensor, torch.Tensor]:
             logits = every[:, slot, None].expand(-1, tokens.shape[1], -1)  # (R, w, V')
             if head is not None:
                 previous = embed_tokens(head.markov_w1, tokens.clamp(min=0), scaled=False)
@@ -101,6 +101,8 @@ class DFlashDrafter(ForeignDrafter):
         told = [part for part in confidences if part is not None]
         return Proposal(torch.cat(tokens[1:], dim=1), torch.cat(told, dim=1) if told else None)
 
+    # A tree is not ordered by these: they are learnt as the overlap of two distributions, which sampled drafts live by,
+    # and say nothing of one candidate beside another.
     def _confidences(self, states: torch.Tensor, previous: torch.Tensor | None) -> torch.Tensor | None:
         """How likely each draft is accepted, (R, k), by states (R, k, d) and the embeddings of the tokens in front."""
         if self.network.confidence_head is None:

@@ -53,12 +53,13 @@ class ForeignDrafter(Drafter):
     def __exit__(self, *exception) -> None:
         self._attached.__exit__(*exception)
 
-    def begin_cache(self, prompts: Prompts, num_layers: int) -> None:
-        """Make room for the keys and values of the prompts, and of what will be read."""
+    def begin_cache(self, prompts: Prompts, num_layers: int, more_slots: int = 0) -> None:
+        """Make room for the keys and values of the prompts, and of what will be read; `more_slots` as in
+        `RaggedCache`."""
         layout = prompts.layout.to(self.device)
         limit = prompts.max_length - prompts.input_ids.shape[1] + layout.longest
         capacity = min(layout.longest + FIRST_CAPACITY, limit)
-        self.cache = RaggedCache(num_layers, layout.lengths, layout.longest, capacity, limit)
+        self.cache = RaggedCache(num_layers, layout.lengths, layout.longest, capacity, limit, more_slots=more_slots)
         self.longest, self.unread = layout.longest, UnreadStates(self.device)
 
     def update(self, verified: Verified) -> None:

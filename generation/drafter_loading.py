@@ -21,6 +21,7 @@ from transformers.utils import cached_file
 from .drafter_dflash_network import DFlashConfig, DFlashNetwork
 from .drafter_dtype import marks_of
 from .drafter_eagle_network import EagleConfig, EagleNetwork
+from .drafter_falcon_network import FalconConfig, FalconNetwork
 from .drafter_foreign_network import ForeignNetwork
 from .drafter_parallelspec_network import ParallelSpecConfig, ParallelSpecNetwork
 from .target_refusals import input_device
@@ -35,6 +36,7 @@ KINDS: dict[str, tuple[Any, Any]] = {
     "Eagle3DraftModel": (EagleConfig, EagleNetwork),
     "LlamaForCausalLMEagle3": (EagleConfig, EagleNetwork),
     "Eagle3LlamaForCausalLM": (EagleConfig, EagleNetwork),
+    "FalconSpeculator": (FalconConfig, FalconNetwork),
     "PEagleSpeculator": (ParallelSpecConfig, ParallelSpecNetwork),
     "PEagleDraftModel": (ParallelSpecConfig, ParallelSpecNetwork),
 }

@@ -10,6 +10,8 @@ from .proposal import NO_TOKEN, Proposal
 
 FIRST_WIDTH = 256
 """New tokens that the buffer has room for at first; it doubles."""
+PLACES, DIFFERENT = 16, 4
+"""Places that are looked at where several copies are wanted, and how many different ones are taken of them."""
 
 
 class PromptLookupDrafter(Drafter):
@@ -43,10 +45,26 @@ class PromptLookupDrafter(Drafter):
     def find(self, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Copies (R, num_tokens), and how many tokens in front of them stood there before (R,), 0 where none did."""
         source, matched = find_repetition(self.ids[:, : self.longest], self.lengths, self.max_matching_ngram_size)
-        source = torch.where(matched > 0, source, self.lengths - 1)
-        period = self.lengths - source
-        offsets = torch.arange(num_tokens, device=self.ids.device) % period[:, None]
-        return self.ids.gather(1, source[:, None] + offsets), matched
+        return self._copied(source[:, None], matched[:, None], num_tokens)[:, 0], matched
+
+    def find_several(self, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Copies from several places (R, m, num_tokens), all of them different, and how many tokens in front of each
+        stood there before (R, m), the most of them first; 0 where there are no more."""
+        known = self.ids[:, : self.longest], self.lengths, self.max_matching_ngram_size
+        source, matched = find_repetitions(*known, PLACES)
+        copies = self._copied(source, matched, num_tokens)
+        same = (copies[:, :, None] == copies[:, None]).all(dim=3)  # (R, places, places)
+        place = torch.arange(copies.shape[1], device=copies.device)
+        matched = matched * (same.long().argmax(dim=2) == place)
+        order = (matched == 0).long().argsort(dim=1, stable=True)[:, :DIFFERENT]
+        return copies.gather(1, order[..., None].expand(-1, -1, num_tokens)), matched.gather(1, order)
+
+    def _copied(self, source: torch.Tensor, matched: torch.Tensor, num_tokens: int) -> torch.Tensor:
+        """What stands from `source` (R, m) on, (R, m, num_tokens), where something `matched` (R, m)."""
+        source = torch.where(matched > 0, source, self.lengths[:, None] - 1)
+        period = self.lengths[:, None] - source
+        offsets = torch.arange(num_tokens, device=self.ids.device) % period[..., None]
+        return self.ids.gather(1, (source[..., None] + offsets).flatten(1)).unflatten(1, (-1, num_tokens))
 
     def update(self, verified: Verified) -> None:
         tokens = verified.tokens
@@ -80,6 +98,14 @@ def find_repetition(ids: torch.Tensor, lengths: torch.Tensor, max_ngram_size: in
         Index of the token after the occurrence (R,), and the length of the suffix (R,): 0 where not even the last
         token occurs earlier.
     """
+    source, matched = find_repetitions(ids, lengths, max_ngram_size, 1)
+    return source[:, 0], matched[:, 0]
+
+
+def find_repetitions(
+    ids: torch.Tensor, lengths: torch.Tensor, max_ngram_size: int, count: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same for up to `count` occurrences of suffixes, the longest and then the latest first: (R, count) each."""
     size, width = min(max_ngram_size, ids.shape[1]), ids.shape[1]
     padded = functional.pad(ids, (size, 0), value=-1)
     windows = padded.unfold(1, size, 1)[:, 1:]  # (R, T, size): the last tokens up to each place
@@ -88,5 +114,5 @@ def find_repetition(ids: torch.Tensor, lengths: torch.Tensor, max_ngram_size: in
     matched = same.cumprod(dim=2, dtype=torch.uint8).sum(dim=2)  # (R, T): how far back the text in front is the same
     place = torch.arange(width, device=ids.device)
     matched = matched * (place < lengths[:, None] - 1)
-    best = (matched * width + place).argmax(dim=1, keepdim=True)  # the longest, and of several the latest
-    return best[:, 0] + 1, matched.gather(1, best)[:, 0]
+    best = (matched * width + place).topk(min(count, width), dim=1).indices  # the longest, and of several the latest
+    return best + 1, matched.gather(1, best)

@@ -1,7 +1,9 @@
-"""Copies of a row's own text and of stored ones, in place of another drafter's drafts and behind them: the chain of
-READER (arXiv 2508.09072), without its tree."""
+"""Copies of a row's own text and of stored ones, in place of another drafter's drafts and behind them, or as branches
+beside them (READER, arXiv 2508.09072)."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 from torch.nn import functional
@@ -9,11 +11,12 @@ from torch.nn import functional
 from .argument import name_of, whole_number
 from .drafter import Drafter, NoDrafter
 from .drafter_copying import MOST_COPIED, CopyingDrafter, CopyRates, expected
-from .drafter_prompt_lookup import PromptLookupDrafter
+from .drafter_prompt_lookup import DIFFERENT, PromptLookupDrafter
 from .drafter_store import AnswerStore
 from .drafter_suffixes import suffixes
 from .drafter_system import DraftingSystem, Parts, is_system
-from .proposal import NO_TOKEN, Proposal, count_drafted
+from .drafter_tree import side_by_side
+from .proposal import NO_TOKEN, Proposal, count_drafted, first_path
 
 
 class Reader(DraftingSystem):
@@ -77,10 +80,9 @@ class ReaderDrafter(CopyingDrafter):
         self.store, self.store_rates = store, store_rates
         self.default_num_assistant_tokens = self.default_num_assistant_tokens or num_tokens
         self.proposes_known_tokens = drafter.proposes_known_tokens and store is None
-        self.proposes_trees = False  # what goes on behind drafts is behind a chain of them
         # of this round: copies behind drafts (R, k), after how many tokens that stood there before (R,), 0 where none
-        # is used, behind how many drafts (R,), and whether they are the store's (R,)
-        self.behind: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+        # is used, the drafts (R, n), how many they are (R,), and whether the copies are the store's (R,)
+        self.behind: tuple[torch.Tensor, ...] | None = None
 
     def begin(self, prompts) -> None:
         super().begin(prompts)
@@ -112,6 +114,38 @@ class ReaderDrafter(CopyingDrafter):
         self.stored = in_place
         return proposal
 
+    def propose_tree(self, num_tokens, tree_size, chances) -> Proposal:
+        in_place, self.behind = self.stored, None
+        proposal = super().propose_tree(num_tokens, tree_size, chances)
+        self.stored = in_place
+        return proposal
+
+    def branches(self, num_tokens):
+        trees, surest = super().branches(num_tokens)
+        if self.store is None:
+            return trees, surest
+        copies, shares, agree = self.store.find_several(
+            suffixes(self.lookup.ids, self.lookup.lengths), num_tokens, DIFFERENT
+        )
+        agree = agree * (agree >= self.LEAST_IN_STORE)
+        rates = self.store_rates.chances(agree, num_tokens)
+        likely = rates[:, None] * shares
+        likely[:, 0] = rates * (shares[:, 0] > 0)  # they are of the first one
+        self.followed.append((self.store_rates, copies[:, 0], agree))
+        surest = torch.where((expected(likely[:, 0]) > expected(surest))[:, None], likely[:, 0], surest)
+        return [*trees, side_by_side(copies, likely)], surest
+
+    def of_other(self, tree, num_tokens):
+        """Copies go on behind the likeliest of its paths."""
+        trees, path = super().of_other(tree, num_tokens), first_path(tree)
+        deeper = self._deepened(path, num_tokens, torch.zeros_like(self.running))
+        if deeper is path:
+            return trees
+        place = torch.arange(deeper.tokens.shape[1], device=path.tokens.device)
+        sources = (place < count_drafted(path.tokens)[:, None]).long()
+        assert deeper.confidences is not None
+        return [*trees, replace(side_by_side(deeper.tokens[:, None], deeper.confidences[:, None]), sources=sources)]
+
     def _deepened(self, proposal: Proposal, num_tokens: int, is_copied: torch.Tensor) -> Proposal:
         """With copies behind the drafts of rows that are not copied themselves."""
         drafted = count_drafted(proposal.tokens)  # (R,)
@@ -120,7 +154,7 @@ class ReaderDrafter(CopyingDrafter):
             return proposal
         copies, matched, chances = self.copies(with_drafts(self.lookup, proposal.tokens, drafted), num_tokens)
         matched = matched * (open_ended & (matched >= self.LEAST_BEHIND))
-        self.behind = copies, matched, drafted, self.stored
+        self.behind = copies, matched, proposal.tokens, drafted, self.stored
         width = proposal.tokens.shape[1]
         tokens = functional.pad(proposal.tokens, (0, num_tokens - width), value=NO_TOKEN)
         place = torch.arange(num_tokens, device=tokens.device) - drafted[:, None]  # (R, k), among the copies
@@ -136,14 +170,15 @@ class ReaderDrafter(CopyingDrafter):
         behind, self.behind = self.behind, None
         super().update(verified)
         if behind is not None:
-            copies, matched, drafted, self.stored = behind
+            copies, matched, drafts, drafted, self.stored = behind
             width = verified.tokens.shape[1]
-            place = drafted[:, None] + torch.arange(width, device=drafted.device)
-            further = verified.tokens.gather(1, place.clamp(max=width - 1))
-            self.count(copies, matched, further, (verified.counts - drafted).clamp(min=0))
+            place = torch.arange(width, device=drafted.device)
+            drafts = functional.pad(drafts, (0, max(width - drafts.shape[1], 0)), value=NO_TOKEN)[:, :width]
+            was_written = ((drafts == verified.tokens) | (place >= drafted[:, None])).all(dim=1)  # of a tree's branches
+            further = verified.tokens.gather(1, (drafted[:, None] + place).clamp(max=width - 1))
+            self.count(copies, matched * was_written, further, (verified.counts - drafted).clamp(min=0))
 
     def count(self, copies, matched, tokens, counts) -> None:
-        counts = torch.minimum(counts, count_drafted(copies))  # behind the end of a stored text nothing was copied
         super().count(copies, matched * ~self.stored, tokens, counts)
         self.store_rates.count(matched * self.stored, copies[:, : tokens.shape[1] - 1], tokens, counts)
 

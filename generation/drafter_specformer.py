@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch.nn import functional
 from transformers import DynamicCache
 
 from .accept_tokens import BestDrafts
@@ -100,13 +101,13 @@ class SpecFormerDrafter(Drafter):
         config = self.network.config
         places = self.borrowed.candidates(states, config.num_candidates)  # (R, k, C)
 
-        def candidates(slot: int, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        def candidates(slot: int, tokens: torch.Tensor, _) -> tuple[torch.Tensor, torch.Tensor]:
             width = tokens.shape[1]
             state, place = states[:, slot, None].expand(-1, width, -1), places[:, slot, None].expand(-1, width, -1)
             if config.previous_token_rank is not None:
                 state = self.network.previous_token_correction(state, embed(self.borrowed, tokens))
-            ids = self.borrowed.tokens_at(place)
-            return ids, chances(self.borrowed.candidate_logits(state, place), slot, ids)
+            ids, logits = self.borrowed.tokens_at(place), self.borrowed.candidate_logits(state, place)
+            return ids, chances(logits, slot, ids, confidence_after(self.network, slot, state, logits))
 
         return best_first(self.newest, num_tokens, tree_size, candidates)
 
@@ -195,6 +196,17 @@ def choose_drafts(
     if config.confidence_head:
         confidences = network.confidence_head(states, logits).float().sigmoid()
     return tokens, confidences
+
+
+def confidence_after(network, slot: int, states: torch.Tensor, logits: torch.Tensor) -> torch.Tensor | None:
+    """How likely the best candidate of a slot is the target's best token, after each of w beginnings that are right:
+    (R, w), by the slot's states (R, w, d) after each, and logits (R, w, C); `None` where the network has no head for
+    it. The head has learnt this of the likeliest beginnings."""
+    if not network.config.confidence_head:
+        return None
+    # it numbers the slots that it is shown
+    states, logits = (functional.pad(part[:, :, None], (0, 0, slot, 0)) for part in (states, logits))
+    return network.confidence_head(states, logits)[:, :, slot].float().sigmoid()
 
 
 def embed(borrowed, tokens: torch.Tensor) -> torch.Tensor:

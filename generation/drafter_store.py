@@ -17,6 +17,7 @@ import threading
 import time
 import uuid
 import warnings
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -155,13 +156,35 @@ class AnswerStore:
         device, suffixes = suffixes.device, suffixes.cpu()
         matched = torch.zeros_like(suffixes[:, 0])
         copies = matched[:, None].expand(-1, num_tokens).clone().fill_(NO_TOKEN)
+        for rows, texts, first, last in self._longest(suffixes, matched):
+            copies[rows] = texts.continuations(first, last, num_tokens)
+        return copies.to(device), (matched * (copies[:, 0] != NO_TOKEN)).to(device)
+
+    def find_several(
+        self, suffixes: torch.Tensor, num_tokens: int, count: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The same for up to `count` ways in which texts went on there: tokens (R, count, num_tokens), of which share
+        of them each token is what they went on with, once those in front of it are, of the same shape, and how many
+        tokens agree (R,)."""
+        device, suffixes = suffixes.device, suffixes.cpu()
+        matched = torch.zeros_like(suffixes[:, 0])
+        copies = matched[:, None, None].expand(-1, count, num_tokens).clone().fill_(NO_TOKEN)
+        shares = torch.zeros(copies.shape, device="cpu")
+        for rows, texts, first, last in self._longest(suffixes, matched):
+            copies[rows], shares[rows] = texts.different(first, last, num_tokens, count)
+        return copies.to(device), shares.to(device), (matched * (copies[:, 0, 0] != NO_TOKEN)).to(device)
+
+    def _longest(
+        self, suffixes: torch.Tensor, matched: torch.Tensor
+    ) -> Iterator[tuple[torch.Tensor, SortedTexts, torch.Tensor, torch.Tensor]]:
+        """File by file the rows of `suffixes` (R, D) of which more agrees than `matched` (R,) in newer ones, its texts,
+        and from the first (N,) to before the last (N,) of its sorted places. `matched` follows."""
         for file in reversed([*self._files.values()]):
             first, last, agree = file.texts.find(suffixes)
             better = (agree > matched).nonzero()[:, 0]
             if len(better):
-                copies[better] = file.texts.continuations(first[better], last[better], num_tokens)
                 matched[better] = agree[better]
-        return copies.to(device), (matched * (copies[:, 0] != NO_TOKEN)).to(device)
+                yield better, file.texts, first[better], last[better]
 
     def _bounded(self, tokens: torch.Tensor) -> torch.Tensor:
         """The last whole texts that may be kept; of one that is longer its end."""

@@ -69,11 +69,7 @@ class SortedTexts:
     def continuations(self, first: torch.Tensor, last: torch.Tensor, num_tokens: int) -> torch.Tensor:
         """The most frequent token after those places, the most frequent one after it where it stands, and so on:
         (R, num_tokens), NO_TOKEN from where texts end."""
-        voter = torch.arange(VOTERS, device="cpu")
-        count = (last - first)[:, None]  # (R, 1)
-        index = first[:, None] + torch.where(count > VOTERS, voter * count // VOTERS, voter)
-        votes = index < last[:, None]  # (R, voters)
-        here = self._places(index)
+        here, votes = self._voters(first, last)
         chosen = []
         for _ in range(num_tokens):
             token = self.tokens[here.clamp(max=len(self.tokens) - 1)].long()
@@ -83,6 +79,41 @@ class SortedTexts:
             chosen.append(token.gather(1, best).masked_fill(most == 0, NO_TOKEN))  # (R, 1)
             votes, here = votes & (token == chosen[-1]), here + 1
         return torch.cat(chosen, dim=1)
+
+    def different(
+        self, first: torch.Tensor, last: torch.Tensor, num_tokens: int, count: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Up to `count` ways in which texts go on after those places, all of them different: first the one that agrees
+        with others furthest, then that of those which do not go on so, and so on. Tokens (R, count, num_tokens), and
+        which share of the texts that are the same so far has each of them, of the same shape; NO_TOKEN and 0 from where
+        there are none."""
+        here, votes = self._voters(first, last)
+        place = here[..., None] + torch.arange(num_tokens, device="cpu")  # (R, voters, n)
+        texts = self.tokens[place.clamp(max=len(self.tokens) - 1)].long()
+        goes_on = votes[..., None] & (texts != NO_TOKEN) & (place < len(self.tokens))
+        goes_on = goes_on.long().cumprod(dim=2).bool()
+        same = (texts[:, :, None] == texts[:, None]) & goes_on[:, :, None] & goes_on[:, None]
+        same = same.long().cumprod(dim=3)  # (R, voters, voters, n)
+        agree, left = same.sum(dim=3), goes_on[..., 0]
+        chosen, shares = [], []
+        for _ in range(count):
+            best = (agree * left[:, None]).sum(dim=2).masked_fill(~left, -1).argmax(dim=1)  # (R,)
+            rows = torch.arange(len(best), device="cpu")
+            is_there = goes_on[rows, best] & left.any(dim=1)[:, None]  # (R, n)
+            chosen.append(texts[rows, best].masked_fill(~is_there, NO_TOKEN))
+            number = same[rows, best].sum(dim=1)  # (R, n), of texts that go on so
+            before = torch.cat([goes_on[..., 0].sum(dim=1, keepdim=True), number[:, :-1]], dim=1)
+            shares.append(number / before.clamp(min=1) * is_there)
+            left = left & (agree[rows, best] < agree[rows, best, best, None])
+        return torch.stack(chosen, dim=1), torch.stack(shares, dim=1)
+
+    def _voters(self, first: torch.Tensor, last: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of the sorted places from `first` to before `last` (R,) those that are asked, where they are, and whether
+        there is one, (R, voters)."""
+        voter = torch.arange(VOTERS, device="cpu")
+        count = (last - first)[:, None]  # (R, 1)
+        index = first[:, None] + torch.where(count > VOTERS, voter * count // VOTERS, voter)
+        return self._places(index), index < last[:, None]
 
     def _places(self, index: torch.Tensor) -> torch.Tensor:
         places = self.places[index.clamp(0, len(self.places) - 1)].long()

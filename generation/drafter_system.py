@@ -23,7 +23,7 @@ class Parts:
     Attributes:
         drafter: from anything that is an `assistant_model`, and the model that it drafts for, to its drafter.
         text_depends_on_drafts: whether the acceptance rule is one under which nothing about a round may be decided from
-            what was drafted in it ("rejection").
+            what was drafted in it ("rejection", but of trees, whose tokens are not sampled).
     """
 
     drafter: Callable[[object, object], Drafter]

@@ -96,8 +96,8 @@ def generate(
             drafter's default. More than the drafter has slots, or than are copied, is cut to that; 0
             decodes plainly.
         tree_size: tokens to draft each round as a tree, several guesses at a position: `num_assistant_tokens` is then
-            how deep it may be, and where that is "auto", so many at most. For drafters that propose trees; not with
-            "rejection". `None`: trees under "auto" alone, where they pay; 0: none.
+            how deep it may be, and where that is "auto", so many at most. For drafters that propose trees. `None`:
+            trees under "auto" alone, where they pay, and not with "rejection"; 0: none.
         acceptance: when sampling, "match" gives the same tokens as plain generate() with the same torch seed;
             "coupled" gives each row a text that depends on its own seed alone; "rejection" accepts most drafts, and
             gives a text with the same distribution. See `accept_rules`.

@@ -31,7 +31,8 @@ class Proposal:
         parents: where the tokens are a tree, the place of the one that each follows, before its own place, (R, n); -1
             for the row's newest token. Tokens stand in the order in which the drafter believes in them: those in front
             are a tree as well. Where no tree was asked for, the path of first children is verified.
-        depth: tokens of the tree's longest path, if the drafter knows; otherwise the host waits for a device to tell.
+        depth: tokens of the tree's longest path at most, if the drafter knows; otherwise the host waits for a device to
+            tell.
         sources: which of its drafter's `sources` each row is from, or each token, as booleans or integers, (R,) or
             (R, n); default the first.
     """

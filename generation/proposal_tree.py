@@ -39,7 +39,7 @@ class DraftTree:
         """Of a proposal that is a tree its first `tokens` (R, n), as far as they are no deeper than `most_depth`;
         `None` for a chain.
 
-        Where the drafter did not say how deep its tree is, the host waits for a device to tell.
+        Where the drafter did not say how deep its tree is at most, the host waits for a device to tell.
         """
         if proposal.parents is None or not tokens.numel():
             return None
@@ -52,7 +52,7 @@ class DraftTree:
         missing = functional.pad(tokens == NO_TOKEN, (1, 0))
         is_there = ~(seen & missing[:, None]).any(dim=2)[:, 1:] & (depths[:, 1:] <= most_depth)
         depth = proposal.depth
-        if depth is None:
+        if depth is None or tokens.device.type == "cpu":  # which tells at once how deep it is in fact
             depth = int(depths[:, 1:].masked_fill(~is_there, 0).amax())
         depth = min(depth, most_depth, width - 1)
         return cls(tokens.masked_fill(~is_there, NO_TOKEN), parents, depths, seen, depth)

@@ -1,6 +1,9 @@
 """Time plain generate() and this package on the same prompts, in turn, in one process.
 
     specformer bench --prompts prompts.jsonl --output benchmarks/results/benchmark_cpu.json
+    specformer bench --prompts prompts.jsonl --target <model> --drafter <drafter> --dtype bfloat16 \
+        --batch-sizes 1 2 4 8 16 --num-assistant-tokens auto 4 --tree-sizes 8 16 --contenders "default, " \
+        --output trees.json
 
 Contenders are in contenders.py. Besides the default drafter (or --drafter), copies and an --assistant there are some
 that know the text and cost nothing: always right and always wrong, what drafting could give and what it costs; right at
@@ -26,6 +29,7 @@ from pathlib import Path
 import torch
 
 from specformer.generation.call_statistics import GenerationStatistics
+from specformer.generation.drafter_loading import drafting_model
 from specformer.scripts.fetch_target import find_target
 from specformer.scripts.parts.contenders import PLAIN, KnownText, Way, ways
 from specformer.scripts.parts.peak_memory import PeakMemory
@@ -193,7 +197,7 @@ def save(output: Path | None, result: dict) -> None:
 
 def main(arguments: argparse.Namespace) -> None:
     from tqdm import tqdm
-    from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     prompts = read_prompts(arguments.prompts)
     known: dict[str, KnownText] = {}
@@ -204,7 +208,7 @@ def main(arguments: argparse.Namespace) -> None:
     target.to("cuda" if torch.cuda.is_available() else "cpu")
     drafter = None
     if arguments.drafter != NO_DRAFTER:
-        drafter = AutoModel.from_pretrained(arguments.drafter, trust_remote_code=True)
+        drafter = drafting_model(arguments.drafter, target)
     assistant = None
     if arguments.assistant:
         assistant = AutoModelForCausalLM.from_pretrained(arguments.assistant, dtype=target.dtype).to(target.device)
@@ -215,6 +219,7 @@ def main(arguments: argparse.Namespace) -> None:
         "max_new_tokens": arguments.max_new_tokens,
         "turns": arguments.repeats,
         "lengths": arguments.num_assistant_tokens,
+        **({"tree_sizes": arguments.tree_sizes} if arguments.tree_sizes else {}),
         "decoding": {decoding: DECODING[decoding] for decoding in arguments.decoding},
         "batch_sizes": arguments.batch_sizes,
         "prompt_tokens": arguments.prompt_tokens,
@@ -228,7 +233,8 @@ def main(arguments: argparse.Namespace) -> None:
 
     def ways_of(batch: dict, expected: torch.Tensor) -> dict[str, Way]:
         answer = expected[:, batch["input_ids"].shape[1] :]
-        found = ways(target, drafter, answer, arguments.num_assistant_tokens, assistant, known)
+        lengths, sizes = arguments.num_assistant_tokens, arguments.tree_sizes
+        found = ways(target, drafter, answer, lengths, assistant, known, sizes)
         wanted = arguments.contenders
         return {
             name: way
@@ -291,7 +297,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--prompts", required=True, help="jsonl file or datasets id")
     parser.add_argument("--target", help="folder or Hub id; default: the one of `specformer fetch`")
     parser.add_argument(
-        "--drafter", default=str(ROOT), help=f"SpecFormer folder or Hub id, or {NO_DRAFTER!r}; default: this checkout"
+        "--drafter",
+        default=str(ROOT),
+        help=f"folder or Hub id of any drafter of the target, or {NO_DRAFTER!r}; default: this checkout",
     )
     parser.add_argument("--assistant", help="a smaller causal LM for transformers' assisted decoding: folder or Hub id")
     parser.add_argument(
@@ -310,6 +318,13 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--num-assistant-tokens", type=length, nargs="+", default=["auto", 4])
+    parser.add_argument(
+        "--tree-sizes",
+        type=int,
+        nargs="+",
+        default=[],
+        help="the drafter also drafts trees of so many tokens, as deep as the largest number of --num-assistant-tokens",
+    )
     parser.add_argument("--contenders", nargs="+", help="only plain ones and those with one of these in their names")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--dtype", default="float32", choices=["float32", "float64", "bfloat16", "float16"])

@@ -189,8 +189,8 @@ def make_loss(arguments: DrafterTrainingArguments, config) -> Callable:
             f"--acceptance-weights is {smoothing} and --slot-decay {decay}; expected a number from 0 to 1, and no "
             "--slot-decay as well."
         )
-    shares = dict(distance_loss=arguments.distance_loss, base_loss=arguments.base_loss, slot_share=arguments.slot_share)
-    for option, share in shares.items():
+    for option in ("distance_loss", "base_loss", "slot_share", "glancing"):
+        share = getattr(arguments, option)
         if share is not None and not 0 <= share <= 1:
             raise ValueError(f"--{option.replace('_', '-')} is {share}; expected a number from 0 to 1.")
     KINDS[arguments.drafter].check_loss(arguments, config)

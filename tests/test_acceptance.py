@@ -28,6 +28,7 @@ from specformer.generation.accept_rules import ACCEPTANCE_RULES, Match, Rejectio
 from specformer.generation.accept_sampling import reject_and_resample, sample_with_noise
 from specformer.generation.accept_tokens import TokenChoice
 from specformer.generation.proposal import NO_TOKEN
+from specformer.generation.proposal_tree import DraftTree
 from specformer.generation.text_positions import Positions
 
 CPU = torch.device("cpu")
@@ -87,12 +88,23 @@ def draft_by_lookup(target) -> dict:
     return dict(prompt_lookup_num_tokens=DRAFTED)
 
 
+def draft_trees(target) -> dict:
+    """Six tokens, up to three deep."""
+    return dict(draft_knowing_the_token_before(target), prompt_lookup_num_tokens=0, tree_size=6)
+
+
+def draft_trees_with_copies(target) -> dict:
+    return dict(draft_knowing_the_token_before(target), prompt_lookup_num_tokens=2, tree_size=5)
+
+
 DRAFTERS = {
     "assistant": draft_with_assistant,
     "network": draft_with_network,
     "some tokens": draft_some_tokens,
     "lookup": draft_by_lookup,
     "token before": draft_knowing_the_token_before,
+    "trees": draft_trees,
+    "trees with copies": draft_trees_with_copies,
 }
 
 
@@ -229,6 +241,7 @@ IN_EVERY_RUN = [
     ("rejection", "lookup", "top-p"),
     ("rejection", "token before", "all warpers"),
     ("coupled", "token before", "eos"),
+    ("rejection", "trees", "all warpers"),
 ]
 CASES = [
     pytest.param(*case, marks=() if case in IN_EVERY_RUN else pytest.mark.slow, id="-".join(case))
@@ -387,6 +400,40 @@ def likely_drafts_are_accepted(monkeypatch) -> None:
     monkeypatch.setattr(Match, "take", fault)
 
 
+def guesses_are_accepted_whatever_was_rejected(monkeypatch) -> None:
+    """One after the other with the target's probability of each, where that of what is left is due."""
+
+    def descend(self, logits, tree):
+        nodes, rows = torch.zeros_like(tree.parents[:, :1]), torch.arange(len(logits))
+        tokens, accepted, path = [], [], []
+        for _ in range(tree.depth + 1):
+            path.append(nodes)
+            p = self.processors.warp(logits[rows, nodes[:, 0], None])[:, 0].softmax(dim=-1)
+            token = p.multinomial(1)
+            for place in range(tree.tokens.shape[1] - 1, -1, -1):
+                guess = tree.tokens[:, place, None]
+                chance = p.gather(1, guess.clamp(min=0)) * (guess != NO_TOKEN) * (tree.parents[:, place, None] == nodes)
+                token = torch.where(torch.rand(chance.shape) < chance, guess, token)
+            children, found = tree.children(nodes, token)
+            tokens.append(token)
+            accepted.append(found)
+            nodes = torch.where(found, children, nodes)
+        return tuple(torch.cat(parts, dim=1) for parts in (tokens, accepted, path))
+
+    monkeypatch.setattr(TokenChoice, "_descend", descend)
+
+
+def another_guess_is_gone_on_with(monkeypatch) -> None:
+    """Than the one that was accepted: the first of its siblings."""
+    children = DraftTree.children
+
+    def fault(self, nodes, tokens):
+        _, found = children(self, nodes, tokens)
+        return (self.parents == nodes).long().argmax(dim=1, keepdim=True) + 1, found
+
+    monkeypatch.setattr(DraftTree, "children", fault)
+
+
 FAULTS = [
     ("rejection", "assistant", "temperature", proposals_are_as_before_the_warpers),
     ("rejection", "network", "all warpers", proposals_are_as_before_the_warpers),
@@ -406,6 +453,8 @@ FAULTS = [
     ("coupled", "lookup", "plain", noise_is_uniform),
     ("coupled", "assistant", "plain", likely_drafts_are_accepted),
     ("match", "assistant", "plain", likely_drafts_are_accepted),
+    ("rejection", "trees", "plain", guesses_are_accepted_whatever_was_rejected),
+    ("rejection", "trees", "plain", another_guess_is_gone_on_with),
 ]
 
 

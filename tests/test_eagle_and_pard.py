@@ -3,6 +3,7 @@ plain generate()'s text."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -105,9 +106,12 @@ EAGLES: dict[str, tuple[dict, dict]] = {
 }
 
 
-def eagle_by_loops(target, config: dict, weights: dict, text: list[int], count: int) -> list[int]:
+def eagle_by_loops(
+    target, config: dict, weights: dict, text: list[int], count: int, begun: Sequence[int] = (), size: int = 1
+) -> list[int]:
     """Greedy drafts after `text`, whose last token the target has not read, without a cache: all pairs of state and
-    next token are read again for each draft."""
+    next token are read again for each draft. The first ones are those that were `begun` with. Of Falcon a block of
+    `size` drafts from as many pairs, which see one another."""
     weights = {name.replace("midlayer.", "layers.0."): values.double() for name, values in weights.items()}
     layers = config.get("eagle_aux_hidden_state_layer_ids") or [2, 2, 1]  # of the four that the target has
     if "eagle_config" in config:
@@ -133,7 +137,7 @@ def eagle_by_loops(target, config: dict, weights: dict, text: list[int], count: 
     states = list(fused @ weights["fc.weight"].T)
     embeddings, drafts = target.get_input_embeddings().weight.detach().double(), []
     part, attention = "layers.0.", "layers.0.self_attn."
-    for _ in range(count):
+    while len(drafts) < count:
         tokens = [*text[1:], *drafts]
         hidden = torch.stack(states)
         normed = norm(hidden, part + "hidden_norm")
@@ -148,18 +152,21 @@ def eagle_by_loops(target, config: dict, weights: dict, text: list[int], count: 
         for head in range(HEADS):
             shared = head // (HEADS // KV_HEADS)
             scores = query[:, head] @ key[:, shared].T / HEAD_DIM**0.5
-            scores = scores.masked_fill(torch.ones_like(scores).triu(1).bool(), -torch.inf)
+            hidden_from = torch.ones_like(scores).triu(1).bool()
+            hidden_from[-size:] = False
+            scores = scores.masked_fill(hidden_from, -torch.inf)
             heads.append(scores.softmax(-1) @ value[:, shared])
         around = normed if config.get("norm_before_residual") else hidden
         out = around + torch.cat(heads, dim=-1) @ weights[attention + "o_proj.weight"].T
         inner = norm(out, part + "post_attention_layernorm")
         gate = functional.silu(inner @ weights[part + "mlp.gate_proj.weight"].T)
         out = out + (gate * (inner @ weights[part + "mlp.up_proj.weight"].T)) @ weights[part + "mlp.down_proj.weight"].T
-        last = norm(out[-1], "norm")
-        best = int((weights["lm_head.weight"] @ last).argmax())
-        drafts.append(best + int(weights["d2t"][best]))
-        states.append(last if config.get("norm_output") else out[-1])
-    return drafts
+        for state in out[-size:]:
+            last = norm(state, "norm")
+            best = int((weights["lm_head.weight"] @ last).argmax())
+            drafts.append(begun[len(drafts)] if len(drafts) < len(begun) else best + int(weights["d2t"][best]))
+            states.append(last if config.get("norm_output") else state)
+    return drafts[:count]
 
 
 @pytest.mark.parametrize("kind", EAGLES)

@@ -34,6 +34,8 @@ VARIANTS = {
     "dflash, two layers, some tokens": ("dflash", dict(config=["num_hidden_layers=2"], draft_vocab_size=40)),
     "eagle3": ("eagle3", dict(draft_vocab_size=40)),
     "eagle3, more norms": ("eagle3", dict(config=["norm_output=true", "norm_before_fc=true"])),
+    "falcon": ("falcon", dict(draft_vocab_size=40)),
+    "falcon, more norms": ("falcon", dict(config=["block_size=3", "norm_output=true"], glancing=0.0)),
     "parallelspec": ("parallelspec", dict(draft_vocab_size=40)),
     "parallelspec, a norm a state": ("parallelspec", dict(config=["fc_norm=true", "norm_before_residual=true"])),
     "pard": ("pard", {}),
@@ -165,7 +167,7 @@ OWN, PLACES = Groups.own, Groups.places
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-@pytest.mark.parametrize("variant", ["dflash", "eagle3", "parallelspec"])
+@pytest.mark.parametrize("variant", ["dflash", "eagle3", "falcon", "parallelspec"])
 def test_the_comparison_notices_what_groups_must_not_see(variant: str, fault: str, monkeypatch):
     student, batch = trained(variant, False), Answers.collate(make_answers(False)[3][:2])
     with torch.no_grad():
@@ -212,10 +214,13 @@ OPTIONS: dict[str, tuple[str, ...]] = {
         "--store-hidden-states",
     ),
     "eagle3": ("--draft-vocab-size", "60", "--config", "rope_theta=500", "--slot-decay", "0.8"),
+    "falcon": ("--config", "rope_theta=500", "block_size=2", "--glancing", "0.3"),
     "parallelspec": ("--config", "rope_theta=500", "--acceptance-weights", "0.5", "--position-share", "0.8"),
     "pard": ("--config", "num_hidden_layers=3", "--acceptance-weights", "0.5", "--slot-share", "0.8"),
 }
 """Of each kind, some that change its network or its training."""
+IN_EVERY_RUN = [kind if kind != "falcon" else pytest.param(kind, marks=pytest.mark.slow) for kind in OPTIONS]
+"""Falcon trains as EAGLE-3 does."""
 BUDGET = ("--num-draft-tokens", "3", "--held-out", "4", "--save-dtype", "float32", "--learning-rate", "1e-2")
 BUDGET += ("--batch-size", "4", "--logging-steps", "1", "--evaluations", "2")
 
@@ -250,7 +255,7 @@ def test_training_end_to_end(kind: str, tmp_path: Path, monkeypatch):
             check(target, ragged_batch(), reference, folder, k, **arguments)
 
 
-@pytest.mark.parametrize("kind", OPTIONS)
+@pytest.mark.parametrize("kind", IN_EVERY_RUN)
 def test_a_run_that_was_interrupted_is_that_of_one_left_alone(kind: str, tmp_path: Path, monkeypatch):
     folders = prepare(tmp_path)
     options = ("--drafter", kind, *BUDGET, *OPTIONS[kind], "--epochs", "2")
@@ -269,7 +274,7 @@ def test_a_run_that_was_interrupted_is_that_of_one_left_alone(kind: str, tmp_pat
     assert_same_run(run(monkeypatch, folders, *options), calm)
 
 
-@pytest.mark.parametrize("kind", OPTIONS)
+@pytest.mark.parametrize("kind", IN_EVERY_RUN)
 def test_training_goes_on_from_another_drafter(kind: str, tmp_path: Path, monkeypatch):
     folders = prepare(tmp_path)
     few = ("--drafter", kind, *BUDGET, "--epochs", "4")
@@ -301,7 +306,7 @@ def test_mixed_precision(tmp_path: Path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", OPTIONS)
+@pytest.mark.parametrize("kind", IN_EVERY_RUN)
 def test_two_processes(kind: str, tmp_path: Path):
     """They train one drafter."""
     folders = prepare(tmp_path)
@@ -338,7 +343,10 @@ def test_two_processes(kind: str, tmp_path: Path):
         ("eagle3", ("--num-draft-tokens", "17"), "--num-draft-tokens is 17; eagle3 drafts 16 at most"),
         ("eagle3", ("--draft-vocab-size", "-1"), "--draft-vocab-size is -1; expected at least 1"),
         ("parallelspec", ("--base-loss", "0.5"), "--base-loss was given"),
-        ("pard", ("--draft-vocab-size", "9"), "--draft-vocab-size .* it is for specformer, dflash, eagle3, parallels"),
+        ("falcon", ("--config", "block_size=0"), "block_size is 0; expected a whole number from 1 to 16"),
+        ("falcon", ("--glancing", "2"), "--glancing is 2.0; expected a number from 0 to 1"),
+        ("eagle3", ("--glancing", "0.5"), "--glancing was given, .* it is for falcon"),
+        ("pard", ("--draft-vocab-size", "9"), "--draft-vocab-size .* it is for specformer, dflash, eagle3, falcon"),
         ("pard", ("--store-hidden-states",), "--store-hidden-states was given, which means nothing for --drafter pard"),
         ("pard", ("--config", "num_hidden_layers=5"), "num_hidden_layers is 5; expected a number from 1 to 4"),
         ("pard", ("--config", "mask_token_id=99"), "pard_token of .* is 99; expected one of its 64 tokens"),

@@ -71,7 +71,7 @@ BENCHMARK = ["--batch-sizes", 1, 5, "--max-new-tokens", 16, "--num-assistant-tok
 def test_benchmark(folder: Path, monkeypatch):
     output = folder / "results" / "benchmark.json"
     arguments = ["--prompts", folder / "prompts.jsonl", "--target", folder / "target", "--drafter", folder / "drafter"]
-    options = [*BENCHMARK, "--decoding", "greedy", "sampling", "--dtype", "float64"]
+    options = [*BENCHMARK, "--tree-sizes", 6, "--decoding", "greedy", "sampling", "--dtype", "float64"]
     run(benchmark, monkeypatch, *arguments, *options, "--output", output)
     result = json.loads(output.read_text())
     assert result["finished"]
@@ -97,6 +97,7 @@ def test_benchmark(folder: Path, monkeypatch):
         assert table["always right, k = 4"]["tokens_per_pass"] == 5  # 15 tokens behind the prompt's, k + 1 a pass
         assert table["always right, k = 4"]["rounds_per_length"] == {"4": 2 * 3}
         assert 1 <= table["default, auto"]["tokens_per_pass"] < 5
+        assert max(map(int, table["default, tree of 6"]["rounds_per_length"])) == 4  # how deep they are
         for figures in table.values():
             ratio = figures["ratio_to_plain"]
             assert 0 < ratio["min"] <= ratio["median"] <= ratio["max"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,18 +13,24 @@ from architectures import FAMILIES, make_target
 from exactness import Reference, check, plain
 from foreign import save
 from test_dflash import checkpoints
+from test_eagle_and_pard import EAGLES
 from test_exactness import NEW_TOKENS, SAMPLING, SETTINGS, meaningful_target
 from test_outputs import OUTPUTS, assert_same_steps
+from test_parallelspec import checkpoint
 from tiny import VOCAB, llama, ragged_batch
 from trees import OracleTree
 
 from specformer import SpecFormerConfig, SpecFormerModel, generate
 from specformer.generation import accept_tokens, call_drafter
+from specformer.generation.accept_sampling import with_confidence
 from specformer.generation.accept_tokens import BestDrafts
 from specformer.generation.cache_layers import RaggedLayer
 from specformer.generation.cache_ragged import RaggedCache
 from specformer.generation.drafter_dflash import DFlashDrafter
+from specformer.generation.drafter_eagle import EagleDrafter
+from specformer.generation.drafter_parallelspec import ParallelSpecDrafter
 from specformer.generation.drafter_specformer import SpecFormerDrafter
+from specformer.generation.drafter_tree import LEAST_LOSS
 from specformer.generation.proposal import NO_TOKEN, first_path
 from specformer.generation.proposal_tree import DraftTree
 from specformer.generation.target_probe import tree_obstacle
@@ -88,6 +95,7 @@ def test_the_network(name: str, fields: dict):
             check(target, batch, reference, drafter, 4, tree_size=12, prompt_lookup_num_tokens=copies, **arguments)
 
 
+ONE_LAYER = EAGLES | {"ParallelSpec": checkpoint()}
 CHECKPOINTS = ["raw", "raw, tokens of its own", "dspark", "dspark, gated, tokens of its own"]
 
 
@@ -103,24 +111,34 @@ def test_dflash(kind: str, tmp_path: Path):
             check(target, batch, reference, folder, 3, tree_size=10, prompt_lookup_num_tokens=copies, **arguments)
 
 
-@pytest.mark.parametrize("kind", ["SpecFormer", *CHECKPOINTS])
+@pytest.mark.parametrize("kind", ["SpecFormer", "SpecFormer, confident", *CHECKPOINTS, *ONE_LAYER])
 def test_the_first_children_are_the_chain(kind: str, tmp_path: Path, monkeypatch):
-    """What a drafter would propose as a chain is the likeliest path from the root on, as far as the tree goes there."""
+    """What a drafter would propose as a chain is the likeliest path from the root on, as far as the tree goes there;
+    and it is as confident in it."""
     target, batch = llama(), ragged_batch()
-    if kind == "SpecFormer":
+    if kind.startswith("SpecFormer"):
         torch.manual_seed(0)
-        drafter = SpecFormerModel(SpecFormerConfig.from_target_config(target.config, previous_token_rank=4))
+        fields = dict(previous_token_rank=4, confidence_head=kind.endswith("confident"))
+        drafter = SpecFormerModel(SpecFormerConfig.from_target_config(target.config, **fields))
         torch.nn.init.normal_(drafter.previous_token_correction.up_proj.weight)
+        if fields["confidence_head"]:
+            torch.nn.init.normal_(drafter.confidence_head.out_proj.weight, std=2)
+            torch.nn.init.normal_(drafter.confidence_head.shift)  # another one of each slot
         drafting = SpecFormerDrafter
     else:
-        config, weights, _ = checkpoints(target)[kind]
-        drafter, drafting = save(tmp_path / "drafter", config, weights), DFlashDrafter
+        config, weights = ONE_LAYER[kind] if kind in ONE_LAYER else checkpoints(target)[kind][:2]
+        drafter = save(tmp_path / "drafter", config, weights)
+        drafting = EagleDrafter if kind in EAGLES else ParallelSpecDrafter if kind in ONE_LAYER else DFlashDrafter
     propose_tree, compared = drafting.propose_tree, []
 
     def watched(self, num_tokens, tree_size, chances):
         tree, chain = propose_tree(self, num_tokens, tree_size, chances), self.propose(num_tokens, BestDrafts(VOCAB))
-        path = first_path(tree).tokens
+        first = first_path(tree)
+        path = first.tokens
         assert ((path == chain.tokens[:, : path.shape[1]]) | (path == NO_TOKEN)).all()
+        if kind.endswith("confident"):
+            expected = chain.confidences[:, : path.shape[1]].clamp(max=math.exp(-LEAST_LOSS))
+            torch.testing.assert_close(first.confidences, torch.where(path == NO_TOKEN, 0, expected), check_dtype=False)
         compared.append(path.shape[1])
         return tree
 
@@ -128,6 +146,24 @@ def test_the_first_children_are_the_chain(kind: str, tmp_path: Path, monkeypatch
     settings = dict(max_new_tokens=12, eos_token_id=None, prompt_lookup_num_tokens=0)
     generate(target, drafter, **batch, **settings, num_assistant_tokens=3, tree_size=12)
     assert max(compared) > 1
+
+
+def test_a_confidence_moves_the_best_of_several_chances():
+    generator = torch.Generator().manual_seed(0)
+    chances = torch.rand(200, 5, generator=generator).log_softmax(dim=-1)
+    told = torch.rand(200, generator=generator)
+    found = with_confidence(chances, told).exp()
+    for before, best, after in zip(chances.exp().tolist(), told.tolist(), found.tolist(), strict=True):
+        at = before.index(max(before))
+        factor = min(best / before[at], (1 - best) / (1 - before[at]))
+        expected = [best if place == at else chance * factor for place, chance in enumerate(before)]
+        assert after == pytest.approx(expected, rel=1e-4)
+        assert sum(after) < 1.0001 and max(after) == after[at]  # none overtakes it
+    torch.testing.assert_close(with_confidence(chances, chances.amax(dim=-1).exp()), chances)
+    none = torch.full((1, 3), -torch.inf)
+    assert with_confidence(none, torch.tensor([0.5])).isneginf().all()
+    one = torch.tensor([[-torch.inf, 0.0, -torch.inf]])
+    assert with_confidence(one, torch.tensor([0.3])).exp()[0].tolist() == pytest.approx([0, 0.3, 0])
 
 
 def of_other_trees(change: Callable[[DraftTree], DraftTree]) -> Callable:
@@ -214,9 +250,7 @@ def test_what_is_refused():
     target, batch = llama(), ragged_batch()
     drafter = SpecFormerModel(SpecFormerConfig.from_target_config(target.config))
     for arguments, sentence in (
-        (dict(prompt_lookup_num_tokens=3), "tree_size is 8, and .* proposes chains"),
         (dict(assistant_model=llama(seed=1)), "tree_size is 8, and .* proposes chains"),
-        (dict(assistant_model=drafter, do_sample=True, acceptance="rejection"), "tree_size is 8 and acceptance 'rej"),
         (dict(assistant_model=drafter, tree_size=-1), "tree_size is -1; expected an integer"),
     ):
         with pytest.raises(ValueError, match=sentence):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -154,13 +154,21 @@ def knowledge(answer: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def ways(
-    target, drafter, answer: torch.Tensor, lengths: list[int | str], assistant, known: dict[str, KnownText]
+    target,
+    drafter,
+    answer: torch.Tensor,
+    lengths: list[int | str],
+    assistant,
+    known: dict[str, KnownText],
+    tree_sizes: Sequence[int] = (),
 ) -> dict[str, Way]:
     """Every way that can run this batch, by name.
 
     Args:
+        lengths: numbers of tokens to draft, and "auto".
         answer: what plain generate() answers, (B, T).
         known: the drafters of earlier batches that knew the text, which "auto" has experience of; they get this one's.
+        tree_sizes: of trees of the default drafter, which are as deep as the largest of `lengths`.
     """
     batch_size, on_gpu = len(answer), target.device.type == "cuda"
     found = {PLAIN: plain_way(target)}
@@ -180,7 +188,7 @@ def ways(
         found["assistant, auto"] = our_way(target, assistant, "auto")
     every = {} if drafter is None else {"default": drafter}
     for name, is_right in knowledge(answer).items():
-        most = MOST_COPIED if drafter is None else drafter.config.num_draft_tokens
+        most = getattr(getattr(drafter, "config", None), "num_draft_tokens", MOST_COPIED)
         every[name] = known.setdefault(name, KnownText(most))
         every[name].know(answer, is_right)
     paths: dict[str, dict] = {"": {}} | ({RECORDED: dict(cuda_graphs=True)} if on_gpu else {})
@@ -191,6 +199,9 @@ def ways(
             for path, more in paths.items():
                 found[f"{name}, {'' if length == 'auto' else 'k = '}{length}{path}"] = make(target, one, length, **more)
     if drafter is not None:
+        deepest = max((length for length in lengths if length != "auto"), default=None)
+        for size in tree_sizes:
+            found[f"default, tree of {size}"] = our_way(target, drafter, deepest, tree_size=size)
         found["default, chains, auto"] = our_way(target, drafter, "auto", tree_size=0)
         found["default alone, auto"] = our_way(target, drafter, "auto", prompt_lookup_num_tokens=0)
     return found

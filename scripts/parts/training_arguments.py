@@ -39,7 +39,7 @@ def decided(value: Any) -> Any:
 
 OF_SOME_KINDS = (
     *("paper", "default_num_assistant_tokens", "draft_vocab_size", "distance_loss", "base_loss", "slot_share"),
-    *("store_hidden_states", "gradient_checkpointing", "activation_checkpointing", "fsdp", "deepspeed"),
+    *("glancing", "store_hidden_states", "gradient_checkpointing", "activation_checkpointing", "fsdp", "deepspeed"),
 )
 """Options that do not mean something for every kind of drafter. Newer versions of transformers call gradient
 checkpointing activation checkpointing."""
@@ -70,7 +70,7 @@ class DrafterTrainingArguments(TrainingArguments):
     target: str | None = option("folder or Hub id of the target; default: the one of `specformer fetch`", default=None)
     target_id: str | None = option("name of the target to record, where --target is a folder", default=None)
     trust_remote_code: bool = option("run the target's own code", default=False)
-    drafter: Literal["specformer", "dflash", "eagle3", "pard", "parallelspec"] = option(
+    drafter: Literal["specformer", "dflash", "eagle3", "falcon", "pard", "parallelspec"] = option(
         "kind of the drafter; see docs/drafters.md", default="specformer"
     )
     start_from: str | None = option(
@@ -113,6 +113,12 @@ class DrafterTrainingArguments(TrainingArguments):
     slot_share: float | None = option(
         "of pard: share of the positions whose second slot is learnt, of which the same share has a third one, and so "
         "on, never less than 0.2 (default: 0.7)",
+        default=None,
+        metavar="SHARE",
+    )
+    glancing: float | None = option(
+        "of falcon: the true tokens that are shown to it in the first step, as a share of those that it got wrong, "
+        "falling to none in the last (default: 0.4; 0: it learns behind true tokens alone, as eagle3 does)",
         default=None,
         metavar="SHARE",
     )

@@ -6,16 +6,19 @@ from typing import Any
 
 from specformer.generation.drafter_dflash_network import DFlashNetwork
 from specformer.generation.drafter_eagle_network import EagleNetwork
+from specformer.generation.drafter_falcon_network import FalconNetwork
 from specformer.generation.drafter_parallelspec_network import ParallelSpecNetwork
 from specformer.scripts.parts.kinds.dflash import DFlashStudent
 from specformer.scripts.parts.kinds.eagle3 import EagleStudent
+from specformer.scripts.parts.kinds.falcon import FalconStudent
 from specformer.scripts.parts.kinds.parallelspec import ParallelSpecStudent
 from specformer.scripts.parts.kinds.pard import PardStudent
 from specformer.scripts.parts.kinds.specformer import SpecFormerStudent
 from specformer.scripts.parts.kinds.student import Student
 
 KINDS: dict[str, type[Student]] = {
-    kind.kind: kind for kind in (SpecFormerStudent, DFlashStudent, EagleStudent, PardStudent, ParallelSpecStudent)
+    kind.kind: kind
+    for kind in (SpecFormerStudent, DFlashStudent, EagleStudent, FalconStudent, PardStudent, ParallelSpecStudent)
 }
 
 
@@ -27,6 +30,8 @@ def kind_of_student(network) -> type[Student] | None:
         return DFlashStudent
     if isinstance(network, ParallelSpecNetwork):
         return ParallelSpecStudent
+    if isinstance(network, FalconNetwork):
+        return FalconStudent
     if isinstance(network, EagleNetwork):
         return EagleStudent
     if getattr(getattr(network, "config", None), "pard_token", None) is not None:

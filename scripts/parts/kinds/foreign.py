@@ -71,7 +71,7 @@ class ForeignStudent(Student):
         switches: fields of its own that `--config` may set.
     """
 
-    means = ("draft_vocab_size", "store_hidden_states")
+    means: ClassVar[tuple[str, ...]] = ("draft_vocab_size", "store_hidden_states")
     name: ClassVar[str]
     switches: ClassVar[frozenset[str]]
     most_draft_tokens: ClassVar[int] = 64

@@ -153,9 +153,9 @@ def test_commands_and_their_options_exist(page: str):
 
 
 def python_blocks(page: str) -> list[str]:
-    """Those that need no repository on the Hub, and not TRL, with which test_rollouts.py runs them."""
+    """Those that need no repository on the Hub, one process, and not TRL, with which test_rollouts.py runs them."""
     found = [text for text in blocks(page, "python") if "<user>" not in text.replace('"."  # or <user>/<name>', "")]
-    return [text for text in found if "from trl" not in text]
+    return [text for text in found if "from trl" not in text and "torchrun" not in text]
 
 
 @pytest.mark.real

@@ -70,11 +70,11 @@ class DraftTree:
 
 def staying(confidences: torch.Tensor, parents: torch.Tensor) -> torch.Tensor:
     """How likely each token of a tree comes to stay, by how likely that is where its parent does, (R, n) each."""
-    chances = [torch.ones_like(confidences[:, :1])]
+    chances = [confidences.new_ones(len(confidences), 1)]
     for place in range(confidences.shape[1]):
         before = torch.cat(chances, dim=1).gather(1, parents[:, place, None] + 1)
         chances.append(confidences[:, place, None] * before)
-    return torch.cat(chances[1:], dim=1)
+    return torch.cat(chances, dim=1)[:, 1:]
 
 
 def along(values: torch.Tensor, path: torch.Tensor) -> torch.Tensor:

@@ -12,8 +12,9 @@ from hub import File
 from huggingface_hub import RepoCard
 from test_hub import BY_HAND, ID, fast_retries, hub, make_drafter
 
-from specformer.scripts import distill, publish, space
+from specformer.scripts import publish, space
 from specformer.scripts.parts import linked
+from specformer.scripts.parts.answer_folder import AnswerFolder
 
 __all__ = ["fast_retries", "hub"]  # fixtures
 
@@ -30,7 +31,7 @@ def folder(tmp_path: Path) -> Path:
         '{"id": 0, "prompt_ids": [6], "response_ids": [7], "finished": true}\n'
     )
     (answers / "answers-00000.states").write_bytes(bytes(100))
-    distill.write_card(answers, {"target": TARGET})
+    AnswerFolder(answers).write_card("specformer.scripts.distill", {"target": TARGET})
     return tmp_path
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from test_callers import CHAT_TEMPLATE, tiny_tokenizer
 
-from specformer.scripts import distill
+from specformer.scripts.parts.answer_run import digest
 from specformer.scripts.parts.prompt_rows import task_of
 from specformer.scripts.parts.prompts import encode, encode_each, read, read_prompts, template_arguments
 
@@ -285,7 +285,7 @@ def test_digest_of_plain_texts_is_what_it_was():
     """Folders of answers that were begun by earlier versions are gone on with."""
     texts = ["the other note", "and in the end", "is it?", "one, two", "a hen on the hill", "so it is", "in there"]
     tokenizer = tiny_tokenizer()
-    assert distill.digest(encode_each(tokenizer, [*texts, "there"], "a.jsonl")) == "02fcf155554baa36"
+    assert digest(encode_each(tokenizer, [*texts, "there"], "a.jsonl")) == "02fcf155554baa36"
     tokenizer.chat_template = None
-    assert distill.digest(encode_each(tokenizer, [*texts, "there"], "a.jsonl")) == "d3529e6fa671fb36"
+    assert digest(encode_each(tokenizer, [*texts, "there"], "a.jsonl")) == "d3529e6fa671fb36"
     assert torch.is_tensor(encode(tokenizer, texts)["input_ids"])

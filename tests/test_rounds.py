@@ -154,7 +154,7 @@ def test_who_drafted():
     assert sources(target, network, batch, **alone) == {None, "network"}
     assert sources(target, target, batch, num_assistant_tokens=3) == {None, "assistant"}
     assert sources(target, None, batch, prompt_lookup_num_tokens=3) == {None, "copy"}
-    together = dict(prompt_lookup_num_tokens=3, num_assistant_tokens="auto")
+    together = dict(prompt_lookup_num_tokens=3, num_assistant_tokens="auto", tree_size=0)
     assert sources(target, None, batch, **together) <= {None, "copy"}
     assert sources(target, network, batch, num_assistant_tokens=0) == {None}
 

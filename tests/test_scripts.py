@@ -97,7 +97,7 @@ def test_benchmark(folder: Path, monkeypatch):
         assert table["always right, k = 4"]["tokens_per_pass"] == 5  # 15 tokens behind the prompt's, k + 1 a pass
         assert table["always right, k = 4"]["rounds_per_length"] == {"4": 2 * 3}
         assert 1 <= table["default, auto"]["tokens_per_pass"] < 5
-        assert max(map(int, table["default, tree of 6"]["rounds_per_length"])) == 4  # how deep they are
+        assert 1 < max(map(int, table["default, tree of 6"]["rounds_per_length"])) <= 4  # how deep they are
         for figures in table.values():
             ratio = figures["ratio_to_plain"]
             assert 0 < ratio["min"] <= ratio["median"] <= ratio["max"]

@@ -373,7 +373,8 @@ def test_too_large_unset_and_zero_work(requested: int | None, longest: int):
     target, batch = llama(), ragged_batch()
     reference = plain(target, batch, max_new_tokens=16, eos_token_id=None)
     drafter = drafter_for(target, default_num_assistant_tokens=3)
-    statistics = check(target, batch, reference, drafter, requested, max_new_tokens=16, eos_token_id=None)
+    settings = dict(max_new_tokens=16, eos_token_id=None, tree_size=0)  # of a tree they need not follow one another
+    statistics = check(target, batch, reference, drafter, requested, **settings)
     if requested is None:  # "auto" begins with the drafter's default, and goes on by the clock
         assert statistics.rounds_per_length[longest] >= 1
     else:

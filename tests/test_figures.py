@@ -145,7 +145,7 @@ def trees_and_chains() -> tuple[float, ...]:
         for prompts in ("mbpp", "mt_bench")
         for way in ("specformer, drafter", "specformer, drafter, chains")
         for place, turns in groups.items()
-        if place[2] == prompts
+        if place[2:] == (prompts, 1)
     )
 
 
@@ -176,7 +176,8 @@ def faster_in_the_later_run() -> tuple[float, ...]:
     """Plain generate()'s speed in the run of the README's first table, in times of that of docs/benchmarks.md."""
 
     def seconds(name: str, prompts: str) -> float:
-        turns = [each["figures"] for each in result_of(name)["turns"] if each["prompts"] == prompts]
+        places = [(each["prompts"], each["batch_size"], each["figures"]) for each in result_of(name)["turns"]]
+        turns = [figures for kind, size, figures in places if (kind, size) == (prompts, 1)]
         return median(figures["specformer"][PLAIN]["seconds"] for figures in turns)
 
     return tuple(seconds("rivals", prompts) / seconds("rivals_drafter", prompts) for prompts in ("mbpp", "mt_bench"))

@@ -11,6 +11,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, nullcontext
+from itertools import chain
 from typing import Protocol
 from weakref import WeakKeyDictionary
 
@@ -145,7 +146,7 @@ def find_decoder(model) -> tuple[nn.Module, nn.ModuleList]:
     """The module that runs the decoder layers and the final norm, and its list of layers."""
     text = model.config.get_text_config(decoder=True)
     # get_decoder() may return something else that is called `decoder`, such as the head
-    for module in (*text_modules(model.get_decoder(), model), *text_modules(model, model)):
+    for module in chain(text_modules(model.get_decoder(), model), text_modules(model, model)):  # mostly the first one
         for child in module.children():
             if isinstance(child, nn.ModuleList) and len(child) == text.num_hidden_layers:
                 return module, child

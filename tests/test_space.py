@@ -105,6 +105,15 @@ def test_a_run_with_trees(drafter: str, temperature: float, loaded):
     assert all(right <= count for right, count in zip(side.accepted, side.drafted, strict=True))
 
 
+def test_copies_as_trees(loaded):
+    """Of a text that repeats itself."""
+    text = "the hen the cow the hen the fox the hen the cow the hen the"
+    run = finished(loaded, text=text, drafter=models.COPIES, tree_size=12)
+    assert run.is_complete and run.identical is True
+    assert {piece.source for row in run.speculative.rows for piece in row.pieces} <= {None, "copy"}
+    assert max(drafted for row in run.speculative.rows for _, drafted in row.rounds) > 3  # tokens of a chain
+
+
 def test_no_drafts_at_all(loaded):
     run = finished(loaded, num_tokens=0)
     assert run.identical and run.speculative.tokens_per_pass == 1 and run.speculative.drafted == []
@@ -216,7 +225,7 @@ BAD = {
     "The number of drafted tokens should be": dict(num_tokens=99),
     "The number of new tokens should be": dict(max_new_tokens=0),
     "The size of a tree should be a number from 0 to 32": dict(tree_size=33),
-    "Trees are drafted by a network": dict(tree_size=4, drafter=models.COPIES),
+    "A smaller model drafts no trees": dict(tree_size=4, drafter=models.ASSISTANT),
 }
 
 

@@ -41,7 +41,7 @@ class Models:
         of `tree_size` that is so deep."""
         decoding = dict(custom_generate=self.repository, trust_remote_code=True, num_assistant_tokens=num_tokens)
         if drafter == COPIES:
-            return dict(decoding, prompt_lookup_num_tokens=num_tokens)
+            return dict(decoding, prompt_lookup_num_tokens=num_tokens, tree_size=tree_size)
         if drafter == ASSISTANT:
             return dict(decoding, assistant_model=self.assistant)
         copies = {} if drafter == NETWORK else dict(prompt_lookup_num_tokens=0)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from models import ALONE, NETWORK, Models
+from models import ASSISTANT, Models
 
 MOST_PROMPTS, MOST_PROMPT_TOKENS, MOST_NEW_TOKENS, MOST_DRAFTED, MOST_IN_TREE = 8, 400, 192, 10, 32
 BETWEEN = 0.15
@@ -64,8 +64,8 @@ def checked(text, drafter, num_tokens, tree_size, temperature, seed, max_new_tok
     if drafter not in models.drafters:
         raise BadInput(f"There is no drafter {drafter!r} here; choose {', or '.join(models.drafters)}.")
     tree_size = int(number(tree_size, "size of a tree", 0, MOST_IN_TREE))
-    if tree_size and drafter not in (NETWORK, ALONE):
-        raise BadInput(f"Trees are drafted by a network: choose {NETWORK!r} or {ALONE!r}, or a tree of 0 tokens.")
+    if tree_size and drafter == ASSISTANT:
+        raise BadInput("A smaller model drafts no trees: choose another drafter, or a tree of 0 tokens.")
     if not isinstance(seed, int | float) or seed != int(seed) or not 0 <= seed < 2**63:
         raise BadInput("The seed should be a whole number, 0 or more.")
     return Settings(

@@ -10,9 +10,10 @@ import transformers
 from exactness import check, choose_eos, oracle, plain
 from shrunken import make_target
 from test_exactness import SAMPLING
-from tiny import ragged_batch
+from tiny import llama, ragged_batch
 
 from specformer import SpecFormerConfig, SpecFormerModel, generate
+from specformer.generation import target_states
 from specformer.generation.target_refusals import UnsupportedTargetError
 from specformer.generation.target_states import find_decoder
 
@@ -98,3 +99,17 @@ def test_a_vision_tower_is_not_taken_for_the_decoder(name: str):
     layers[0].register_forward_hook(lambda *_: seen.append(True))
     target(**ragged_batch())
     assert seen
+
+
+def test_the_decoder_is_found_without_a_walk_through_all_modules(monkeypatch):
+    """Each pass looks for it."""
+    target, walked, walk = llama(torch.float32), [], target_states.text_modules
+
+    def counted(module, model):
+        for found in walk(module, model):
+            walked.append(found)
+            yield found
+
+    monkeypatch.setattr(target_states, "text_modules", counted)
+    assert find_decoder(target)[1] is target.model.layers
+    assert walked == [target.model]

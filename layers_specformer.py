@@ -152,9 +152,10 @@ class ConfidenceHead(nn.Module):
         self.scale = nn.Parameter(torch.ones(config.num_draft_tokens))
         self.shift = nn.Parameter(torch.zeros(config.num_draft_tokens))
 
-    def forward(self, states: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        """States (..., k, d) of the first k slots and logits (..., k, C) of their candidates -> (..., k)."""
-        count = states.shape[-2]
+    def forward(self, states: torch.Tensor, logits: torch.Tensor, slot: int | None = None) -> torch.Tensor:
+        """States (..., k, d) of the first k slots and logits (..., k, C) of their candidates -> (..., k). With `slot`,
+        all k are of this one."""
         odds = torch.logit(logits.float().softmax(dim=-1).amax(dim=-1), eps=1e-4).to(states.dtype)
         odds = odds + self.out_proj(self.activation(self.in_proj(states)))[..., 0]
-        return odds * self.scale[:count] + self.shift[:count]
+        slots = slice(states.shape[-2]) if slot is None else slot
+        return odds * self.scale[slots] + self.shift[slots]

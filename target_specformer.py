@@ -98,9 +98,11 @@ class BorrowedTarget:
         return logits.topk(min(count, logits.shape[-1])).indices
 
     def candidate_logits(self, draft_hidden_states: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-        """What `draft_logits` has at `places` (..., C), without the others where the head allows: (..., C)."""
+        """What `draft_logits` of states (..., w, d) has at `places` (..., w, C), or (..., 1, C) that all of them share,
+        without the others where the head allows: (..., w, C)."""
         if self.rows is None:
-            return self.draft_logits(draft_hidden_states).gather(-1, places)
+            logits = self.draft_logits(draft_hidden_states)
+            return logits.gather(-1, places.expand(*logits.shape[:-1], -1))
         return self._scaled(outputs_at(self.rows, draft_hidden_states, places))
 
     def _scaled(self, logits: torch.Tensor) -> torch.Tensor:
@@ -195,8 +197,9 @@ def some_rows(head: nn.Linear, rows: torch.Tensor | None = None) -> nn.Linear:
 
 
 def outputs_at(layer: nn.Linear, states: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-    """The outputs of a linear layer at `places` alone: (..., d) and (..., C) -> (..., C)."""
-    outputs = (layer.weight[places] @ states[..., None])[..., 0]
+    """The outputs of a linear layer at `places` alone: (..., w, d) and (..., w, C) or (..., 1, C) -> (..., w, C)."""
+    weight, are_shared = layer.weight[places], places.shape[-2] == 1
+    outputs = states @ weight.squeeze(-3).mT if are_shared else (weight @ states[..., None])[..., 0]
     return outputs if layer.bias is None else outputs + layer.bias[places]
 
 

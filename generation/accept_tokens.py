@@ -17,6 +17,7 @@ from .accept_sampling import best_tokens, count_accepted
 from .argument import name_of
 from .proposal import NO_TOKEN, Proposal, check_proposal, first_path
 from .proposal_tree import DraftTree, along
+from .ranks import shared_ranks
 from .text import Text
 from .text_outputs import StepOutputs
 from .text_positions import Positions
@@ -142,18 +143,20 @@ class TokenChoice:
         """The target's tokens (R, k + 1) from its logits (R, k + 1, V) after `drafts` (R, k), and how many drafts it
         accepts (R,): they are the first of its tokens. Tokens after a wrong draft mean nothing.
 
-        Of a `tree` the target takes one path: tokens (R, depth + 1), and the places of the block that it goes through,
-        of the same shape.
+        Of a `tree` the target takes one path: tokens (R, depth + 1), or fewer where no row accepts as many, and the
+        places of the block that it goes through, of the same shape.
         """
-        # generate() casts before processors and argmax, on the device of the text
-        logits = logits.to(device=drafts.device, dtype=torch.float32)
         self.vocab_size = logits.shape[-1]
+        # generate() casts before processors and argmax, on the device of the text
+        logits = logits.to(drafts.device)
+        if tree is None or self.processors.need_prefix:
+            logits = logits.float()
         if tree is not None:
             self.proposals.clear()
             descend = self._walk if self.processors.need_prefix else self._descend
             tokens, accepted, path = descend(logits, tree)
             if self.logits is not None:
-                self.logits.write(along(logits, path), self.text.positions(path.shape[1]))
+                self.logits.write(along(logits, path).float(), self.text.positions(path.shape[1]))
             return tokens, count_accepted(accepted[:, :-1]), path
         if self.logits is not None:
             self.logits.write(logits, self.text.positions(logits.shape[1]))
@@ -174,15 +177,19 @@ class TokenChoice:
 
     def _descend(self, logits, tree):
         """Down a tree, from the newest token on to the child that is the target's token: one position after the other,
-        of all rows."""
+        of all rows. Of most logits nothing is asked, so that they are left as they are."""
         nodes = torch.zeros_like(tree.parents[:, :1])
         tokens, accepted, path = [], [], []
+        # a CPU tells at once that no row goes further; of several processes one alone may find that
+        tells = nodes.device.type == "cpu" and shared_ranks() is None
         for ahead in range(tree.depth + 1):
             path.append(nodes)
-            token, _ = self._take(along(logits, nodes), torch.full_like(nodes, NO_TOKEN), None, ahead)
+            token, _ = self._take(along(logits, nodes).float(), torch.full_like(nodes, NO_TOKEN), None, ahead)
             children, found = tree.children(nodes, token)
             tokens.append(token)
             accepted.append(found)
+            if tells and not found.any():
+                break
             nodes = torch.where(found, children, nodes)
         return tuple(torch.cat(parts, dim=1) for parts in (tokens, accepted, path))
 

@@ -167,7 +167,13 @@ class RaggedCache(Cache):
 
     def follow(self, path: torch.Tensor) -> None:
         """Of the trees that the last pass read, have the tokens at places `path` (B, p) behind one another, as if the
-        pass had read nothing else."""
+        pass had read nothing else. Where a path stays in a place, nothing more is of use."""
+        if path.device.type == "cpu":  # which tells at once that most of them are in their places
+            places = torch.arange(path.shape[1], device=path.device)
+            moved = (path != places)[:, 1:] & (path[:, 1:] != path[:, :-1])
+            path = path[:, : 1 + int((moved * places[1:]).amax()) if moved.any() else 0]
+            if not path.shape[1]:
+                return
         for layer in self.ragged_layers:
             layer.follow(path)
 

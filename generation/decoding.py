@@ -100,7 +100,8 @@ def decode(
                 logits, states = along(logits, path), None if states is None else along(states, path)
             drafted = count_drafted(drafts) if tree is None else tree.drafted()  # (R,)
             counts, outcome, drafted = text.append(tokens, accepted, drafted)
-            statistics.count(text.rows, tokens.shape[1] - 1, drafted, outcome, is_prompt=False)
+            deepest = drafts.shape[1] if tree is None else tree.depth
+            statistics.count(text.rows, deepest, drafted, outcome, is_prompt=False)
             draft_length.record(len(text.rows), drafts.shape[1], outcome, perf_counter() - started, path)
             statistics.lap("accept")
             rounds.report(tokens, drafts, drafted, outcome, sources, path)

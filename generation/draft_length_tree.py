@@ -34,7 +34,8 @@ class AutoTreeSize(AutoDraftLength):
     def _chances(self, proposal: Proposal) -> torch.Tensor | None:
         if proposal.confidences is None or proposal.parents is None:  # a chain, such as of copies alone
             return super()._chances(proposal)
-        return staying(proposal.confidences.nan_to_num(0.0), proposal.parents)
+        depth = proposal.tokens.shape[1] if proposal.depth is None else proposal.depth
+        return staying(proposal.confidences.nan_to_num(0.0), proposal.parents, depth)
 
     def _count_kept(self, drafted, outcome, path) -> None:
         rows = [row for row, (_, added) in enumerate(outcome) if added]

@@ -180,13 +180,13 @@ class CopyingDrafter(Drafter):
         if self.copied is not None:
             self.count(*self.copied, tokens, counts)
         for rates, copies, matched in self.followed:
-            rates.count(matched, copies[:, : tokens.shape[1] - 1], tokens, counts)
+            rates.count(matched, copies[:, : tokens.shape[1]], tokens, counts)
         self.copied, self.followed = None, []
 
     def count(self, copies: torch.Tensor, matched: torch.Tensor, tokens: torch.Tensor, counts: torch.Tensor) -> None:
         """The rows in which `copies` (R, k) after `matched` (R,) tokens, 0 in others, were verified go on with the
         first `counts` (R,) of `tokens` (R, q)."""
-        self.rates.count(matched, copies[:, : tokens.shape[1] - 1], tokens, counts)
+        self.rates.count(matched, copies[:, : tokens.shape[1]], tokens, counts)
 
     def select_rows(self, index, longest) -> None:
         self.drafter.select_rows(index, longest)

@@ -180,7 +180,7 @@ class ReaderDrafter(CopyingDrafter):
 
     def count(self, copies, matched, tokens, counts) -> None:
         super().count(copies, matched * ~self.stored, tokens, counts)
-        self.store_rates.count(matched * self.stored, copies[:, : tokens.shape[1] - 1], tokens, counts)
+        self.store_rates.count(matched * self.stored, copies[:, : tokens.shape[1]], tokens, counts)
 
     def rewind(self, mark) -> None:
         super().rewind(mark)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from torch.nn import functional
 from transformers import DynamicCache
 
 from .accept_tokens import BestDrafts
@@ -102,11 +101,11 @@ class SpecFormerDrafter(Drafter):
         places = self.borrowed.candidates(states, config.num_candidates)  # (R, k, C)
 
         def candidates(slot: int, tokens: torch.Tensor, _) -> tuple[torch.Tensor, torch.Tensor]:
-            width = tokens.shape[1]
-            state, place = states[:, slot, None].expand(-1, width, -1), places[:, slot, None].expand(-1, width, -1)
+            state, place = states[:, slot, None].expand(-1, tokens.shape[1], -1), places[:, slot, None]
             if config.previous_token_rank is not None:
                 state = self.network.previous_token_correction(state, embed(self.borrowed, tokens))
-            ids, logits = self.borrowed.tokens_at(place), self.borrowed.candidate_logits(state, place)
+            logits = self.borrowed.candidate_logits(state, place)  # (R, w, C)
+            ids = self.borrowed.tokens_at(place).expand(logits.shape)
             return ids, chances(logits, slot, ids, confidence_after(self.network, slot, state, logits))
 
         return best_first(self.newest, num_tokens, tree_size, candidates)
@@ -204,9 +203,7 @@ def confidence_after(network, slot: int, states: torch.Tensor, logits: torch.Ten
     it. The head has learnt this of the likeliest beginnings."""
     if not network.config.confidence_head:
         return None
-    # it numbers the slots that it is shown
-    states, logits = (functional.pad(part[:, :, None], (0, 0, slot, 0)) for part in (states, logits))
-    return network.confidence_head(states, logits)[:, :, slot].float().sigmoid()
+    return network.confidence_head(states, logits, slot).float().sigmoid()
 
 
 def embed(borrowed, tokens: torch.Tensor) -> torch.Tensor:

@@ -15,6 +15,7 @@ import torch
 from torch.nn import functional
 
 from .proposal import NO_TOKEN, Proposal
+from .proposal_tree import of_parents
 
 LEAST_LOSS = 1e-3
 """By which a token is less likely than its parent, as a logarithm, however sure a drafter is."""
@@ -145,8 +146,3 @@ def complete(proposal: Proposal, device: torch.device) -> Proposal:
         parents=chain if parents is None else parents.to(device),
         depth=width if proposal.depth is None or parents is None else proposal.depth,
     )
-
-
-def of_parents(values: torch.Tensor, parents: torch.Tensor, of_newest: float) -> torch.Tensor:
-    """What the parents of tokens have of `values`, (R, N) each, and `of_newest` where that is the newest token."""
-    return torch.where(parents < 0, of_newest, values.gather(1, parents.clamp(min=0)))

@@ -68,16 +68,23 @@ class DraftTree:
         return self.depths[:, 1:].masked_fill(self.tokens == NO_TOKEN, 0).amax(dim=1)
 
 
-def staying(confidences: torch.Tensor, parents: torch.Tensor) -> torch.Tensor:
-    """How likely each token of a tree comes to stay, by how likely that is where its parent does, (R, n) each."""
-    chances = [confidences.new_ones(len(confidences), 1)]
-    for place in range(confidences.shape[1]):
-        before = torch.cat(chances, dim=1).gather(1, parents[:, place, None] + 1)
-        chances.append(confidences[:, place, None] * before)
-    return torch.cat(chances, dim=1)[:, 1:]
+def staying(confidences: torch.Tensor, parents: torch.Tensor, depth: int) -> torch.Tensor:
+    """How likely each token of a tree, no deeper than `depth`, comes to stay, by how likely that is where its parent
+    does, (R, n) each."""
+    chances = confidences
+    for _ in range(depth - 1):  # a token further back each time
+        chances = confidences * of_parents(chances, parents, 1.0)
+    return chances
+
+
+def of_parents(values: torch.Tensor, parents: torch.Tensor, of_newest: float) -> torch.Tensor:
+    """What the parents of tokens have of `values`, (R, N) each, and `of_newest` where that is the newest token."""
+    return torch.where(parents < 0, of_newest, values.gather(1, parents.clamp(min=0)))
 
 
 def along(values: torch.Tensor, path: torch.Tensor) -> torch.Tensor:
     """What a block has at the places `path` (R, p): (R, q, ...) -> (R, p, ...)."""
-    path = path.to(values.device)
-    return values[torch.arange(len(path), device=path.device)[:, None], path]
+    rows, width = values.shape[:2]
+    places = torch.arange(0, rows * width, width, device=values.device)[:, None] + path.to(values.device)
+    # a row of memory at a time, where an index of two tensors goes number by number
+    return values.flatten(0, 1).index_select(0, places.flatten()).view(*path.shape, *values.shape[2:])

@@ -11,7 +11,7 @@ from .argument import name_of, whole_number
 from .call_settings import CallSettings
 from .draft_length import AUTO, DraftLength, checked_count, checked_draft_length
 from .draft_length_auto import AutoDraftLength, experience_of
-from .draft_length_tree import AutoTreeSize
+from .draft_length_tree import LONGEST_CHAIN, AutoTreeSize
 from .drafter import Drafter, NoDrafter, is_drafter
 from .drafter_assistant import AssistantDrafter
 from .drafter_copying import MOST_COPIED, CopyingDrafter, CopyRates
@@ -209,7 +209,7 @@ def choose_draft_length(
     way = type(drafter), most, may_cut, model.device, model.dtype, cuda_graphs, tree_size
     experience = experience_of(model, source, way)
     if tree_size:
-        return AutoTreeSize(most, tree_size, start, experience)
+        return AutoTreeSize(most, tree_size, start, experience, LONGEST_CHAIN if drafts.tree_size is None else 0)
     return AutoDraftLength(most, start, experience, may_cut)
 
 

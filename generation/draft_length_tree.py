@@ -12,21 +12,49 @@ SIZES = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 """That come into question: among more of them each would be timed too seldom."""
 
 
+LONGEST_CHAIN = 4
+"""Fewer tokens than a tree is worth: whatever its size, it takes longer to make and to go through than a chain."""
+
+
 class AutoTreeSize(AutoDraftLength):
-    """`AutoDraftLength` where the number of tokens is that of a tree. Tokens stand in the order of their chances, so
+    """`AutoDraftLength` where more than a few tokens are a tree. Its tokens stand in the order of their chances, so
     that a larger tree is a smaller one and what follows: each has a promise of its own, and trust is in its place.
 
-    What pays at one row is a tree, at many rows a chain or nothing; a small tree of a sure drafter is a chain.
+    What pays is a tree where a pass over a few tokens more costs little, and a chain or nothing at many rows.
 
     Args:
         depth: tokens that it drafts at most one after the other.
         tree_size: and in all.
+        longest_chain: up to so many are drafted as a chain.
+
+    Attributes:
+        tree_size: that number in rounds that draft a tree, 0 in others.
     """
 
-    def __init__(self, depth: int, tree_size: int, start: int, experience: Experience):
+    def __init__(self, depth: int, tree_size: int, start: int, experience: Experience, longest_chain: int = 0):
         super().__init__(tree_size, start, experience)
-        self.most, self.tree_size = depth, tree_size
+        self.most, self.largest, self.tree_size = depth, tree_size, tree_size
+        self.longest_chain = min(longest_chain, depth)
         self.lengths = [size for size in SIZES if size < tree_size] + [tree_size]
+
+    @property
+    def widest(self) -> int:
+        return max(self.most, self.largest)
+
+    def next(self, num_rows: int) -> int:
+        length = super().next(num_rows)
+        self.tree_size = self.largest if length > self.longest_chain else 0
+        return length
+
+    def keep(self, proposal, idle, started) -> int:
+        kept = super().keep(proposal, idle, started)
+        if proposal.parents is not None:
+            self.experience.of_trees = faded(self.experience.of_trees, self.promises)
+        return kept
+
+    def _expected(self, promises: list[float]) -> list[float]:
+        # a chain says nothing of what a tree would have had instead of going on
+        return super()._expected([*promises, *self.experience.of_trees[len(promises) :]])
 
     def _shares(self, trust):
         return trust
@@ -48,3 +76,10 @@ class AutoTreeSize(AutoDraftLength):
         for place, promise in enumerate(self.promises[:drafted]):
             self.promised[place] = fading * self.promised[place] + len(rows) * promise
             self.kept[place] = fading * self.kept[place] + kept[place]
+
+
+def faded(before: list[float], now: list[float], share: float = 0.1) -> list[float]:
+    """Means of what was seen `before` and what is seen `now`, of which the latter is a `share`."""
+    width = max(len(before), len(now))
+    before, now = (part + [0.0] * (width - len(part)) for part in (before or now, now))
+    return [old + share * (new - old) for old, new in zip(before, now, strict=True)]

@@ -311,6 +311,52 @@ def test_rows_of_a_drafter_that_is_always_right_cannot_differ(num_rows: int):
     assert speed > 0.95 * world.best(), chosen
 
 
+def live_with_trees(slope: float, tree: float, rounds: int, experience: Experience) -> tuple[float, Counter]:
+    """One row. A chain's tokens stay with .7, .5, .35 and .2, those of a tree with .7, .5, .37, .3, .25 and so on;
+    a tree takes `tree` longer, whatever its size. Expected tokens per second, and how many drafts were verified."""
+    of_chain, of_tree = [0.7, 0.5, 0.35, 0.2], [0.7, 0.5, 0.37, 0.3, 0.25, 0.2, 0.15, 0.12, *[0.05] * 8]
+    length, chance = AutoTreeSize(8, 16, 4, experience, longest_chain=4), random.Random(0)
+    tokens, seconds, chosen, none = 0.0, 0.0, Counter(), torch.zeros(1, dtype=torch.bool)
+    for _ in range(rounds):
+        asked = length.next(1)
+        assert bool(length.tree_size) == (asked > 4)
+        stay = torch.tensor([(of_tree if asked > 4 else of_chain)[:asked]])
+        proposal, drafting = Proposal(torch.zeros(1, asked)), 0.1 * bool(asked) + tree / 2 * (asked > 4)
+        if asked > 4:  # what matters here is how many stay, not which of them follow one another
+            proposal.confidences, proposal.parents = stay, torch.full((1, asked), -1)
+        else:
+            proposal.confidences = stay / torch.nn.functional.pad(stay, (1, 0), value=1.0)[:, :-1]
+        k = length.keep(proposal, none, time.perf_counter() - drafting) if asked else 0
+        taken = [place + 1 for place in range(k) if chance.random() < stay[0, place]] if asked > 4 else []
+        if asked <= 4:
+            draw = chance.random()
+            taken = [place + 1 for place in range(k) if draw < stay[0, place]]
+        spent = 1 + slope * k + drafting + tree / 2 * (asked > 4)
+        path = torch.tensor([[0, *taken]]) if asked > 4 else None
+        length.record(1, k, [(len(taken), len(taken) + 1)], spent, path)
+        tokens, seconds = tokens + 1 + float(stay[0, :k].sum()), seconds + spent
+        chosen[k] += 1
+    return tokens / seconds, chosen
+
+
+@pytest.mark.usefixtures("alike")
+@pytest.mark.parametrize(
+    ("slope", "tree", "best"),
+    [
+        (0.01, 0.0, 3.99 / 1.26),  # all 16 tokens of a tree
+        (0.06, 0.25, 2.75 / 1.34),  # a chain of 4
+        (0.06, 0.0, 3.32 / 1.46),  # a tree of 6
+    ],
+)
+def test_chains_and_trees_whichever_pays(slope: float, tree: float, best: float):
+    experience = Experience()
+    live_with_trees(slope, tree, 150, experience)
+    speed, chosen = live_with_trees(slope, tree, 600, experience)
+    in_trees = sum(count for size, count in chosen.items() if size > 4) / 600
+    assert speed > 0.95 * best, (speed, best, chosen)
+    assert in_trees < 0.1 if tree else in_trees > 0.6, chosen
+
+
 # ---- in generate()
 
 
@@ -533,7 +579,8 @@ def test_who_decides(arguments: dict, expected, monkeypatch):
         assert type(length) is DraftLength and length.most == expected and not length.tree_size
     elif expected == "auto, trees":
         assert type(length) is AutoTreeSize and (length.most, length.start) == (8, 3)
-        assert length.tree_size == arguments.get("tree_size", 16)
+        assert length.largest == arguments.get("tree_size", 16)
+        assert length.longest_chain == (0 if "tree_size" in arguments else 4)
     else:
         assert type(length) is AutoDraftLength and length.start == 3
         assert (length.most, length.may_cut) == ((4, False) if expected == "auto, whole" else (8, True))  # with copies

@@ -25,9 +25,9 @@ test-all: lint test-oldest $(VENV)/pages
 	$(VENV)/bin/python tests/browser.py
 	OMP_NUM_THREADS=1 $(VENV)/bin/python $(PYTEST) -m "not gpu"
 
-# The oldest transformers that is supported.
+# The oldest transformers that is supported, without the tests that say the same on any version.
 test-oldest: $(OLDEST)/ready
-	OMP_NUM_THREADS=1 $(OLDEST)/bin/python $(PYTEST) -m "not slow and not gpu and not real"
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python $(PYTEST) -m "not slow and not gpu and not real and not one_version"
 
 # One visit to the Space in a browser, which is installed if need be. Where none can be had it is skipped, and says so.
 test-browser: $(VENV)/browser
@@ -45,6 +45,7 @@ docs: $(VENV)/pages
 
 # The newest of everything, in an environment that is made anew each time: what the next release elsewhere breaks.
 # torch stays the CPU build that was found: a newer one that another package asks for would be a CUDA build.
+# tests/canary.py lists what is tested; with ALL=yes everything is.
 canary:
 	rm -rf $(CANARY)
 	$(call environment,$(CANARY))
@@ -52,7 +53,7 @@ canary:
 		grep -o '[0-9.]*+cpu' | head -1 | cut -d+ -f1`; $(call torch,$(CANARY),$${newest:-$(TORCH)},/dev/null)
 	@{ $(CANARY)/bin/pip freeze | grep '^torch=='; grep '^triton==' constraints.txt; } > $(CANARY)/constraints.txt
 	$(call package,$(CANARY),$(CANARY)/constraints.txt)
-	OMP_NUM_THREADS=1 $(CANARY)/bin/python tests/canary.py $(PYTEST) -m "not slow and not gpu" \
+	OMP_NUM_THREADS=1 $(CANARY)/bin/python tests/canary.py $(if $(ALL),--all) $(PYTEST) -m "not slow and not gpu" \
 		--deselect tests/test_packaging.py::test_every_version_is_pinned
 
 # With the Python and the CUDA build of torch that are installed, and this package: pip install -e ".[scripts,test]".

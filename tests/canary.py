@@ -1,8 +1,10 @@
-"""The fast tests on the newest of everything, in the environment of `make canary`.
+"""Tests on the newest of everything, in the environment of `make canary`.
 
-    python tests/canary.py -m pytest ...    # `python -m pytest ...`, where anything is newer than in constraints.txt
+    python tests/canary.py -m pytest ...          # those of `FILES`, by `python -m pytest ...`
+    python tests/canary.py --all -m pytest ...    # all of them
 
-Says first what is newer, and last whether the tests passed with it.
+Says first what is newer than in constraints.txt, and last whether the tests passed with it. Where nothing is newer,
+nothing is tested.
 """
 
 from __future__ import annotations
@@ -13,7 +15,27 @@ import sys
 from importlib.metadata import distributions
 from pathlib import Path
 
-CONSTRAINTS = Path(__file__).resolve().parents[1] / "constraints.txt"
+TESTS = Path(__file__).resolve().parent
+CONSTRAINTS = TESTS.parent / "constraints.txt"
+FILES = {
+    "test_exactness.py": "every family's text is plain generate()'s, greedy and sampled",
+    "test_targets.py": "targets as people load them: offloaded, quantised, with adapters, compiled",
+    "test_multimodal.py": "models that also read images",
+    "test_target_config.py": "configs of all causal LMs",
+    "test_arguments.py": "every argument of generate()",
+    "test_processors.py": "every logits processor",
+    "test_outputs.py": "what generate() returns",
+    "test_drafters.py": "assistants and prompt lookup",
+    "test_entry_points.py": "custom_generate, which runs as remote code",
+    "test_loading.py": "from_pretrained",
+    "test_hub.py": "to the Hub and back",
+    "test_demo.py": "what `make demo` runs",
+    "test_versions.py": "warnings about names that will go",
+    "test_datasets.py": "how `datasets` tells functions apart",
+    "test_cli.py": "typer, accelerate and the Trainer: from prompts to a drafter that is evaluated",
+}
+"""What depends on what others release, and how. All else computes with torch alone or is prose; in a few minutes this
+tells what is worth a look, and `make canary ALL=yes` looks at everything."""
 
 
 def normal(name: str) -> str:
@@ -36,6 +58,10 @@ def differences(installed: dict[str, str], pins: dict[str, str]) -> list[str]:
 
 
 def main(command: list[str]) -> int:
+    if command[0] == "--all":
+        _, *command = command
+    else:
+        command = [*command, *(str(TESTS / name) for name in FILES)]
     installed = {normal(each.name): each.version for each in distributions()}
     others = differences({name: installed[name] for name in installed.keys() - {"pip", "specformer"}}, pinned())
     if not others:

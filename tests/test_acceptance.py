@@ -36,7 +36,10 @@ CPU = torch.device("cpu")
 # ---- the distribution of whole texts
 
 TOKENS, NEW_TOKENS, DRAFTED = 5, 4, 3
-ENOUGH = 100_000
+FEW = 20_000
+"""Texts that show each of the planted faults."""
+ENOUGH, MANY = 2 * FEW, 5 * FEW
+"""Texts of a sample in every run, and in long ones."""
 ROWS_AT_ONCE = 10_000
 LAST_TOKEN = TOKENS - 1
 PROMPTS = {
@@ -244,7 +247,9 @@ IN_EVERY_RUN = [
     ("rejection", "trees", "all warpers"),
 ]
 CASES = [
-    pytest.param(*case, marks=() if case in IN_EVERY_RUN else pytest.mark.slow, id="-".join(case))
+    pytest.param(*case, ENOUGH, id="-".join(case))
+    if case in IN_EVERY_RUN
+    else pytest.param(*case, MANY, marks=pytest.mark.slow, id="-".join(case))
     for case in [(rule, drafter, name) for rule in ACCEPTANCE_RULES for drafter in DRAFTERS for name in SETTINGS]
     if case in IN_EVERY_RUN or case[0] != "match"
 ]
@@ -276,12 +281,12 @@ def test_drafters_are_no_copies_of_the_target():
     assert (first[0][0] - first[0][1]).abs().sum() / 2 > 0.15  # nor is the one prompt like the other
 
 
-@pytest.mark.parametrize(("rule", "drafter", "name"), CASES)
-def test_texts_are_distributed_as_the_target_writes_them(rule: str, drafter: str, name: str):
+@pytest.mark.parametrize(("rule", "drafter", "name", "size"), CASES)
+def test_texts_are_distributed_as_the_target_writes_them(rule: str, drafter: str, name: str, size: int):
     target, settings = small_target(), SETTINGS[name]
     shares = probabilities(target, settings)
     seed = list(DRAFTERS).index(drafter)  # from the same one, "coupled" writes the same texts with every drafter
-    sample = draw(target, DRAFTERS[drafter](target), rule, settings, ENOUGH, seed)
+    sample = draw(target, DRAFTERS[drafter](target), rule, settings, size, seed)
     assert not sample.counts[shares == 0].any()
     p = p_value(sample.counts, shares)
     rate = sample.accepted / sample.drafted
@@ -458,14 +463,15 @@ FAULTS = [
 ]
 
 
+@pytest.mark.one_version
 @pytest.mark.parametrize(
     ("rule", "drafter", "name", "plant"), FAULTS, ids=lambda value: getattr(value, "__name__", value)
 )
 def test_planted_fault_changes_the_distribution(rule: str, drafter: str, name: str, plant: Callable, monkeypatch):
-    """In a fifth of the texts that the test above counts."""
+    """In half of the texts that the test above counts."""
     target, settings = small_target(), SETTINGS[name]
     plant(monkeypatch)
-    sample = draw(target, DRAFTERS[drafter](target), rule, settings, ENOUGH // 5)
+    sample = draw(target, DRAFTERS[drafter](target), rule, settings, FEW)
     p = p_value(sample.counts, probabilities(target, settings))
     print(f"{rule}, {drafter}, {name}, {plant.__name__}: p = {p:.3g}")
     assert p < 1e-9

@@ -102,8 +102,8 @@ def test_a_command_is_its_module(name: str, monkeypatch):
 
 
 def test_what_is_no_command_or_option():
-    done = run("trian")
-    assert done.returncode == 2
+    done = called("trian")
+    assert done.exit_code == 2
     assert "No such command 'trian'. Did you mean 'train'?" in done.stderr
     done = called("publish", "drafter", "user/name", "--pirvate")
     assert done.exit_code == 2

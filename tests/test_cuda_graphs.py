@@ -74,20 +74,20 @@ def test_drafters(preset: str, setting: str, k: int | str, tapes):
     assert tapes.replayed > tapes.recorded > 0
 
 
-def test_drafts_and_acceptance_are_those_without_graphs(tapes):
+@pytest.mark.parametrize("preset", PRESETS)
+def test_drafts_and_acceptance_are_those_without_graphs(preset: str, tapes):
     """Equal texts do not show it: a drafter may draft anything."""
     target, batch = llama(), ragged_batch()
-    for preset in PRESETS:
-        network = network_of(target, preset)
-        for sampling in ({}, SAMPLING):
-            arguments = dict(batch, **sampling, max_new_tokens=40, eos_token_id=None, prompt_lookup_num_tokens=0)
-            counts = []
-            for recorded in (False, True):
-                torch.manual_seed(0)
-                arguments |= dict(cuda_graphs=recorded, num_assistant_tokens=4, return_dict_in_generate=True)
-                counts.append(generate(target, network, **arguments).statistics)
-            assert counts[0].accepted_per_slot == counts[1].accepted_per_slot
-            assert sum(counts[0].accepted_per_slot) > 10
+    network = network_of(target, preset)
+    for sampling in ({}, SAMPLING):
+        arguments = dict(batch, **sampling, max_new_tokens=40, eos_token_id=None, prompt_lookup_num_tokens=0)
+        counts = []
+        for recorded in (False, True):
+            torch.manual_seed(0)
+            arguments |= dict(cuda_graphs=recorded, num_assistant_tokens=4, return_dict_in_generate=True)
+            counts.append(generate(target, network, **arguments).statistics)
+        assert counts[0].accepted_per_slot == counts[1].accepted_per_slot
+        assert sum(counts[0].accepted_per_slot) > 10
 
 
 def test_a_row_that_repeats_itself_is_drafted_for(tapes):

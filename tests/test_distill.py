@@ -175,7 +175,8 @@ def rows_of(folder: Path) -> list[dict]:
     return sorted((json.loads(line) for path in files for line in path.read_text().splitlines()), key=lambda r: r["id"])
 
 
-def test_command(saved_target: Path, tmp_path: Path):
+def test_command(saved_target: Path, tmp_path: Path, monkeypatch):
+    """In a process of its own, and again in this one."""
     output = tmp_path / "answers"
     arguments = (saved_target, tmp_path, "--output", str(output))
     done = run(*arguments)
@@ -183,16 +184,16 @@ def test_command(saved_target: Path, tmp_path: Path):
     rows = rows_of(output)
     assert [row["id"] for row in rows] == list(range(40))
     assert "data_files" in (output / "README.md").read_text()
-    again = run(*arguments)
-    assert again.returncode == 0, again.stderr
+    monkeypatch.setattr(sys, "argv", command(*arguments)[2:])
+    main(parse())
     assert rows_of(output) == rows  # nothing was left to do
     datasets = pytest.importorskip("datasets")
     loaded = datasets.load_dataset(str(output), split="train", cache_dir=str(tmp_path / "cache"))
     assert sorted(loaded["id"]) == list(range(40))
     assert loaded.column_names == ["id", "prompt_ids", "response_ids", "finished"]
-    other = run(*arguments, "--temperature", "1.0")
-    assert other.returncode != 0
-    assert "begun with other settings (temperature: 0.0 there, 1.0 now)" in other.stderr
+    sys.argv += ["--temperature", "1.0"]
+    with pytest.raises(ValueError, match=r"begun with other settings \(temperature: 0\.0 there, 1\.0 now\)"):
+        main(parse())
     assert rows_of(output) == rows
 
 

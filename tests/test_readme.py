@@ -6,6 +6,7 @@ model, a few prompts and a stand-in of the Hub serve.
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
@@ -21,6 +22,7 @@ import pytest
 import torch
 from hub import Hub
 from test_callers import tiny_tokenizer
+from test_cli import called
 from tiny import llama
 
 from specformer import SpecFormerModel
@@ -137,8 +139,7 @@ def test_files_that_are_named_exist(page: str):
 @cache
 def help_of(command: str) -> str:
     """What `specformer <command> --help` prints."""
-    call = [sys.executable, "-m", "specformer", command, "--help"]
-    return subprocess.run(call, check=True, capture_output=True, text=True, timeout=300).stdout
+    return called(command, "--help").stdout
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page not in MADE_BY_TESTS])
@@ -158,32 +159,59 @@ def python_blocks(page: str) -> list[str]:
     return [text for text in found if "from trl" not in text and "torchrun" not in text]
 
 
-@pytest.mark.real
-def test_python_blocks(real_target, tmp_path, monkeypatch, capsys):
-    """Page by page, in order; pages under docs/ go on from the README. The Hub's name of the target stands for the
-    folder that it was fetched to. Every text that was made is that of plain generate()."""
-    monkeypatch.chdir(ROOT)
+PYTHON = {page: python_blocks(page) for page in PAGES if page not in MADE_BY_TESTS and python_blocks(page)}
+
+
+def own_names(text: str) -> str:
+    """What a block defines for those behind it, without the texts that it makes and what it shows of them."""
+    made = ("output", "result")
+    statements = [
+        each
+        for each in ast.parse(text).body
+        if not isinstance(each, ast.Expr)
+        and not (isinstance(each, ast.Assign) and getattr(each.targets[0], "id", None) in made)
+    ]
+    return ast.unparse(ast.Module(statements, []))
+
+
+@pytest.fixture(scope="module")
+def reader(real_target) -> dict:
+    """What the blocks of the README define, and what plain generate() writes for its inputs."""
     namespace: dict = {}
-    run_blocks("README.md", namespace, real_target, tmp_path)
-    assert "capital of Portugal" in capsys.readouterr().out
-    for page in PAGES:
-        if page.startswith("docs/") and page not in MADE_BY_TESTS:
-            run_blocks(page, dict(namespace), real_target, tmp_path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        for text in PYTHON["README.md"]:
+            exec(own_names(with_target(text, real_target)), namespace)
+    return namespace | {"plain": namespace["target"].generate(**namespace["inputs"], max_new_tokens=32).tolist()}
 
 
-def run_blocks(page: str, namespace: dict, target: Path, folder: Path) -> None:
-    for text in python_blocks(page):
-        namespace.pop("output", None)
-        text = text.replace("HuggingFaceTB/SmolLM2-135M-Instruct", str(target))
-        text = text.replace('AnswerStore("store"', f"AnswerStore({str(folder / 'store')!r}")
-        exec(compile(text, page, "exec"), namespace)
-        if "output" in namespace:
-            plain = namespace["target"].generate(**namespace["inputs"], max_new_tokens=32)
-            assert namespace["output"].tolist() == plain.tolist(), text
+def with_target(text: str, folder: Path) -> str:
+    """The Hub's name of the target stands for the folder that it was fetched to."""
+    return text.replace("HuggingFaceTB/SmolLM2-135M-Instruct", str(folder))
+
+
+@pytest.mark.real
+@pytest.mark.parametrize(("page", "number"), [(page, at) for page in PYTHON for at in range(len(PYTHON[page]))])
+def test_python_blocks(page: str, number: int, reader, real_target, tmp_path, monkeypatch, capsys):
+    """Each goes on from those before it on its page, and pages under docs/ from the README. Every text that is made is
+    that of plain generate()."""
+    monkeypatch.chdir(ROOT)
+    names = {} if page == "README.md" and not number else dict(reader)
+    *before, text = (
+        with_target(text, real_target).replace('AnswerStore("store"', f"AnswerStore({str(tmp_path / 'store')!r}")
+        for text in PYTHON[page][: number + 1]
+    )
+    for each in before:
+        exec(own_names(each), names)
+    exec(compile(text, page, "exec"), names)
+    if "output" in names:
+        assert names["output"].tolist() == reader["plain"], text
+    if page == "README.md" and not number:
+        assert "capital of Portugal" in capsys.readouterr().out
 
 
 def test_every_page_with_python_is_run():
-    assert {page: len(python_blocks(page)) for page in PAGES if python_blocks(page) and page not in MADE_BY_TESTS} == {
+    assert {page: len(texts) for page, texts in PYTHON.items()} == {
         "README.md": 4,
         "docs/drafters.md": 12,
         "docs/how_it_works.md": 1,

@@ -6,7 +6,7 @@ import pytest
 import torch
 from exactness import check, plain
 from test_drafters import repeats_what_came_five_before
-from test_exactness import NEW_TOKENS, SETTINGS, meaningful_target
+from test_exactness import NEW_TOKENS, SETTINGS, crossed, meaningful_target
 from tiny import PRESETS, llama, ragged_batch
 
 from specformer import SpecFormerModel, generate
@@ -26,9 +26,8 @@ def network_of(target, preset: str = "confidence") -> SpecFormerModel:
     return SpecFormerModel(config).to(torch.float64)
 
 
-@pytest.mark.parametrize("preset", ["anchor", "confidence", "all of it"])
-@pytest.mark.parametrize("setting", SETTINGS)
-def test_the_text_does_not_depend_on_copies(setting: str, preset: str):
+@pytest.mark.parametrize(("preset", "setting"), crossed("all of it", "anchor", "confidence"))
+def test_the_text_does_not_depend_on_copies(preset: str, setting: str):
     target, batch, eos = meaningful_target("llama")
     arguments = dict(SETTINGS[setting], eos_token_id=eos, max_new_tokens=NEW_TOKENS)
     reference = plain(target, batch, **arguments)

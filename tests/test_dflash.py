@@ -13,7 +13,7 @@ from architectures import make_target
 from dflash import MASK, WIDTH, drafts_by_loops, random_weights, raw_config, speculators_config
 from exactness import check, plain
 from foreign import assert_drafts, assert_rows_draft_as_alone, recorded, save
-from test_exactness import NEW_TOKENS, SETTINGS, meaningful_target
+from test_exactness import NEW_TOKENS, SETTINGS, crossed, meaningful_target
 from tiny import VOCAB, llama, llama_config, ragged_batch
 
 from specformer import SpecFormerConfig, SpecFormerModel, generate
@@ -75,8 +75,7 @@ def test_every_row_of_a_batch_drafts_as_it_does_alone(kind: str, tmp_path: Path)
     assert_rows_draft_as_alone(target, folder, batch)
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
-@pytest.mark.parametrize("name", ["llama", "gemma3", "mistral-sliding"])
+@pytest.mark.parametrize(("name", "setting"), crossed("llama", "gemma3", "mistral-sliding"))
 def test_the_text_is_that_of_plain_generate(name: str, setting: str, tmp_path: Path):
     target, batch, eos = meaningful_target(name)
     arguments = dict(SETTINGS[setting], eos_token_id=eos, max_new_tokens=NEW_TOKENS)

@@ -10,7 +10,7 @@ import torch
 from exactness import check, plain
 from foreign import assert_rows_draft_as_alone
 from test_copying import network_of
-from test_exactness import NEW_TOKENS, SAMPLING, SETTINGS, meaningful_target
+from test_exactness import NEW_TOKENS, SAMPLING, SETTINGS, UNDER_A_DRAFTER, meaningful_target
 from test_own_drafter import SomeRows
 from tiny import EOS, VOCAB, llama, ragged_batch
 
@@ -194,7 +194,7 @@ def test_one_trained_on_the_targets_texts_drafts_them(shifted: bool):
     assert path.tokens_per_pass >= after
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("setting", UNDER_A_DRAFTER)
 def test_the_text_does_not_depend_on_it(setting: str):
     target, batch, eos = meaningful_target("llama")
     arguments = dict(SETTINGS[setting], eos_token_id=eos, max_new_tokens=NEW_TOKENS)

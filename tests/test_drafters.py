@@ -8,7 +8,7 @@ from architectures import make_target
 from exactness import check, plain
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_exactness import NEW_TOKENS, SAMPLING, SETTINGS, meaningful_target
+from test_exactness import NEW_TOKENS, SAMPLING, SETTINGS, UNDER_A_DRAFTER, crossed, meaningful_target
 from tiny import EOS, PAD, llama, ragged_batch
 
 from specformer import generate
@@ -23,8 +23,7 @@ from specformer.generation.proposal import NO_TOKEN
 # ---- a causal LM as assistant
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
-@pytest.mark.parametrize("assistant", ["llama", "gemma3", "gpt2"])
+@pytest.mark.parametrize(("assistant", "setting"), crossed("llama", "gemma3", "gpt2"))
 def test_assistant(assistant: str, setting: str):
     target, batch, eos = meaningful_target("llama")
     arguments = dict(SETTINGS[setting], eos_token_id=eos, max_new_tokens=NEW_TOKENS)
@@ -125,7 +124,7 @@ def test_number_of_drafts_comes_from_the_assistant_where_nobody_says():
 # ---- prompt lookup
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("setting", UNDER_A_DRAFTER)
 def test_prompt_lookup(setting: str):
     target, batch, eos = meaningful_target("llama")
     arguments = dict(SETTINGS[setting], eos_token_id=eos, max_new_tokens=NEW_TOKENS)

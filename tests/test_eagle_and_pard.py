@@ -10,7 +10,7 @@ import pytest
 import torch
 from exactness import check, plain
 from foreign import assert_drafts, assert_rows_draft_as_alone, recorded, save
-from test_exactness import NEW_TOKENS, SETTINGS, meaningful_target
+from test_exactness import NEW_TOKENS, SETTINGS, crossed, meaningful_target
 from tiny import VOCAB, llama, ragged_batch
 from torch.nn import functional
 
@@ -185,8 +185,7 @@ def test_every_row_of_a_batch_drafts_as_it_does_alone(kind: str, tmp_path: Path)
     assert_rows_draft_as_alone(target, folder, batch)
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
-@pytest.mark.parametrize("name", ["llama", "gemma3", "mistral-sliding"])
+@pytest.mark.parametrize(("name", "setting"), crossed("llama", "gemma3", "mistral-sliding"))
 def test_the_text_under_eagle_is_that_of_plain_generate(name: str, setting: str, tmp_path: Path):
     target, batch, eos = meaningful_target(name)
     arguments = dict(SETTINGS[setting], eos_token_id=eos, max_new_tokens=NEW_TOKENS)
@@ -238,8 +237,7 @@ def test_parallel_drafts_are_those_of_one_pass_over_text_and_masks(monkeypatch):
     assert_drafts(rounds, text, 7, 4, expected)
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
-@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2"])
+@pytest.mark.parametrize(("name", "setting"), crossed("llama", "gemma3", "gpt2"))
 def test_the_text_under_parallel_drafts_is_that_of_plain_generate(name: str, setting: str):
     target, batch, eos = meaningful_target(name)
     arguments = dict(SETTINGS[setting], eos_token_id=eos, max_new_tokens=NEW_TOKENS)

@@ -68,6 +68,23 @@ SETTINGS = {
 }
 
 
+ON_BOTH_VERSIONS = ("greedy", "sampling with a penalty")
+UNDER_A_DRAFTER = [
+    pytest.param(name, marks=() if name in ON_BOTH_VERSIONS else pytest.mark.one_version) for name in SETTINGS
+]
+"""Settings of the texts under one kind of drafter: `test_full_cross` tries all of them on each version."""
+
+
+def crossed(first, *others) -> list:
+    """Things with which to try a kind of drafter, and settings: `UNDER_A_DRAFTER` with the first, two with each of the
+    others, and the rest of the cross in long runs."""
+    cases = [pytest.param(first, *setting.values, marks=setting.marks) for setting in UNDER_A_DRAFTER]
+    for other in others:
+        for name in SETTINGS:
+            cases.append(pytest.param(other, name, marks=() if name in ON_BOTH_VERSIONS else pytest.mark.slow))
+    return cases
+
+
 IN_EVERY_RUN = ["llama", "gemma3", "gpt2"]
 IN_LONG_RUNS = [pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES if name not in IN_EVERY_RUN]
 

@@ -14,7 +14,7 @@ from exactness import check, plain
 from foreign import recorded, save
 from test_copying import network_of
 from test_drafters import repeats_what_came_five_before
-from test_exactness import NEW_TOKENS, SAMPLING, SETTINGS, meaningful_target
+from test_exactness import NEW_TOKENS, SAMPLING, SETTINGS, crossed, meaningful_target
 from tiny import VOCAB, llama, ragged_batch
 
 from specformer import Drafter, Hierarchy, Proposal, Reader, TrigramChains, generate
@@ -147,9 +147,8 @@ def test_the_comparison_finds_a_slot_that_is_off(monkeypatch):
     assert rounds(False) == rounds(False) != rounds(True)
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
-@pytest.mark.parametrize("inner", ["half right", "copies"])
-def test_the_text_does_not_depend_on_it(setting: str, inner: str):
+@pytest.mark.parametrize(("inner", "setting"), crossed("half right", "copies"))
+def test_the_text_does_not_depend_on_it(inner: str, setting: str):
     target, batch, eos = meaningful_target("llama")
     middle = middle_of(target)
     arguments = dict(SETTINGS[setting], eos_token_id=eos, max_new_tokens=NEW_TOKENS)

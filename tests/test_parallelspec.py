@@ -10,7 +10,7 @@ from dflash import turn
 from exactness import check, plain
 from foreign import assert_drafts, assert_rows_draft_as_alone, recorded, save
 from test_eagle_and_pard import HEAD_DIM, HEADS, KV_HEADS, MASK, WIDTH, eagle_weights, speculators_config
-from test_exactness import NEW_TOKENS, SETTINGS, meaningful_target
+from test_exactness import NEW_TOKENS, SETTINGS, crossed, meaningful_target
 from tiny import VOCAB, llama, ragged_batch
 from torch.nn import functional
 
@@ -100,8 +100,7 @@ def test_every_row_of_a_batch_drafts_as_it_does_alone(tmp_path: Path):
     assert_rows_draft_as_alone(llama(), save(tmp_path, *CHECKPOINTS["its own"]), ragged_batch())
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
-@pytest.mark.parametrize("name", ["llama", "gemma3", "mistral-sliding"])
+@pytest.mark.parametrize(("name", "setting"), crossed("llama", "gemma3", "mistral-sliding"))
 def test_the_text_is_that_of_plain_generate(name: str, setting: str, tmp_path: Path):
     target, batch, eos = meaningful_target(name)
     arguments = dict(SETTINGS[setting], eos_token_id=eos, max_new_tokens=NEW_TOKENS)

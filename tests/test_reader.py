@@ -15,7 +15,7 @@ import torch
 from exactness import check, plain, texts_of_threads
 from oracles import Oracle
 from test_drafters import repeats_what_came_five_before
-from test_exactness import NEW_TOKENS, SAMPLING, SETTINGS, meaningful_target
+from test_exactness import NEW_TOKENS, SAMPLING, SETTINGS, UNDER_A_DRAFTER, meaningful_target
 from tiny import VOCAB, llama, ragged_batch
 
 from specformer import AnswerStore, Reader, generate
@@ -97,7 +97,7 @@ def test_searches_may_be_empty(tmp_path: Path):
 # ---- texts
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("setting", UNDER_A_DRAFTER)
 def test_the_text_does_not_depend_on_the_store(setting: str, tmp_path: Path):
     target, batch, eos = meaningful_target("llama")
     arguments = dict(SETTINGS[setting], eos_token_id=eos, max_new_tokens=NEW_TOKENS)

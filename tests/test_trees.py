@@ -14,7 +14,7 @@ from exactness import Reference, check, plain
 from foreign import save
 from test_dflash import checkpoints
 from test_eagle_and_pard import EAGLES
-from test_exactness import NEW_TOKENS, SAMPLING, SETTINGS, meaningful_target
+from test_exactness import NEW_TOKENS, SAMPLING, SETTINGS, crossed, meaningful_target
 from test_outputs import OUTPUTS, assert_same_steps
 from test_parallelspec import checkpoint
 from tiny import VOCAB, llama, ragged_batch
@@ -61,9 +61,8 @@ def test_every_family(name: str):
         assert accepted  # second tokens of paths
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
-@pytest.mark.parametrize("knows_depth", [True, False])
-def test_settings(setting: str, knows_depth: bool):
+@pytest.mark.parametrize(("knows_depth", "setting"), crossed(True, False))
+def test_settings(knows_depth: bool, setting: str):
     target, batch, eos = meaningful_target("llama")
     arguments = dict(SETTINGS[setting], eos_token_id=eos, max_new_tokens=NEW_TOKENS)
     reference = plain(target, batch, **arguments)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from exactness import check, plain, texts_of_threads
-from test_exactness import NEW_TOKENS, SAMPLING, SETTINGS, meaningful_target
+from test_exactness import NEW_TOKENS, SAMPLING, SETTINGS, UNDER_A_DRAFTER, meaningful_target
 from tiny import VOCAB, llama, ragged_batch
 
 from specformer import TrigramChains, TrigramTable, generate
@@ -99,7 +99,7 @@ def test_a_rows_own_text_counts_more_than_the_table():
 # ---- texts
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("setting", UNDER_A_DRAFTER)
 def test_the_text_does_not_depend_on_the_table(setting: str):
     target, batch, eos = meaningful_target("llama")
     arguments = dict(SETTINGS[setting], eos_token_id=eos, max_new_tokens=NEW_TOKENS)

@@ -255,6 +255,7 @@ CASES = [
 ]
 
 
+@pytest.mark.one_version
 def test_the_chi_square_test_itself():
     """Known values of the distribution, and p-values of samples that are right spread evenly from 0 to 1."""
     halves = torch.tensor([18.307038, 10 / 2, 124.342113, 100 / 2], dtype=torch.float64)
@@ -271,6 +272,7 @@ def test_the_chi_square_test_itself():
     assert p_value(impossible, torch.tensor([[1.0, 0.0]], dtype=torch.float64)) == 0
 
 
+@pytest.mark.one_version
 def test_drafters_are_no_copies_of_the_target():
     target = small_target()
     shares = probabilities(target, {})
@@ -699,6 +701,7 @@ def test_coupled_text_does_not_depend_on_its_place(target, cousin, eos):
     check_that_place_does_not_matter(target, cousin, eos)
 
 
+@pytest.mark.one_version
 def test_noise_that_depends_on_the_place_is_found(target, cousin, eos, monkeypatch):
     make = HashedNoise.__init__
 

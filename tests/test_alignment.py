@@ -172,6 +172,7 @@ def test_cached_drafts_equal_teacher_forced(preset: str, k: int, kind: str, monk
         assert statistics.accepted_per_slot[0] < statistics.drafted_per_slot[0]
 
 
+@pytest.mark.one_version
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("shift", [-1, 1])
 def test_the_comparison_notices_the_position_beside(preset: str, shift: int, monkeypatch, target):
@@ -180,6 +181,7 @@ def test_the_comparison_notices_the_position_beside(preset: str, shift: int, mon
         assert_teacher_forced_agrees(target, network, batch, sequences, drafts, shift)
 
 
+@pytest.mark.one_version
 def test_the_comparison_notices_anchors_shifted_by_one(monkeypatch, target):
     anchors = SpecFormerDrafter._anchors
     monkeypatch.setattr(SpecFormerDrafter, "_anchors", lambda self, tokens: anchors(self, tokens.roll(1, dims=1)))
@@ -196,6 +198,7 @@ def planted(fault: str, seen: SeenContext) -> SeenContext:
     return seen._replace(keys=seen.keys.roll(1, dims=0), values=seen.values.roll(1, dims=0))
 
 
+@pytest.mark.one_version
 @pytest.mark.parametrize("preset", ["context", "all of it"])
 @pytest.mark.parametrize("fault", ["a token behind", "a token less", "another row's tokens"])
 def test_the_comparison_notices_another_context(fault: str, preset: str, monkeypatch, target):
@@ -207,6 +210,7 @@ def test_the_comparison_notices_another_context(fault: str, preset: str, monkeyp
         assert_teacher_forced_agrees(target, network, batch, sequences, drafts)
 
 
+@pytest.mark.one_version
 def test_the_comparison_notices_another_anchor_slot(monkeypatch, target):
     draft = SpecFormerModel.draft
     with pytest.MonkeyPatch.context() as decoding:

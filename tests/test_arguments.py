@@ -44,6 +44,7 @@ def test_the_page_has_nothing_else():
     assert list(dict.fromkeys(named)) == list(trials())
 
 
+@pytest.mark.one_version
 def test_other_texts_are_found(monkeypatch):
     """The comparison with plain generate() is able to fail."""
     processors = arguments.generate.__globals__["Processors"]
@@ -56,6 +57,7 @@ def test_other_texts_are_found(monkeypatch):
         arguments.run(name, trial, 2)
 
 
+@pytest.mark.one_version
 def test_errors_that_are_no_refusals_are_found(monkeypatch):
     def crash(*args):
         raise IndexError("a crash")

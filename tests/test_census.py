@@ -176,6 +176,7 @@ def test_a_tiny_config_has_layers_of_every_kind(name: str, kinds: set[str]):
 mask, advance = RaggedCache.mask, RaggedCache.advance
 
 
+@pytest.mark.one_version
 def test_another_text_is_found(monkeypatch):
     def one_key_more(self, position_ids, window=None, chunk=None):
         return mask(self, position_ids, window and window + 1, chunk)
@@ -187,6 +188,7 @@ def test_another_text_is_found(monkeypatch):
     assert len(wrong_in(entry)) >= 3
 
 
+@pytest.mark.one_version
 def test_an_error_that_is_no_refusal_is_found(monkeypatch):
     def crash(*args):
         raise IndexError("a crash")
@@ -204,6 +206,7 @@ def test_a_refusal_is_raised_by_our_own_code():
     assert census.attempt(lambda: SpecFormerConfig(vocab_size=-1)).kind == REFUSED
 
 
+@pytest.mark.one_version
 def test_a_refusal_after_the_first_token_is_found(monkeypatch):
     """Its text was begun, and is not finished."""
 

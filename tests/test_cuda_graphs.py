@@ -340,6 +340,7 @@ def tokens_stay(patch) -> None:
     patch.setattr(RecordedPass, "replay", lambda self, inputs: replay(self, tuple(self.inputs)))
 
 
+@pytest.mark.one_version
 @pytest.mark.parametrize(
     "fault",
     [replays_nothing, lengths_stay, tokens_stay],
@@ -372,6 +373,7 @@ def replays_with_wrong_weights(patch) -> None:
     patch.setattr(Tape, "replay", fault)
 
 
+@pytest.mark.one_version
 @pytest.mark.parametrize("fault", [replays_nothing, replays_with_wrong_weights], ids=lambda fault: fault.__name__)
 def test_a_wrong_graph_is_noticed_where_it_is_recorded(fault, tapes, monkeypatch):
     """And what it has written to the cache is written again."""

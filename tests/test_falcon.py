@@ -48,6 +48,7 @@ def test_trees_over_blocks_are_those_of_plain_loops(size: int, tmp_path: Path, m
     assert len(lengths) > 20 and max(lengths) >= 4  # of two tokens in the third block, which sees the second
 
 
+@pytest.mark.one_version
 @pytest.mark.parametrize("fault", FAULTS)
 def test_planted_fault_in_trees_over_blocks_is_found(fault: str, tmp_path: Path, monkeypatch):
     FAULTS[fault](monkeypatch)

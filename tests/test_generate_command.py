@@ -141,6 +141,7 @@ def test_sampled_answers_depend_on_prompt_and_seed_alone(target):
     assert answer_all(target, 9, SAMPLED, target, {"num_assistant_tokens": 4}, some[::-1]) == expected
 
 
+@pytest.mark.one_version
 @pytest.mark.parametrize(
     "fault",
     [

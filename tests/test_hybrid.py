@@ -333,6 +333,7 @@ FAULTS = (
 )
 
 
+@pytest.mark.one_version
 @pytest.mark.parametrize("plant", FAULTS, ids=lambda plant: plant.__name__)
 @pytest.mark.parametrize("name", ["Lfm2ForCausalLM", "Qwen3NextForCausalLM", "BambaForCausalLM", "MambaForCausalLM"])
 def test_planted_fault(name: str, plant, monkeypatch):

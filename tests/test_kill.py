@@ -21,6 +21,7 @@ def test_killed_twice(name: str, tmp_path: Path):
     assert not found["differences"]
 
 
+@pytest.mark.one_version
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "fault", "difference"),

@@ -166,6 +166,7 @@ FAULTS = {
 OWN, PLACES = Groups.own, Groups.places
 
 
+@pytest.mark.one_version
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("variant", ["dflash", "eagle3", "falcon", "parallelspec"])
 def test_the_comparison_notices_what_groups_must_not_see(variant: str, fault: str, monkeypatch):

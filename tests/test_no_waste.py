@@ -105,6 +105,7 @@ def test_one_wait_per_round(ends: bool, target):
     assert found_in_many == found_in_few
 
 
+@pytest.mark.one_version
 def test_the_wait_check_can_fail(target, monkeypatch):
     batch, network = ragged_batch(), make_network(target)
     advance, found = RaggedCache.advance, []

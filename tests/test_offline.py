@@ -153,6 +153,7 @@ FAULTS = {
 }
 
 
+@pytest.mark.one_version
 @pytest.mark.parametrize("name", FAULTS)
 def test_the_comparison_notices_being_off_by_one(name: str, monkeypatch):
     for module in (offline, specformer_kind):

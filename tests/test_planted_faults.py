@@ -101,6 +101,7 @@ def run(name: str) -> None:
         check(target, batch, reference, oracle(reference, batch, kind, eos), 4, **arguments)
 
 
+@pytest.mark.one_version
 @pytest.mark.parametrize(("name", "plant"), FAULTS, ids=lambda value: getattr(value, "__name__", value))
 def test_planted_fault_is_found(name: str, plant: Callable, monkeypatch):
     # The probe would refuse most of these before the first token, and must not be what saves the check.
@@ -128,6 +129,7 @@ def test_probe_refuses_a_target_that_would_be_decoded_wrongly(name: str, plant: 
         probe.probe_target(target)
 
 
+@pytest.mark.one_version
 def test_noise_of_another_row_is_found(monkeypatch):
     """The check of seeded sampling can fail as well."""
     from specformer.generation.accept_noise import StepNoise

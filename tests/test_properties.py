@@ -523,6 +523,7 @@ def hide_the_drafts_from_processors(monkeypatch) -> None:
     )
 
 
+@pytest.mark.one_version
 @pytest.mark.parametrize("plant", [use_noise_of_another_row, hide_the_drafts_from_processors])
 def test_planted_fault_is_found(plant, monkeypatch):
     plant(monkeypatch)

@@ -101,6 +101,7 @@ FAULTS = {
 }
 
 
+@pytest.mark.one_version
 @pytest.mark.parametrize("fault", FAULTS)
 def test_the_check_can_fail(fault: str, monkeypatch):
     target, batch, eos = meaningful_target("llama")

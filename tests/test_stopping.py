@@ -462,6 +462,7 @@ def run_criteria(full_texts, name: str) -> None:
         test_criterion_at_every_offset(full_texts, Only, name, "sampling")
 
 
+@pytest.mark.one_version
 @pytest.mark.parametrize(
     ("name", "plant"),
     [

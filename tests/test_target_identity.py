@@ -319,6 +319,7 @@ def test_a_drafter_that_remembers_nothing_does_not_check():
     assert lossless(named(llama(torch.float32, seed=1), "someone/other"), drafter) == []
 
 
+@pytest.mark.one_version
 def test_this_file_can_fail(monkeypatch):
     """Without the check, nothing is raised."""
     monkeypatch.setattr("specformer.target_specformer.check_embeddings", lambda *_: None)

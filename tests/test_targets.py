@@ -149,6 +149,7 @@ def test_half_precision_target_with_float32_drafter(dtype: torch.dtype):
     assert {parameter.dtype for parameter in target.parameters()} == {dtype}
 
 
+@pytest.mark.one_version
 def test_rounding_check_can_fail():
     """A token that is nowhere near the best is found, also in bfloat16."""
     target, batch = llama(torch.bfloat16), ragged_batch()

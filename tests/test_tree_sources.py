@@ -383,6 +383,7 @@ def with_the_first_parent(newest, num_tokens, tree_size, candidates, width):
     return best_first(newest, num_tokens, tree_size, others, width)
 
 
+@pytest.mark.one_version
 @pytest.mark.parametrize("fault", FAULTS)
 def test_planted_fault_in_the_trees_of_eagle_is_found(fault: str, tmp_path: Path, monkeypatch):
     FAULTS[fault](monkeypatch)

@@ -226,6 +226,7 @@ FAULTS = {
 }
 
 
+@pytest.mark.one_version
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("name", ["gpt2", "gemma3"])
 def test_planted_fault_is_found(name: str, fault: str, monkeypatch):

@@ -63,6 +63,7 @@ def run(*arguments: str, before: str = "") -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, *how, *arguments], env=environment, capture_output=True, text=True)
 
 
+@pytest.mark.one_version
 def test_help_names_every_command():
     done = run("--help")
     assert done.returncode == 0, done.stderr
@@ -110,6 +111,7 @@ def test_what_is_no_command_or_option():
     assert "specformer publish: error: unrecognized arguments: --pirvate" in done.stderr
 
 
+@pytest.mark.one_version
 @pytest.mark.parametrize(("missing", "arguments"), [("typer", ["--help"]), ("accelerate", ["train", "--help"])])
 def test_without_the_extra(missing: str, arguments: list[str]):
     """A sentence says what to install."""
@@ -120,11 +122,13 @@ def test_without_the_extra(missing: str, arguments: list[str]):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.one_version
 def test_what_the_package_itself_lacks_is_a_fault():
     done = run("publish", "--help", before="sys.modules['specformer.publishing_specformer'] = None")
     assert "Traceback" in done.stderr and "pip install" not in done.stderr.splitlines()[-1]
 
 
+@pytest.mark.one_version
 def test_the_script_that_is_installed():
     config = ConfigParser()
     config.read(ROOT / "setup.cfg", encoding="utf-8")

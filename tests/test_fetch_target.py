@@ -18,6 +18,8 @@ from transformers import AutoModelForCausalLM
 from specformer.scripts import fetch_target as script
 from specformer.scripts.fetch_target import DEFAULT, MANIFEST, TARGETS, fetch_target, find_target, is_complete
 
+pytestmark = pytest.mark.one_version
+
 
 class FakeTokenizer:
     def save_pretrained(self, folder: Path) -> None:

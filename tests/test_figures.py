@@ -17,6 +17,8 @@ from specformer.scripts.model_card import task_table
 from specformer.scripts.parts.contenders import PLAIN, PLAIN_ONEDNN
 from specformer.scripts.speed_tables import result_of
 
+pytestmark = pytest.mark.one_version
+
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = {
     path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")

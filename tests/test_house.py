@@ -7,6 +7,8 @@ from house import PAGE, ROOMS, between_rooms, circle, imports, needed, page, roo
 
 import specformer
 
+pytestmark = pytest.mark.one_version
+
 
 def test_every_file_has_a_room():
     assert {room_of(module) for module in imports()} == set(ROOMS)

@@ -328,6 +328,7 @@ def make(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(["make", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
+@pytest.mark.one_version
 def test_gpu_tests_fail_without_a_gpu():
     done = make("test-gpu", CUDA_VISIBLE_DEVICES="")
     assert done.returncode != 0
@@ -335,6 +336,7 @@ def test_gpu_tests_fail_without_a_gpu():
     assert "passed" not in done.stdout and "skipped" not in done.stdout
 
 
+@pytest.mark.one_version
 def test_canary_tells_what_is_newer():
     pins = {"torch": "2.13.0", "a-b": "1.0"}
     assert differences({"torch": "2.13.0+cpu", "a-b": "1.0"}, pins) == []
@@ -346,6 +348,7 @@ def test_canary_tells_what_is_newer():
     assert Version(pinned()["transformers"]) >= Version("5.24")
 
 
+@pytest.mark.one_version
 def test_versions_of_the_pages_are_pinned():
     lines = (ROOT / "constraints-pages.txt").read_text(encoding="utf-8").splitlines()[1:]
     assert all(re.fullmatch(r"[A-Za-z0-9_-]+==[0-9][0-9a-z.]*", line) for line in lines)
@@ -354,6 +357,7 @@ def test_versions_of_the_pages_are_pinned():
     assert not {normal(line.split("==")[0]) for line in lines} & pinned().keys()
 
 
+@pytest.mark.one_version
 @pytest.mark.parametrize(
     "failing, status, closing",
     [

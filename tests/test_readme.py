@@ -63,6 +63,7 @@ TRAIN = commands("README.md", "specformer train")
 REPRODUCE = commands("docs/training.md", "specformer reproduce")
 
 
+@pytest.mark.one_version
 def test_every_block_is_run():
     """A block that comes to a page comes to this file as well."""
     lines = [line for page in PAGES for text in blocks(page, "bash") for line in text.splitlines()]
@@ -71,11 +72,13 @@ def test_every_block_is_run():
     assert languages == {"bash", "python", "bibtex", "mermaid"}
 
 
+@pytest.mark.one_version
 @pytest.mark.parametrize("page", SECTIONS)
 def test_figures_come_from_the_result_files(page: str):
     assert render(page) == PAGES[page], "run python -m specformer.scripts.tables"
 
 
+@pytest.mark.one_version
 def test_one_number_a_cell():
     """In what is generated, so that a table is read at a glance; "12 of 15" and "42 to 402" are one."""
     for page in SECTIONS:
@@ -85,6 +88,7 @@ def test_one_number_a_cell():
                 assert not re.search(r"\d.*(/|;|\().*\d|%.*%", cell), f"{page}: {cell}"
 
 
+@pytest.mark.one_version
 def test_half_precision(tmp_path: Path, monkeypatch):
     """A table where it was measured, nothing where it was not."""
     for module in (tables, speed_tables):
@@ -103,6 +107,7 @@ def test_half_precision(tmp_path: Path, monkeypatch):
     assert "Identical texts of 80: a model, greedy, 96 new tokens, batches of 8; 2 threads of CPU (x)" in section
 
 
+@pytest.mark.one_version
 def test_the_readme_is_short():
     text = re.sub(r"\A---\n.*?\n---\n", "", PAGES["README.md"], flags=re.S)
     assert len(re.sub(r"^\|.*$", "", text, flags=re.M).split()) <= 1250
@@ -117,6 +122,7 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
+@pytest.mark.one_version
 @pytest.mark.parametrize("page", PAGES)
 def test_links_lead_somewhere(page: str):
     for link in re.findall(r"\]\(([^)\s]+)\)", PAGES[page]):
@@ -128,6 +134,7 @@ def test_links_lead_somewhere(page: str):
         assert not anchor or anchor in anchors(target), f"{page}: {link}"
 
 
+@pytest.mark.one_version
 @pytest.mark.parametrize("page", PAGES)
 def test_files_that_are_named_exist(page: str):
     for name in re.findall(r"`((?:generation|scripts|tests|docs|benchmarks|recipes)/[\w./*]+)`", PAGES[page]):
@@ -142,6 +149,7 @@ def help_of(command: str) -> str:
     return called(command, "--help").stdout
 
 
+@pytest.mark.one_version
 @pytest.mark.parametrize("page", [page for page in PAGES if page not in MADE_BY_TESTS])
 def test_commands_and_their_options_exist(page: str):
     shown = re.findall(r"^specformer [^\n]*$|`specformer [^`]*`", PAGES[page], flags=re.M)
@@ -210,6 +218,7 @@ def test_python_blocks(page: str, number: int, reader, real_target, tmp_path, mo
         assert "capital of Portugal" in capsys.readouterr().out
 
 
+@pytest.mark.one_version
 def test_every_page_with_python_is_run():
     assert {page: len(texts) for page, texts in PYTHON.items()} == {
         "README.md": 4,
@@ -219,6 +228,7 @@ def test_every_page_with_python_is_run():
     }
 
 
+@pytest.mark.one_version
 def test_own_drafter_is_that_of_the_contract():
     shown = contract.__doc__.partition("    class ")[2].partition("    specformer.generate(")[0]
     assert textwrap.dedent("    class " + shown).strip() in block("README.md", "python", "class ")
@@ -255,6 +265,7 @@ def run_bash(lines: list[str], folder: Path, **environment: str) -> str:
     return run(["bash", "-euo", "pipefail", "-c", text], folder, **environment)
 
 
+@pytest.mark.one_version
 def test_make():
     """The targets are there; to make them takes minutes."""
     for line in MAKE:
@@ -274,6 +285,7 @@ print(json.dumps([output.tolist(), target.generate(**inputs).tolist()]))
 """
 
 
+@pytest.mark.one_version
 def test_from_a_model_to_a_published_drafter(folder: Path):
     """The commands that train and publish, and the code that uses what was published, where nothing but torch and
     transformers is installed."""

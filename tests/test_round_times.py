@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 
 from specformer.generation.draft_length_times import RoundTimes, straight_line
 
+pytestmark = pytest.mark.one_version
+
 
 def times_of(seconds: dict[tuple[int, int], float], count: int = 2) -> RoundTimes:
     times = RoundTimes()

@@ -106,6 +106,7 @@ def test_benchmark(folder: Path, monkeypatch):
             assert sum(figures.get("share_of_time", {"other": 1}).values()) == pytest.approx(1)
 
 
+@pytest.mark.one_version
 def test_benchmark_in_half_precision_without_a_drafter(folder: Path, monkeypatch):
     """Copies, an assistant, and a drafter that knows what its own calls write, which plain generate() does not."""
     output, most = folder / "benchmark.json", contenders.MOST_COPIED
@@ -121,6 +122,7 @@ def test_benchmark_in_half_precision_without_a_drafter(folder: Path, monkeypatch
         assert max(map(int, table["copies, auto"]["rounds_per_length"])) <= most
 
 
+@pytest.mark.one_version
 def test_a_stopped_benchmark_keeps_what_it_measured_and_goes_on(folder: Path, monkeypatch, capsys):
     output = folder / "benchmark.json"
     arguments = ["--prompts", folder / "prompts.jsonl", "--target", folder / "target", "--drafter", folder / "drafter"]
@@ -182,6 +184,7 @@ def test_evaluation_and_benchmark_write_prompts_as_distill_does(folder: Path, mo
         monkeypatch.setattr(LlamaForCausalLM, "generate", spied)
 
 
+@pytest.mark.one_version
 def test_batches_of_the_turns():
     tokenizer = tiny_tokenizer()
     batches = benchmark.make_batches(tokenizer, TEXTS, 3, 2, 37, "cpu")
@@ -200,6 +203,7 @@ def test_batches_of_the_turns():
         benchmark.make_batches(tokenizer, TEXTS, 9, 2, None, "cpu")
 
 
+@pytest.mark.one_version
 @pytest.mark.skipif(not peak_memory.FORGET.exists(), reason="reads the peak where Linux keeps it")
 def test_peak_memory_of_a_call():
     kept, peak = torch.ones(2**24), peak_memory.PeakMemory(torch.device("cpu"))
@@ -209,6 +213,7 @@ def test_peak_memory_of_a_call():
     assert peak_memory.PeakMemory(torch.device("cpu")).gib() < 0.1
 
 
+@pytest.mark.one_version
 def test_peak_memory_where_it_cannot_be_told(monkeypatch, tmp_path: Path):
     monkeypatch.setattr(peak_memory, "FORGET", tmp_path / "nowhere" / "clear_refs")
     assert peak_memory.PeakMemory(torch.device("cpu")).gib() is None
@@ -229,6 +234,7 @@ def test_plain_ways_of_a_gpu_write_the_same_text(name: str):
     assert sequences.tolist() == expected.tolist()
 
 
+@pytest.mark.one_version
 @pytest.mark.parametrize("preset", PRESETS)
 def test_rounds_of_every_network_are_timed(preset: str):
     target = llama()
@@ -237,6 +243,7 @@ def test_rounds_of_every_network_are_timed(preset: str):
     assert min(times["verify_seconds"], times["draft_seconds"]) > 0
 
 
+@pytest.mark.one_version
 def test_loop_overhead(folder: Path, monkeypatch):
     output = folder / "results" / "loop.json"
     arguments = ["--prompts", folder / "prompts.jsonl", "--target", folder / "target", "--drafter", folder / "drafter"]
@@ -257,6 +264,7 @@ def test_loop_overhead(folder: Path, monkeypatch):
         assert row["outside_of_plain"] == pytest.approx((seconds[0] - seconds[1] - seconds[2]) / seconds[3])
 
 
+@pytest.mark.one_version
 def test_recorded_rounds_are_timed(monkeypatch):
     tapes, target = use_tapes(monkeypatch), llama()
     drafter = SpecFormerModel(PRESETS["all of it"](target.config)).to(target.dtype)
@@ -265,6 +273,7 @@ def test_recorded_rounds_are_timed(monkeypatch):
     assert tapes.replayed > 6
 
 
+@pytest.mark.one_version
 def test_cost_model(folder: Path, monkeypatch):
     output = folder / "results" / "cost.json"
     options = ["--batch-sizes", 1, 3, "--num-assistant-tokens", 1, 4, "--context", 40, "--repeats", 2]
@@ -290,6 +299,7 @@ def test_cost_model(folder: Path, monkeypatch):
         assert target.num_parameters() == pytest.approx(1e9 * float(name.split("-")[-1].rstrip("B")), rel=0.03)
 
 
+@pytest.mark.one_version
 def test_hybrid_cost(tmp_path: Path, monkeypatch):
     output = tmp_path / "hybrid.json"
     sizes = ["--batch-sizes", 2, "--drafted", 0, 2, "--context", 8, "--repeats", 1]
@@ -308,6 +318,7 @@ def test_hybrid_cost(tmp_path: Path, monkeypatch):
         assert target.num_parameters() == pytest.approx({"LFM2-350M": 0.35e9, "Qwen3.5-0.8B": 0.75e9}[name], rel=0.1)
 
 
+@pytest.mark.one_version
 def test_verifying_pass(folder: Path, monkeypatch):
     output = folder / "verifying.json"
     arguments = ["--target", folder / "target", "--batch-sizes", 1, 3, "--most", 2, "--context", 8, "--turns", 1]
@@ -325,6 +336,7 @@ def test_verifying_pass(folder: Path, monkeypatch):
         run(verifying_pass, monkeypatch, *arguments, "--turns", 2, "--output", output)
 
 
+@pytest.mark.one_version
 def test_before_after(folder: Path, monkeypatch):
     """This version compared with itself: it goes on where it was stopped, and writes the same texts."""
     output, root = folder / "before_after.json", Path(train.__file__).resolve().parents[1]
@@ -346,6 +358,7 @@ def test_before_after(folder: Path, monkeypatch):
         run(before_after, monkeypatch, *arguments, "--max-new-tokens", 12)
 
 
+@pytest.mark.one_version
 def test_rivals(folder: Path, monkeypatch):
     """Without the others: transformers' and this package's, which write the same; what is there is kept."""
     output = folder / "rivals.json"
@@ -377,6 +390,7 @@ def test_rivals(folder: Path, monkeypatch):
         run(rivals, monkeypatch, *arguments, "--max-new-tokens", 8)
 
 
+@pytest.mark.one_version
 def test_prompts_to_edit_code(tmp_path: Path, monkeypatch):
     run(edit_prompts, monkeypatch, "--output", tmp_path / "edit.jsonl")
     prompts = read_prompts(tmp_path / "edit.jsonl")
@@ -384,6 +398,7 @@ def test_prompts_to_edit_code(tmp_path: Path, monkeypatch):
     assert all(prompt.startswith("Rename `") and prompt.endswith("```") for prompt in prompts)
 
 
+@pytest.mark.one_version
 def test_widths_of_rows(folder: Path, monkeypatch):
     positions = [
         packed_widths.Position(3, 3, [0.99, 0.99, 0.9, 0.5]),
@@ -404,6 +419,7 @@ def test_widths_of_rows(folder: Path, monkeypatch):
     )
 
 
+@pytest.mark.one_version
 def test_half_precision(folder: Path, monkeypatch):
     """In double precision every way writes the same; a way that does not is counted."""
     output = folder / "half.json"
@@ -471,6 +487,7 @@ def test_answers_to_other_prompts_are_refused(folder: Path, monkeypatch):
         run(evaluate_drafter, monkeypatch, *evaluated[:4], *options)
 
 
+@pytest.mark.one_version
 @pytest.mark.parametrize("anchor_slot", [False, True])
 @pytest.mark.parametrize("layers", [1, 3])
 @pytest.mark.parametrize("rank", [None, 8])
@@ -506,6 +523,7 @@ def trained(folder: Path) -> Path:
     return folder / "drafter"
 
 
+@pytest.mark.one_version
 def test_model_card(trained: Path, monkeypatch):
     decoded, offline, sources = (trained.parent / name for name in ("decoded.json", "offline.json", "sources.md"))
     common = dict(
@@ -543,6 +561,7 @@ def is_picture(path: Path) -> bool:
     return path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 10_000
 
 
+@pytest.mark.one_version
 def test_plots(tmp_path: Path):
     history = [{"step": 10, "loss": 3.0}, {"step": 10, "eval_loss": 3.1, "eval_tokens_per_pass_k4": 1.2}]
     history += [{"step": 20, "loss": 2.0}, {"step": 20, "eval_loss": 2.1, "eval_tokens_per_pass_k4": 1.4}]
@@ -557,6 +576,7 @@ def test_plots(tmp_path: Path):
         plots.main([other])
 
 
+@pytest.mark.one_version
 def test_every_variant_is_another_drafter_or_training(folder: Path, monkeypatch):
     target_config, found = llama().config, []
     for name, options in variants.variants(target_config, folder / "other.jsonl").items():
@@ -573,6 +593,7 @@ def test_every_variant_is_another_drafter_or_training(folder: Path, monkeypatch)
         assert not same, f"{name} is {same}"
 
 
+@pytest.mark.one_version
 def test_times_of_variants_do_not_depend_on_the_machines_pace():
     """The third was timed while the machine took twice as long for everything."""
     times = dict(batch_size=8, plain_seconds=1.0, verify_seconds=2.0)
@@ -777,6 +798,7 @@ def test_one_command_hands_on_what_the_target_needs(folder: Path, monkeypatch):
 # ---- other systems
 
 
+@pytest.mark.one_version
 def test_a_file_of_states_on_other_systems(tmp_path: Path, monkeypatch):
     monkeypatch.delattr(os, "posix_fallocate")
     for before in (0, 1):  # what is there is kept
@@ -786,6 +808,7 @@ def test_a_file_of_states_on_other_systems(tmp_path: Path, monkeypatch):
         states.fill_(1)
 
 
+@pytest.mark.one_version
 def test_without_the_module_resource():
     """As on Windows: training goes on without the figure."""
     code = (
@@ -799,6 +822,7 @@ def test_without_the_module_resource():
     assert (done.returncode, done.stdout) == (0, "None\n"), done.stderr
 
 
+@pytest.mark.one_version
 def test_training_without_the_figure(folder: Path, monkeypatch):
     monkeypatch.setitem(sys.modules, "resource", None)
     (folder / "answers.jsonl").write_text('{"prompt_ids": [3, 4], "response_ids": [5, 6, 7, 8]}\n' * 4)
@@ -831,6 +855,7 @@ def test_every_module_can_be_imported(folder: str):
         importlib.import_module(f"{package}.{name}")
 
 
+@pytest.mark.one_version
 def test_text_is_utf_8_everywhere():
     """Without an encoding it is what the system prefers, on Windows another one."""
     assert opens_text_without_encoding(ast.parse("open(path, 'a')").body[0].value)

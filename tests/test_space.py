@@ -27,6 +27,8 @@ import look  # noqa: E402
 import models  # noqa: E402
 import runs  # noqa: E402
 
+pytestmark = pytest.mark.one_version
+
 PROMPTS = "the other note\nand in the end\n\n is it? <b>&amp;"
 LONG = 150
 """New tokens of a run that is stopped."""

@@ -15,6 +15,8 @@ from tiny import llama
 from benchmarks import systems
 from specformer.scripts import plots
 
+pytestmark = pytest.mark.one_version
+
 
 def test_it_measures_every_system_and_goes_on_where_it_was(tmp_path: Path, monkeypatch):
     target, assistant, drafter, output = (

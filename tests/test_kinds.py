@@ -88,6 +88,7 @@ def trained(variant: str, with_eos: bool):
 # ---- a packed pass is what decoding does
 
 
+@pytest.mark.one_version
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_drafts_of_a_packed_pass_are_those_of_the_cached_one(variant: str):
     """Its states at every position, among them those of texts that are padded, to 1e-5; and the tokens in front of a
@@ -133,20 +134,21 @@ def cached_logits(student, target, tokens: torch.Tensor, known: int, count: int)
     return torch.cat(found)
 
 
+@pytest.mark.one_version
 @pytest.mark.parametrize("with_eos", [False, True], ids=["full length", "eos"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_offline_figures_are_those_of_decoding(variant: str, with_eos: bool):
     target, batch, settings, rows = make_answers(with_eos)
     student = trained(variant, with_eos)
     batches = [Answers.collate(rows[start : start + 3]) for start in range(0, len(rows), 3)]
-    sums = evaluate_offline(student, batches, LENGTHS)
+    sums, expected = evaluate_offline(student, batches, LENGTHS), target.generate(**batch, **settings)
     figures = summarise(sums, LENGTHS)
     alone = {} if variant == "pard" else dict(prompt_lookup_num_tokens=0)
     for k, (tokens, passes) in zip(LENGTHS, sums[-2 * len(LENGTHS) :].view(-1, 2).tolist(), strict=True):
         output = generate(
             target, student.network, **batch, **settings, **alone, num_assistant_tokens=k, return_dict_in_generate=True
         )
-        assert torch.equal(output.sequences, target.generate(**batch, **settings))
+        assert torch.equal(output.sequences, expected)
         statistics = output.statistics
         assert passes == sum(statistics.target_passes_per_row)
         assert tokens == sum(statistics.tokens_per_row) - statistics.batch_size
@@ -178,6 +180,7 @@ def test_the_comparison_notices_what_groups_must_not_see(variant: str, fault: st
     assert not torch.allclose(before, after, atol=1e-3)
 
 
+@pytest.mark.one_version
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_texts_of_any_length(variant: str):
     """One in which nothing is drafted, alone and beside one whose groups are in several rows; and a single slot."""
@@ -256,6 +259,7 @@ def test_training_end_to_end(kind: str, tmp_path: Path, monkeypatch):
             check(target, ragged_batch(), reference, folder, k, **arguments)
 
 
+@pytest.mark.one_version
 @pytest.mark.parametrize("kind", IN_EVERY_RUN)
 def test_a_run_that_was_interrupted_is_that_of_one_left_alone(kind: str, tmp_path: Path, monkeypatch):
     folders = prepare(tmp_path)
@@ -275,6 +279,7 @@ def test_a_run_that_was_interrupted_is_that_of_one_left_alone(kind: str, tmp_pat
     assert_same_run(run(monkeypatch, folders, *options), calm)
 
 
+@pytest.mark.one_version
 @pytest.mark.parametrize("kind", IN_EVERY_RUN)
 def test_training_goes_on_from_another_drafter(kind: str, tmp_path: Path, monkeypatch):
     folders = prepare(tmp_path)
@@ -290,6 +295,7 @@ def test_training_goes_on_from_another_drafter(kind: str, tmp_path: Path, monkey
     assert log_of(second)["before"]["settings"]["drafter"] == kind
 
 
+@pytest.mark.one_version
 def test_mixed_precision(tmp_path: Path, monkeypatch):
     """Other losses than without, and close to them."""
     folders = prepare(tmp_path)
@@ -323,6 +329,7 @@ def test_two_processes(kind: str, tmp_path: Path):
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.one_version
 @pytest.mark.parametrize(
     ("kind", "options", "message"),
     [

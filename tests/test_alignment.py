@@ -158,6 +158,7 @@ def run(monkeypatch, target, preset: str, k: int, kind: str):
     return network, batch, output.sequences, output.statistics, drafts
 
 
+@pytest.mark.one_version
 @pytest.mark.parametrize("kind", ["own", "oracle"])
 @pytest.mark.parametrize("k", [1, 4])
 @pytest.mark.parametrize("preset", PRESETS)
@@ -222,6 +223,7 @@ def test_the_comparison_notices_another_anchor_slot(monkeypatch, target):
         assert_teacher_forced_agrees(target, network, batch, sequences, drafts)
 
 
+@pytest.mark.one_version
 @pytest.mark.parametrize("preset", ["anchor", "some tokens"])
 def test_sampled_drafts_equal_teacher_forced(preset: str, monkeypatch, target):
     """Noise shared with the target gets drafts accepted; the states behind them are the teacher-forced ones."""
@@ -301,6 +303,7 @@ def test_labels_and_drafts_mean_the_same_token(monkeypatch, target):
         assert [label for label in labels.tolist() if label != IGNORED] == verified
 
 
+@pytest.mark.one_version
 @pytest.mark.parametrize("count", [1, 4, 5, 8, 11])
 @pytest.mark.parametrize("factor", [1.0, -2.5])
 @pytest.mark.parametrize("weigh", [lambda losses: losses.new_ones(losses.shape), lambda losses: 1 / (2 + losses)])
@@ -346,6 +349,7 @@ def test_acceptance_weights_are_the_gradient_of_expected_acceptance():
     torch.testing.assert_close(acceptance_weights(losses.detach(), 0.0), -gradient)
 
 
+@pytest.mark.one_version
 @pytest.mark.parametrize("decay", [1.0, 0.5])
 @pytest.mark.parametrize("preset", ["anchor", "some tokens"])
 def test_drafter_loss_is_the_weighted_mean_over_labelled_slots(preset: str, decay: float, target):
@@ -417,6 +421,7 @@ def naive_loss(target, borrowed, batch, drafts: Drafts, weigh, share: float) -> 
     return sum(weights[slot] * loss for slot, loss in losses.items()) / sum(weights[slot] for slot in losses)
 
 
+@pytest.mark.one_version
 @pytest.mark.parametrize("chunk_size", [7, 1000])
 @pytest.mark.parametrize("weigh", [partial(decaying_weights, decay=0.8), acceptance_weights], ids=["decay", "D-PACE"])
 @pytest.mark.parametrize("share", [0.0, 0.9, 1.0])

@@ -21,6 +21,8 @@ from specformer.scripts.parts.confidence import BINS, calibrate, calibration, co
 from specformer.scripts.parts.kinds.specformer import confidences, drafts_of_text
 from specformer.scripts.parts.losses import IGNORED
 
+pytestmark = pytest.mark.one_version
+
 __all__ = ["alike"]  # a fixture
 
 N, D = 400, 3

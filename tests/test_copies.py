@@ -73,7 +73,7 @@ def prepared(implementation: str):
     return target, batch, greedy
 
 
-@pytest.mark.parametrize("implementation", ["sdpa", "eager", "compiled"])
+@pytest.mark.parametrize("implementation", ["sdpa", "eager", pytest.param("compiled", marks=pytest.mark.one_version)])
 @pytest.mark.parametrize("rounds", [3, pytest.param(100, marks=pytest.mark.slow)])
 def test_copies_in_threads_leave_everything_as_it_was(folders, implementation, rounds):
     """Four threads, two copies and the package: afterwards plain generate() of another model runs, and nothing that

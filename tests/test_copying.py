@@ -35,6 +35,7 @@ def test_the_text_does_not_depend_on_copies(preset: str, setting: str):
         check(target, batch, reference, network_of(target, preset), k, **arguments, prompt_lookup_num_tokens=copied)
 
 
+@pytest.mark.one_version
 @pytest.mark.parametrize("preset", ["anchor", "confidence"])
 def test_a_repeating_text_is_copied(preset: str):
     target, batch = llama(), ragged_batch()
@@ -49,6 +50,7 @@ def test_a_repeating_text_is_copied(preset: str):
     assert rates[3] == rates[1]  # as many as there are slots
 
 
+@pytest.mark.one_version
 def test_more_are_copied_than_there_are_slots_where_it_pays():
     """ "auto" verifies long copies, and the drafts of other rows no further than they reach."""
     target, batch = llama(), ragged_batch()

@@ -61,6 +61,7 @@ CASES = [(preset, setting) for preset in PRESETS for setting in ("greedy", "samp
 CASES += [("all of it", setting) for setting in SETTINGS if setting not in ("greedy", "sampling")]
 
 
+@pytest.mark.one_version
 @pytest.mark.parametrize("k", ["auto", 4])
 @pytest.mark.parametrize(("preset", "setting"), CASES)
 def test_drafters(preset: str, setting: str, k: int | str, tapes):
@@ -74,6 +75,7 @@ def test_drafters(preset: str, setting: str, k: int | str, tapes):
     assert tapes.replayed > tapes.recorded > 0
 
 
+@pytest.mark.one_version
 @pytest.mark.parametrize("preset", PRESETS)
 def test_drafts_and_acceptance_are_those_without_graphs(preset: str, tapes):
     """Equal texts do not show it: a drafter may draft anything."""

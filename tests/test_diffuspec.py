@@ -96,6 +96,7 @@ def test_the_drafter_alone_is_its_best_tokens():
     assert one_by_one == logits.argmax(-1)[0].tolist()
 
 
+@pytest.mark.one_version
 def test_a_path_by_a_table_of_the_targets_texts_is_accepted_where_the_best_tokens_are_not():
     """DiffuSpec's show: accepted at or above each slot's best token, at the same length."""
     target, batch = llama(), ragged_batch()
@@ -161,6 +162,7 @@ def system_of(model, **settings) -> MaskedDiffusion:
     return MaskedDiffusion(model, **{"mask_token_id": 2, "num_tokens": (2, 8), **settings})
 
 
+@pytest.mark.one_version
 @pytest.mark.parametrize("shifted", [False, True])
 def test_one_trained_on_the_targets_texts_drafts_them(shifted: bool):
     """Dream's logits are those of the next position, LLaDA's those of their own."""

@@ -23,6 +23,8 @@ from specformer.generation.draft_length_tree import AutoTreeSize
 from specformer.generation.drafter import NoDrafter
 from specformer.generation.proposal import Proposal
 
+pytestmark = pytest.mark.one_version
+
 __all__ = ["target"]  # a fixture
 
 

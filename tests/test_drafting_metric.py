@@ -16,6 +16,8 @@ from specformer.generation.call_statistics import GenerationStatistics
 from specformer.scripts import measures as measures_module
 from specformer.scripts.measures import paper_measures
 
+pytestmark = pytest.mark.one_version
+
 METRIC = Path(__file__).parents[1] / "scripts" / "drafting_metric.py"
 # four passes that accepted 4, 2, 0 and 1 of 4 drafts
 COUNTS = dict(tokens=11, passes=4, drafted_per_slot=[4, 4, 4, 4], accepted_per_slot=[3, 2, 1, 1])

@@ -92,6 +92,7 @@ def inner_ones(middle, target) -> dict[str, object]:
 INNER = ["always right", "half right", "wrong", "another model", "copies"]
 
 
+@pytest.mark.one_version
 @pytest.mark.parametrize("inner", INNER)
 @pytest.mark.parametrize("sampling", [{}, SAMPLING], ids=["greedy", "sampling"])
 def test_it_proposes_what_the_middle_model_proposes_alone(inner: str, sampling: dict, monkeypatch):
@@ -121,6 +122,7 @@ def test_it_proposes_what_the_middle_model_proposes_alone(inner: str, sampling: 
             assert passes > 0.85
 
 
+@pytest.mark.one_version
 def test_the_comparison_finds_a_slot_that_is_off(monkeypatch):
     """The test before can fail: a middle model that sees one position too many proposes something else."""
     target, batch, _ = meaningful_target("llama")
@@ -196,6 +198,7 @@ def test_a_hierarchy_in_a_hierarchy(sampling: dict, monkeypatch):
     assert 0 < system.costs.passes < 6 * len(rounds) and inner.costs.passes > 0
 
 
+@pytest.mark.one_version
 def test_a_draft_ends_at_a_correction():
     target, batch, _ = meaningful_target("llama")
     middle = middle_of(target)
@@ -209,6 +212,7 @@ def test_a_draft_ends_at_a_correction():
     assert rates[1] > rates[0] and passes[1] < passes[0]
 
 
+@pytest.mark.one_version
 def test_the_inner_length_follows_times_and_acceptance():
     """By hand: the length of the most tokens per second."""
 
@@ -229,6 +233,7 @@ def test_the_inner_length_follows_times_and_acceptance():
     assert 2 < best(0.7, 0.05, 1.0) < 9 and best(0.7, 0.3, 1.0) < best(0.7, 0.05, 1.0)
 
 
+@pytest.mark.one_version
 def test_rejection_keeps_the_distribution():
     target = llama(torch.float32)
     middle = llama(torch.float32, seed=4)
@@ -246,6 +251,7 @@ def test_rejection_keeps_the_distribution():
     assert float((seen - logits.softmax(-1)).abs().sum() / 2) < 0.08
 
 
+@pytest.mark.one_version
 @pytest.mark.parametrize("acceptance", ["rejection", "coupled"])
 def test_other_rules_run_in_batches(acceptance: str):
     target, batch, eos = meaningful_target("llama")
@@ -311,6 +317,7 @@ def reading(middle, preset: str = "anchor", near: bool = True):
     return network
 
 
+@pytest.mark.one_version
 @pytest.mark.parametrize(
     ("preset", "sampling"),
     [
@@ -398,6 +405,7 @@ def readers_of_states(middle, folder: Path) -> dict[str, Drafter]:
     }
 
 
+@pytest.mark.one_version
 @pytest.mark.parametrize(
     "kind", ["anchor", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("all of it", "dflash", "eagle"))]
 )

@@ -165,6 +165,7 @@ def test_drafts_that_are_not_finite_change_no_text(preset: str, part: str, value
     assert torch.equal(generate(target, drafter, **batch, **COUPLED), text)
 
 
+@pytest.mark.one_version
 @pytest.mark.parametrize("value", NOT_FINITE[:3])
 def test_drafts_that_are_not_finite_change_no_distribution(value: float):
     """By the rule "rejection", whose text depends on the drafts: they are rejected, all of them."""

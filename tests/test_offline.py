@@ -21,6 +21,8 @@ from specformer.scripts.parts.kinds.specformer import SpecFormerStudent, calibra
 from specformer.scripts.parts.losses import IGNORED, drafter_loss, slot_labels
 from specformer.scripts.parts.offline import evaluate_offline, summarise, walk
 
+pytestmark = pytest.mark.one_version
+
 SLOTS, NEW_TOKENS = 4, 24
 LENGTHS = [1, 2, SLOTS]
 
@@ -153,7 +155,6 @@ FAULTS = {
 }
 
 
-@pytest.mark.one_version
 @pytest.mark.parametrize("name", FAULTS)
 def test_the_comparison_notices_being_off_by_one(name: str, monkeypatch):
     for module in (offline, specformer_kind):

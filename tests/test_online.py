@@ -43,6 +43,7 @@ def texts_of(target, learning: OnlineDistillation, batch: dict, k: int = 4, **ar
 # ---- what is learned from
 
 
+@pytest.mark.one_version
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("sampling", [{}, SAMPLING], ids=["greedy", "sampling"])
 def test_texts_with_what_the_target_said_of_them(kind: str, sampling: dict):
@@ -72,6 +73,7 @@ def test_texts_with_what_the_target_said_of_them(kind: str, sampling: dict):
             assert text.likely[:, 0].tolist() == tokens[text.first :]
 
 
+@pytest.mark.one_version
 @pytest.mark.parametrize("preset", ["anchor", "paper", "some tokens", "context", "all of it"])
 def test_slots_are_compared_where_they_were_drafted(preset: str, monkeypatch):
     """The drafts of each round are the best tokens of what the loss is computed of, at the same place."""
@@ -156,6 +158,7 @@ def test_the_targets_own_copy_has_nothing_to_learn():
     assert all(parameter.grad is None for parameter in target.parameters())
 
 
+@pytest.mark.one_version
 def test_what_is_held_is_bounded():
     target, batch = llama(), ragged_batch()
     learning = learner(target, "network", every=None, max_tokens=100)
@@ -219,6 +222,7 @@ def mean(values: list[float]) -> float:
 SHORT = dict(max_new_tokens=16, eos_token_id=None)
 
 
+@pytest.mark.one_version
 @pytest.mark.parametrize(("kind", "calls"), [("causal lm", 8), pytest.param("network", 20, marks=pytest.mark.slow)])
 def test_it_learns_a_domain_and_the_next_one(kind: str, calls: int, monkeypatch):
     """OSD's show: what is accepted rises, falls at the switch, and comes back; not where it is frozen, and not where it
@@ -310,6 +314,7 @@ def test_inside_other_systems_and_as_trees():
         generate(target, Hierarchy(learning, target), **batch, **arguments)
 
 
+@pytest.mark.one_version
 def test_rejection_keeps_the_distribution():
     """Each draft counts with the chance that it was drawn with, whatever has been learned since."""
     target = llama(torch.float32)
@@ -330,6 +335,7 @@ def test_rejection_keeps_the_distribution():
     assert float((counts / counts.sum() - logits.softmax(-1)).abs().sum() / 2) < 0.08
 
 
+@pytest.mark.one_version
 def test_calls_in_threads_learn_together():
     target, batch = llama(), ragged_batch()
     expected = plain(target, batch, **ENDLESS).sequences.tolist()
@@ -465,6 +471,7 @@ def state_of(learning: OnlineDistillation) -> list[torch.Tensor]:
     return [parameter.clone() for parameter in learning.network.parameters()]
 
 
+@pytest.mark.one_version
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_was_learned_is_saved(kind: str, tmp_path: Path):
     """Weights, optimizer and statistics: the next step is the one that it would have made."""
@@ -497,6 +504,7 @@ def test_the_network_alone_is_an_ordinary_drafter(tmp_path: Path):
     assert all(torch.equal(one, two) for one, two in zip(state_of(learning), loaded.parameters(), strict=True))
 
 
+@pytest.mark.one_version
 def test_damaged_files_change_nothing(tmp_path: Path, monkeypatch):
     target, batch = llama(), ragged_batch()
     learning = learner(target, "network", every=1)

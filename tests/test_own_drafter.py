@@ -148,6 +148,7 @@ class SamplesByItself(SomeRows):
         return Proposal(tokens, probabilities=torch.zeros(*tokens.shape, VOCAB).index_fill_(2, torch.arange(10), 0.1))
 
 
+@pytest.mark.one_version
 def test_probabilities_of_a_drafter_that_samples_by_itself_keep_the_distribution():
     """Rejection sampling of one token, 8,000 times: the target's distribution, and not if the drafter lies."""
     target = llama(torch.float32)
@@ -241,6 +242,7 @@ class Broken(SomeRows):
         return self.proposal(num_tokens)
 
 
+@pytest.mark.one_version
 @pytest.mark.parametrize(
     ("proposal", "sentence"),
     [

@@ -13,10 +13,12 @@ import zipfile
 from configparser import ConfigParser
 from importlib.metadata import packages_distributions
 from pathlib import Path
+from types import SimpleNamespace
 
+import canary
 import pytest
 import torch
-from canary import differences, normal, pinned
+from canary import FILES, TESTS, differences, normal, pinned
 from clean_environment import required_by
 from packaging.requirements import Requirement
 from packaging.version import Version
@@ -346,6 +348,19 @@ def test_canary_tells_what_is_newer():
         "torch 2.14.0+cpu (pinned: 2.13.0)",
     ]
     assert Version(pinned()["transformers"]) >= Version("5.24")
+
+
+@pytest.mark.one_version
+def test_canary_runs_what_depends_on_others(monkeypatch):
+    """Files that are there, and that the oldest versions are tried with as well; and all of them if asked."""
+    assert all("\npytestmark = pytest.mark.one_version\n" not in (TESTS / name).read_text() for name in FILES)
+    commands = []
+    monkeypatch.setattr(canary, "differences", lambda *_: ["torch 99"])
+    monkeypatch.setattr(
+        subprocess, "run", lambda command: commands.append(command[1:]) or SimpleNamespace(returncode=3)
+    )
+    assert canary.main(["-m", "pytest"]) == canary.main(["--all", "-m", "pytest"]) == 3
+    assert commands == [["-m", "pytest", *(str(TESTS / name) for name in FILES)], ["-m", "pytest"]]
 
 
 @pytest.mark.one_version

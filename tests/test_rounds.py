@@ -69,6 +69,7 @@ def run(target, drafter, batch: dict, k: int, seed: int = 3, **arguments):
     return generate(target, drafter, **batch, **arguments), rounds
 
 
+@pytest.mark.one_version
 @pytest.mark.parametrize("kind", ["never", "sometimes", "adversarial"])
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_rounds_put_together_are_the_text(setting: str, kind: str):

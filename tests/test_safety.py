@@ -618,6 +618,7 @@ def test_more_fuzz(saved: Path):
     check_variety(run_fuzz(saved, 100, 1100))
 
 
+@pytest.mark.one_version
 @pytest.mark.parametrize(
     ("fault", "kind"),
     [("while True: pass", "timeout"), ("torch.ones(2**30)", "RuntimeError"), ("raise KeyError('x')", "KeyError")],

@@ -154,6 +154,7 @@ def test_training_goes_on_from_another_drafter(folders: Path, monkeypatch):
         run(monkeypatch, folders, *EACH_STEP, *options, "--paper", output="fourth")
 
 
+@pytest.mark.one_version
 def test_other_answers_held_out(folders: Path, monkeypatch):
     """What they answer is not learnt, though it is in --data too."""
     lines = (folders / "answers.jsonl").read_text().splitlines(keepends=True)
@@ -205,6 +206,7 @@ def test_training_end_to_end(preset: tuple, folders: Path, monkeypatch):
     assert texts.tolist() == target.generate(**batch, max_new_tokens=8).tolist()
 
 
+@pytest.mark.one_version
 def test_confidences_are_learnt_and_calibrated(folders: Path, monkeypatch):
     """With the drafts of a run without them: they change nothing else that is learnt, but by the limit of gradients."""
     calibrated = []
@@ -534,9 +536,10 @@ def interrupt(patch, owner, name: str, after: int) -> None:
     ("options", "stops"),
     [
         (EACH_STEP, [3, 5, 8, 1]),  # before the first checkpoint; right behind it; twice between checkpoints
-        ((*EACH_STEP, "--accumulation", "2"), [7, 9, 5]),
+        pytest.param((*EACH_STEP, "--accumulation", "2"), [7, 9, 5], marks=pytest.mark.one_version),
         ((*SELDOM, "--epochs", "3.5", "--evaluations", "5"), [9, 4]),
-        ((*EACH_STEP, *OTHER_LOSSES), [7, 4]),  # while the base counts, and when it does no longer
+        # while the base counts, and when it does no longer
+        pytest.param((*EACH_STEP, *OTHER_LOSSES), [7, 4], marks=pytest.mark.one_version),
         ((*EACH_STEP, *OTHER_LOSSES, "--acceptance-weights", "0.5", "--accumulation", "2"), [9, 7]),
     ],
     ids=["steps", "accumulation", "part of an epoch", "other losses", "other losses, accumulation"],
@@ -617,6 +620,7 @@ def test_a_full_disk(calm: Path, folders: Path, monkeypatch):
 STORED = (*EACH_STEP, "--store-hidden-states")
 
 
+@pytest.mark.one_version
 def test_stored_states_are_the_targets_own(folders: Path):
     target = llama(torch.float32)
     borrowed = make_drafter(target).borrow(target)
@@ -635,6 +639,7 @@ def test_stored_states_are_the_targets_own(folders: Path):
     assert batch["hidden_states"].shape[:2] == batch["input_ids"].shape
 
 
+@pytest.mark.one_version
 def test_stored_states_train_the_same_drafter_up_to_rounding(calm: Path, folders: Path, monkeypatch):
     folder = run(monkeypatch, folders, *STORED)
     ours, theirs = ([e["loss"] for e in log_of(path)["history"] if "loss" in e] for path in (folder, calm))
@@ -643,6 +648,7 @@ def test_stored_states_train_the_same_drafter_up_to_rounding(calm: Path, folders
     assert not list(folder.glob("hidden_states*"))
 
 
+@pytest.mark.one_version
 def test_a_run_with_stored_states_goes_on_exactly(folders: Path, monkeypatch):
     """Interrupted while they are computed, and while they are used. None is computed twice."""
     calm, read = run(monkeypatch, folders, *STORED, output="calm"), []
@@ -669,6 +675,7 @@ def test_a_run_with_stored_states_goes_on_exactly(folders: Path, monkeypatch):
     assert not list((folders / "drafter").glob("hidden_states*"))
 
 
+@pytest.mark.one_version
 def test_runs_share_stored_states(folders: Path, monkeypatch):
     """Of all runs that read the same texts with the same layers of the same target, whatever else they do."""
     stored, read = folders / "states", []

@@ -347,6 +347,7 @@ def compare_with_loops(
     return compared
 
 
+@pytest.mark.one_version
 @pytest.mark.parametrize("kind", ["SafeAILab", "speculators, more norms"])
 def test_trees_of_eagle_are_those_of_plain_loops(kind: str, tmp_path: Path, monkeypatch):
     assert sum(length > 1 for length in compare_with_loops(*EAGLES[kind], tmp_path, monkeypatch)) > 10

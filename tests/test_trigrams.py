@@ -124,6 +124,7 @@ def test_other_families(name: str):
 ENDLESS = dict(max_new_tokens=40, eos_token_id=None)
 
 
+@pytest.mark.one_version
 def test_the_second_half_of_the_answers_is_ahead_of_the_first():
     """ADED's show: the table has learned by then; with the table cleared in between, it is not; nor if it is frozen."""
     target = llama()
@@ -157,6 +158,7 @@ def test_a_fault_in_the_table_costs_drafts_and_no_text(monkeypatch):
     assert check(target, batch, reference, TrigramChains(table), 6, **ENDLESS).tokens_per_pass < right / 2
 
 
+@pytest.mark.one_version
 def test_rejection_keeps_the_distribution():
     target = llama(torch.float32)
     ids = torch.tensor([[7, 8, 9, 7, 8]]).expand(4000, -1)
@@ -175,6 +177,7 @@ def test_rejection_keeps_the_distribution():
     assert float((seen - logits.softmax(-1)).abs().sum() / 2) < 0.08
 
 
+@pytest.mark.one_version
 def test_calls_in_threads_share_a_table():
     target, batch = llama(), ragged_batch()
     expected = plain(target, batch, **ENDLESS).sequences.tolist()

@@ -19,6 +19,7 @@ TESTS = Path(__file__).resolve().parent
 CONSTRAINTS = TESTS.parent / "constraints.txt"
 FILES = {
     "test_exactness.py": "every family's text is plain generate()'s, greedy and sampled",
+    "test_real_model.py": "a checkpoint and a tokenizer of the Hub",
     "test_targets.py": "targets as people load them: offloaded, quantised, with adapters, compiled",
     "test_multimodal.py": "models that also read images",
     "test_target_config.py": "configs of all causal LMs",

@@ -353,7 +353,8 @@ def test_canary_tells_what_is_newer():
 @pytest.mark.one_version
 def test_canary_runs_what_depends_on_others(monkeypatch):
     """Files that are there, and that the oldest versions are tried with as well; and all of them if asked."""
-    assert all("\npytestmark = pytest.mark.one_version\n" not in (TESTS / name).read_text() for name in FILES)
+    for name in FILES:
+        assert "\npytestmark = pytest.mark.one_version\n" not in (TESTS / name).read_text(encoding="utf-8"), name
     commands = []
     monkeypatch.setattr(canary, "differences", lambda *_: ["torch 99"])
     monkeypatch.setattr(

@@ -333,9 +333,12 @@ FAULTS = (
 )
 
 
+OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in ("Qwen3NextForCausalLM", "BambaForCausalLM")]
+
+
 @pytest.mark.one_version
 @pytest.mark.parametrize("plant", FAULTS, ids=lambda plant: plant.__name__)
-@pytest.mark.parametrize("name", ["Lfm2ForCausalLM", "Qwen3NextForCausalLM", "BambaForCausalLM", "MambaForCausalLM"])
+@pytest.mark.parametrize("name", ["Lfm2ForCausalLM", "MambaForCausalLM", *OTHERS])
 def test_planted_fault(name: str, plant, monkeypatch):
     if plant is stale_recurrence and name == "Lfm2ForCausalLM":
         pytest.skip("it has no recurrence")

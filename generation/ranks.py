@@ -77,6 +77,8 @@ class Ranks:
     Attributes:
         rank, size: this process among all, and how many these are.
         is_first: whether it is the one that decides: at the beginning of all axes.
+        share, share_of: the place of this process among those of the largest group, which divide work among them, and
+            how many these are.
     """
 
     def __init__(self, groups: Sequence, device_type: str):
@@ -85,6 +87,9 @@ class Ranks:
         self.groups, self.device = groups, torch.device(device_type)
         self.rank, self.size = distributed.get_rank(), distributed.get_world_size()
         self.is_first = all(distributed.get_rank(group) == 0 for group in groups)
+        self.largest_group = max(groups, key=distributed.get_world_size)
+        self.share = distributed.get_rank(self.largest_group)
+        self.share_of = distributed.get_world_size(self.largest_group)
 
     def broadcast(self, tensor: torch.Tensor) -> torch.Tensor:
         """`tensor` as the first process has it, in place."""
@@ -100,6 +105,13 @@ class Ranks:
 
         for group in self.groups:
             distributed.all_reduce(tensor, distributed.ReduceOp.MAX, group=group)
+        return tensor
+
+    def total(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum over the largest group, in place."""
+        import torch.distributed as distributed
+
+        distributed.all_reduce(tensor, group=self.largest_group)
         return tensor
 
     @property

@@ -16,7 +16,8 @@ from specformer import Hierarchy, LayerParallel, Reader, generate
 from specformer.generation import drafter_layer_parallel as layer_parallel
 from specformer.generation.backend_versions import cache_argument, cache_name
 from specformer.generation.drafter_assistant import AssistantDrafter
-from specformer.generation.drafter_layer_parallel import LayerParallelDrafter, followers_of
+from specformer.generation.drafter_layer_groups import Group, members_of
+from specformer.generation.drafter_layer_parallel import LayerParallelDrafter
 from specformer.generation.target_states import find_decoder
 
 ENDLESS = dict(max_new_tokens=NEW_TOKENS, eos_token_id=None)
@@ -138,14 +139,14 @@ def test_one_layer_a_group_is_the_ordinary_assistant(sampling: dict, monkeypatch
 def test_groups_of_one_layer_compute_what_the_model_computes():
     """The hooks themselves change no bit where a group's layers read what they would read anyway."""
     assistant = deep()
-    followers = followers_of(assistant, list(find_decoder(assistant)[1]))
+    members = members_of(assistant, list(find_decoder(assistant)[1]))
     ids = ragged_batch(padding=(0, 0))["input_ids"]
-    groups = [layer_parallel.Group(layer, []) for layer in assistant.model.layers]
+    groups = [Group(layer, [member]) for layer, member in zip(assistant.model.layers, members, strict=True)]
     with torch.no_grad():
         plainly = assistant(input_ids=ids).logits
         with layer_parallel.in_parallel(assistant, groups):
             assert torch.equal(assistant(input_ids=ids).logits, plainly)
-        with layer_parallel.in_parallel(assistant, [layer_parallel.Group(assistant.model.layers[1], followers[2:4])]):
+        with layer_parallel.in_parallel(assistant, [Group(assistant.model.layers[1], members[1:4])]):
             assert not torch.allclose(assistant(input_ids=ids).logits, plainly, atol=1e-3)
         assert torch.equal(assistant(input_ids=ids).logits, plainly)  # nothing stays
     assert not any(module._forward_pre_hooks for module in assistant.modules())

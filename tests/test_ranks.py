@@ -3,47 +3,27 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from dflash import random_weights, raw_config
+from foreign import save
+from ranks import TORCHRUN, environment, world
+from test_callers import tiny_tokenizer
+from tiny import llama
 from torch.distributed.fsdp import FullyShardedDataParallel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.distributed import DistributedConfig
 
-import specformer
 from specformer.generation.ranks import among_ranks, decided, is_first, is_synchronized, ranks_of, shared_ranks, told
 from specformer.generation.ranks_agreement import fingerprint, weights_of
 
-WORLD = Path(__file__).with_name("world.py")
-
-
-def world(scenario: str, size: int, folder: Path, seconds: float) -> list[dict]:
-    """What each rank found."""
-    parent = str(Path(specformer.__file__).parents[1])
-    paths = os.pathsep.join([parent, *filter(None, [os.environ.get("PYTHONPATH")])])
-    process = subprocess.Popen(
-        [sys.executable, str(WORLD), scenario, str(size), str(folder)],
-        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        if scenario == "stopped":  # the other rank is there for ever
-            process.wait(seconds)
-            os.killpg(process.pid, signal.SIGKILL)
-        output, _ = process.communicate(timeout=seconds)  # until the last rank has closed it
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        output, _ = process.communicate()
-        pytest.fail(f"the ranks did not end:\n{output[-4000:]}")
-    files = [folder / f"rank{rank}.json" for rank in range(size)]
-    assert all(file.exists() for file in files), output[-4000:]
-    return [json.loads(file.read_text(encoding="utf-8")) for file in files]
+ROOT = Path(__file__).resolve().parents[1]
+DEVICES = ROOT / "docs" / "devices.md"
 
 
 def assert_same(found: dict, kinds: int) -> None:
@@ -68,7 +48,7 @@ def test_two_ranks(tmp_path: Path):
     for found in world("quick", 2, tmp_path, 300):
         untold = found.pop("nothing told", None)
         raised = {name: found.pop(name, None) for name in RAISED}
-        assert_same(found, kinds=17)
+        assert_same(found, kinds=16)
         for name, sentence in RAISED.items():
             assert sentence in raised[name]
         assert untold != "same"
@@ -113,9 +93,20 @@ def test_weights_differ_by_a_bit_a_shape_and_a_name():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 4])
-def test_a_hundred_calls_of_each_kind_beside_a_slow_rank(size: int, tmp_path: Path):
-    for found in world("many calls", size, tmp_path, 4 * 3600):
-        assert_same(found, kinds=19)
+def test_many_calls_of_each_kind_beside_a_slow_rank(size: int, tmp_path: Path):
+    """As many as there are settings; `python tests/ranks.py` makes a hundred."""
+    kinds = 42 + 4 * (size == 4 and hasattr(DistributedConfig, "dp_replicate_size"))
+    for found in world("many calls", size, tmp_path, 3600, calls=4):
+        assert_same(found, kinds)
+
+
+@pytest.mark.slow
+@pytest.mark.real
+@pytest.mark.parametrize("size", [2, 3])
+def test_a_real_target(size: int, real_target, tmp_path: Path):
+    """Sharded in two, and tensor parallel in three, since it has three key and value heads."""
+    for found in world("many calls", size, tmp_path, 3600, target="SmolLM2", calls=4):
+        assert_same(found, kinds=14)
 
 
 @pytest.mark.slow
@@ -125,3 +116,56 @@ def test_a_rank_that_is_lost_ends_the_others_with_a_sentence(how: str, tmp_path:
     assert last["lost"] == "in round 5"
     assert "Raised in rank 0. The target's weights are shared by several processes" in first["raised"]
     assert first["seconds"] < 30  # of which 10 are the timeout of these processes
+
+
+@pytest.mark.slow
+def test_torchrun_ends_all_where_one_is_killed(tmp_path: Path):
+    with pytest.raises(RuntimeError, match="SIGKILL"):
+        world("killed", 2, tmp_path, 180, torchrun=True)
+    assert json.loads((tmp_path / "rank1.json").read_text(encoding="utf-8"))["lost"] == "in round 5"
+
+
+# ---- torchrun, and the example of the documentation
+
+
+def example(target: Path, drafter: Path | str, sizes: str) -> str:
+    """That of docs/devices.md, with other names; each rank keeps its own text as well."""
+    (code,) = re.findall(
+        r"^```python\n(# generate\.py.*?)^```$", DEVICES.read_text(encoding="utf-8"), flags=re.M | re.S
+    )
+    for there, here in (("Qwen/Qwen3-8B", target), ("z-lab/Qwen3-8B-DFlash-b16", drafter), ("tp_size=4", sizes)):
+        assert f'"{there}"' in code or f"({there})" in code
+        code = code.replace(f'"{there}"', repr(str(here))).replace(f"({there})", f"({here})")
+    code = code.replace('dtype="auto"', "dtype=torch.float64")
+    return code + 'torch.save(output, f"rank{torch.distributed.get_rank()}.pt")\n'
+
+
+def run_example(target: Path, drafter: Path | str, sizes: str, size: int, folder: Path) -> str:
+    """What `torchrun` prints, and that each rank has the text of plain generate()."""
+    (folder / "generate.py").write_text(example(target, drafter, sizes), encoding="utf-8")
+    command = [sys.executable, *TORCHRUN, str(size), "generate.py"]
+    done = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=600)
+    assert not done.returncode, done.stderr[-4000:]
+    tokenizer = AutoTokenizer.from_pretrained(target, padding_side="left")
+    inputs = tokenizer(["Why is the sky blue?", "Count to ten."], return_tensors="pt", padding=True)
+    whole = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float64)
+    expected = whole.generate(**inputs, max_new_tokens=200)
+    for rank in range(size):
+        assert torch.load(folder / f"rank{rank}.pt").tolist() == expected.tolist()
+    assert str(tokenizer.batch_decode(expected, skip_special_tokens=True)) in done.stdout
+    return done.stdout
+
+
+def test_torchrun_runs_the_example(tmp_path: Path):
+    target = llama(max_position_embeddings=256)
+    target.save_pretrained(tmp_path / "target")
+    tiny_tokenizer().save_pretrained(tmp_path / "target")
+    save(tmp_path / "drafter", raw_config(target), random_weights(target))
+    run_example(tmp_path / "target", tmp_path / "drafter", "tp_size=2", 2, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.real
+@pytest.mark.parametrize(("sizes", "size"), [("fsdp_size=2", 2), ("tp_size=3", 3)])
+def test_torchrun_runs_the_example_with_a_real_target(sizes: str, size: int, real_target: Path, tmp_path: Path):
+    run_example(real_target, ROOT, sizes, size, tmp_path)

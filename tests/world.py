@@ -1,8 +1,9 @@
-"""A world of processes that share a target: `python tests/world.py <scenario> <ranks> <folder>`.
+"""A world of processes that share a target: `python tests/world.py <scenario> <ranks> <folder> [<options, JSON>]`.
 
 Models and what plain generate() writes in one process are made first; then the process forks, so that torch is imported
-once. Every rank writes what came of each of its calls into `<folder>/rank<n>.json`. In all ranks but the first one the
-clock runs at random, from a tenth of its speed to ten times as fast, and random numbers are others.
+once. Started by torchrun it is one of the processes, which all make the same models. Every rank writes what came of
+each of its calls into `<folder>/rank<n>.json`. In all ranks but the first one the clock runs at random, from a tenth of
+its speed to ten times as fast, and random numbers are others.
 """
 
 from __future__ import annotations
@@ -18,27 +19,43 @@ import traceback
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 import torch.distributed as distributed
-from dflash import random_weights, raw_config
+from dflash import WIDTH, random_weights, raw_config, speculators_config
 from exactness import choose_eos
 from foreign import save
 from tiny import PRESETS, VOCAB, llama, ragged_batch
-from transformers import AutoModelForCausalLM, StoppingCriteria
+from transformers import AutoModelForCausalLM, AutoTokenizer, StoppingCriteria
 from transformers.distributed import DistributedConfig
 from transformers.generation import stopping_criteria
 from transformers.utils.logging import disable_progress_bar
 
-from specformer import Drafter, Hierarchy, Proposal, Reader, SpecFormerModel, TrigramChains, generate
+from specformer import (
+    Drafter,
+    Hierarchy,
+    LayerParallel,
+    Proposal,
+    Reader,
+    SpecFormerModel,
+    TrigramChains,
+    generate,
+)
 from specformer.generation import decoding, draft_length_auto, drafter_hierarchy, prompt_groups
 from specformer.generation import generate as entry
 from specformer.generation.accept_tokens import TokenChoice
+from specformer.scripts.demo import PROMPTS
+from specformer.scripts.fetch_target import fetch_target
+from specformer.scripts.parts.fewer_layers import keep_layers
+from specformer.scripts.parts.prompts import encode
 
-NEW_TOKENS, MANY = 16, 100
+ROOT = Path(__file__).resolve().parents[1]
+NEW_TOKENS = 16
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
+FIXED = dict(num_assistant_tokens=3)
 
 
 class OddClock:
@@ -90,41 +107,86 @@ def texts(target, batch: dict, **arguments) -> list:
 
 
 class World:
-    """What all processes have from before they are several."""
+    """What all processes have from before they are several.
+
+    Args:
+        folder: for its models.
+        size: how many processes there are to be.
+    """
+
+    name = "a tiny Llama"
 
     def __init__(self, folder: Path, size: int):
-        self.folder, self.size, self.batch = folder, size, ragged_batch()
+        self.folder, self.size = folder, size
         self.arguments: dict = dict(max_new_tokens=NEW_TOKENS, pad_token_id=0)
-        target = llama(num_key_value_heads=max(size, 2))
+        self.plain: dict[tuple[str, bool], list] = {}  # texts of one process, by dtype and whether they are sampled
+        self.make()
+
+    def make(self) -> None:
+        self.batch, heads = ragged_batch(), max(self.size, 2)
+        target = llama(num_key_value_heads=heads)
         target.generation_config.eos_token_id = None
         free = target.generate(**self.batch, max_new_tokens=NEW_TOKENS, do_sample=False)
         target.generation_config.eos_token_id = choose_eos(free, self.batch["input_ids"].shape[1])
-        target.save_pretrained(folder / "target")
-        self.assistant = llama(num_key_value_heads=max(size, 2))
+        target.save_pretrained(self.folder / "target")
+        self.assistant = llama(num_key_value_heads=heads)
         with torch.no_grad():  # a relative, of which many drafts are accepted
             for parameter in self.assistant.parameters():
                 parameter += 0.02 * torch.randn_like(parameter)
-        self.assistant.save_pretrained(folder / "assistant")
-        self.dflash = save(folder / "dflash", raw_config(target), random_weights(target))
+        self.assistant.save_pretrained(self.folder / "assistant")
+        self.dflash = save(self.folder / "dflash", raw_config(target), random_weights(target))
         config = PRESETS["confidence"](target.config, num_draft_tokens=4)
         self.specformer = SpecFormerModel(config).double().eval()
-        self.plain = {
-            (name, do_sample): texts(target.to(dtype), self.batch, **self.arguments, do_sample=do_sample)
-            for name, dtype in DTYPES.items()
-            for do_sample in (False, True)
-        }
+        self.note_plain(target)
+
+    def note_plain(self, target) -> None:
+        for name, dtype in DTYPES.items():
+            for do_sample in (False, True):
+                self.plain[name, do_sample] = texts(target.to(dtype), self.batch, **self.arguments, do_sample=do_sample)
+
+    def ways(self) -> dict[str, tuple[dict, tuple[str, ...]]]:
+        """How the target is divided, and which kinds draft; none named: all."""
+        few = ("SpecFormer", "assistant")
+        found = {"tensor parallel": (dict(tp_size=self.size), ()), "FSDP2": (dict(fsdp_size=self.size), few)}
+        if self.size > 2 and hasattr(DistributedConfig, "dp_replicate_size"):  # a transformers that does both at once
+            found["both"] = dict(tp_size=self.size // 2, fsdp_size=2), few
+        return found
+
+
+class RealWorld(World):
+    """SmolLM2-135M-Instruct, and what drafts for it. Its 3 key and value heads are for 3 processes, or not divided."""
+
+    name = "SmolLM2-135M-Instruct"
+
+    def make(self) -> None:
+        (self.folder / "target").symlink_to(fetch_target())
+        tokenizer = AutoTokenizer.from_pretrained(self.folder / "target")
+        self.batch = dict(encode(tokenizer, PROMPTS[:3]))
+        target = AutoModelForCausalLM.from_pretrained(self.folder / "target", dtype=torch.float32).eval()
+        self.assistant = keep_layers(target, 9)
+        self.specformer = SpecFormerModel.from_pretrained(ROOT).eval()
+        self.note_plain(target)
+
+    def ways(self) -> dict[str, tuple[dict, tuple[str, ...]]]:
+        if self.size == 3:
+            return {"tensor parallel": (dict(tp_size=3), ())}
+        return {"FSDP2": (dict(fsdp_size=self.size), ())}
+
+
+WORLDS = {"tiny": World, "SmolLM2": RealWorld}
 
 
 class Rank:
-    """One of the processes."""
+    """One of the processes.
 
-    def __init__(self, world: World, rank: int, timeout: float = 60):
-        self.world, self.rank, self.size, self.found = world, rank, world.size, {}
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(self.size))
-        store = distributed.FileStore(str(world.folder / "store"), self.size)
-        distributed.init_process_group(
-            "gloo", store=store, rank=rank, world_size=self.size, timeout=timedelta(seconds=timeout)
-        )
+    Args:
+        world: before they were several.
+        rank: which one.
+        folder: for what it found.
+    """
+
+    def __init__(self, world: World, rank: int, folder: Path):
+        self.world, self.rank, self.size, self.folder, self.found = world, rank, world.size, folder, {}
         if rank:
             clock = OddClock(rank)
             for module in (decoding, draft_length_auto, drafter_hierarchy):
@@ -142,13 +204,12 @@ class Rank:
         batch = self.world.batch if batch is None else batch
         return generate(target, drafter, **batch, **self.world.arguments, do_sample=do_sample, **arguments).tolist()
 
-    def check(self, name: str, target, drafter, dtype="float64", calls=2, turns=(False, True), **arguments) -> None:
-        """Calls in turns, greedy and sampled, of which the later ones know of the earlier ones."""
-        for do_sample in itertools.islice(itertools.cycle(turns), calls):
-            if self.text(target, drafter, do_sample, **arguments) != self.world.plain[dtype, do_sample]:
-                self.found[name] = "another text"
-                return
-        self.found[name] = "same"
+    def check(self, name: str, target, drafter, *settings: dict, dtype="float64", calls=2, turns=(False, True)) -> None:
+        """Calls in turns, greedy and sampled, with each of `settings`; the later ones know of the earlier ones."""
+        others = 0
+        for arguments, do_sample in itertools.islice(itertools.cycle(itertools.product(settings, turns)), calls):
+            others += self.text(target, drafter, do_sample, **arguments) != self.world.plain[dtype, do_sample]
+        self.found[name] = f"another text in {others} of {calls} calls" if others else "same"
 
     def raised(self, name: str, target, drafter, **arguments) -> None:
         """What a call raises, with its notes."""
@@ -159,26 +220,23 @@ class Rank:
             self.found[name] = "".join(traceback.format_exception_only(error))
 
     def save(self) -> None:
-        (self.world.folder / f"rank{self.rank}.json").write_text(json.dumps(self.found), encoding="utf-8")
+        (self.folder / f"rank{self.rank}.json").write_text(json.dumps(self.found), encoding="utf-8")
 
 
 def drafters(rank: Rank) -> dict[str, tuple]:
     """Of many kinds, each with what a call is told besides."""
-    world, fixed = rank.world, dict(num_assistant_tokens=3)
-    shared = rank.load(name="assistant", tp_size=rank.size)
+    world = rank.world
     return {
-        "default": (world.specformer, {}),
-        "fixed": (world.specformer, fixed),
-        "tree": (world.specformer, dict(tree_size=6, **fixed)),
+        "SpecFormer": (world.specformer, {}),
+        "trees": (world.specformer, dict(tree_size=6)),
         "copies": (None, dict(prompt_lookup_num_tokens=3, num_assistant_tokens="auto")),
         "assistant": (world.assistant, {}),
-        "assistant, shared": (shared, {}),
-        "assistant, shared, fixed": (shared, fixed),
+        "assistant, shared": (rank.load(name="assistant", tp_size=rank.size), {}),
         "DFlash": (str(world.dflash), {}),
         "random": (RandomDrafter(), {}),
         "hierarchy": (Hierarchy(Reader(), world.assistant), {}),
         "max_time": (world.assistant, dict(max_time=600.0)),
-        "criterion": (world.assistant, dict(stopping_criteria=[StopsElsewhere(rank.rank)], **fixed)),
+        "criterion": (world.assistant, dict(stopping_criteria=[StopsElsewhere(rank.rank)])),
     }
 
 
@@ -186,31 +244,55 @@ def further_drafters(rank: Rank) -> dict[str, tuple]:
     """The kinds that are left."""
     from test_diffuspec import filler, system_of
     from test_eagle_and_pard import EAGLES
+    from test_falcon import falcon
     from test_parallelspec import CHECKPOINTS
 
-    folder = rank.world.folder / f"of rank {rank.rank}"
+    world, folder = rank.world, rank.world.folder / f"of rank {rank.rank}"
     pard = llama(seed=1)
     pard.config.pard_token = 3
+    dspark = dict(markov_rank=6, enable_confidence_head=True, confidence_head_with_markov=True)
+    config = speculators_config(world.assistant, "dspark", block_size=4, **dspark)
+    weights = random_weights(world.assistant, markov="vanilla", confidence=WIDTH + 6)
     return {
+        "DSpark": (str(save(folder / "dspark", config, weights)), {}),
         "EAGLE-3": (str(save(folder / "eagle", *EAGLES["SafeAILab"])), {}),
+        "Falcon": (str(save(folder / "falcon", *falcon(2))), {}),
         "ParallelSpec": (str(save(folder / "parallelspec", *CHECKPOINTS["its own"])), {}),
         "PARD": (pard, {}),
         "diffusion": (system_of(filler()), {}),
+        "chains": (TrigramChains(), {}),
+        "copies beside": (Reader(drafter=world.assistant), {}),
+        "layer-parallel": (LayerParallel(world.assistant, 2), {}),
+    }
+
+
+def real_drafters(rank: Rank) -> dict[str, tuple]:
+    """Those for SmolLM2."""
+    world = rank.world
+    return {
+        "SpecFormer": (world.specformer, {}),
+        "trees": (world.specformer, dict(tree_size=6)),
+        "copies": (None, dict(prompt_lookup_num_tokens=3, num_assistant_tokens="auto")),
+        "assistant": (world.assistant, {}),
+        "layer-parallel": (LayerParallel(world.assistant, 3), {}),
+        "hierarchy": (Hierarchy(Reader(), world.assistant), {}),
         "chains": (TrigramChains(), {}),
     }
 
 
 def quick(rank: Rank) -> None:
     size, world = rank.size, rank.world
-    shared = rank.load(tp_size=size)
-    for name, (drafter, arguments) in drafters(rank).items():
-        rank.check(name, shared, drafter, calls=5 if name in ("default", "assistant") else 2, **arguments)
+    shared, some = rank.load(tp_size=size), drafters(rank)
+    some["trees"][1].update(FIXED)
+    for name, (drafter, arguments) in some.items():
+        rank.check(name, shared, drafter, arguments, calls=5 if name in ("SpecFormer", "assistant") else 2)
+    for name in ("SpecFormer", "assistant, shared"):
+        rank.check(f"{name}, fixed", shared, some[name][0], FIXED)
     single = rank.load("float32", tp_size=size)
-    rank.check("default, float32", single, world.specformer, "float32")
-    rank.check("fixed, float32", single, world.specformer, "float32", num_assistant_tokens=3)
+    rank.check("SpecFormer, float32", single, world.specformer, {}, FIXED, dtype="float32", calls=4)
     fully = rank.load(fsdp_size=size)
-    rank.check("FSDP2", fully, world.specformer)
-    rank.check("FSDP2, fixed", fully, world.assistant, num_assistant_tokens=3)
+    rank.check("FSDP2", fully, world.specformer, {})
+    rank.check("FSDP2, fixed", fully, world.assistant, FIXED)
 
     torch.manual_seed(rank.rank)
     rank.raised("other weights", shared, SpecFormerModel(world.specformer.config).double().eval())
@@ -232,7 +314,7 @@ def quick(rank: Rank) -> None:
             return (tokens + 1) % VOCAB, *others
 
         TokenChoice.of_target = wrong
-    rank.check("other tokens", shared, world.assistant)
+    rank.check("other tokens", shared, world.assistant, {})
     if rank.rank:
         TokenChoice.of_target = of_target
     # Without what is told the ranks get apart. A message of another size ends a process of gloo at once.
@@ -240,11 +322,17 @@ def quick(rank: Rank) -> None:
     rank.found["nothing told"] = "it ended"
     rank.save()
     with suppress(RuntimeError):
-        rank.check("nothing told", shared, world.assistant, calls=20, turns=(False,))
+        rank.check("nothing told", shared, world.assistant, {}, calls=20, turns=(False,))
 
 
-def many_calls(rank: Rank) -> None:
-    """`MANY` of each kind, and one rank that is slow at random moments, by a factor of about ten."""
+def many_calls(rank: Rank, calls: int = 100, seconds: float = 1e9, skipped: tuple[str, ...] = ()) -> None:
+    """So many of each kind, default and fixed draft lengths in turns, greedy and sampled, in each dtype and with each
+    way to divide the target; and one rank that is slow at random moments, by a factor of about ten.
+
+    Args:
+        seconds: after which nothing more is begun.
+        skipped: what is known already.
+    """
     if rank.rank == rank.size - 1:
         verify = decoding.verify
 
@@ -253,24 +341,30 @@ def many_calls(rank: Rank) -> None:
             return verify(*given)
 
         decoding.verify = slowly
-    shared = rank.load(tp_size=rank.size)
-    for name, (drafter, arguments) in {**drafters(rank), **further_drafters(rank)}.items():
-        rank.check(name, shared, drafter, calls=MANY, **arguments)
-    single = rank.load("float32", tp_size=rank.size)
-    rank.check("default, float32", single, rank.world.specformer, "float32", calls=MANY)
-    sizes = dict(fsdp_size=rank.size)
-    if hasattr(DistributedConfig, "dp_replicate_size"):  # a transformers that does both at once
-        sizes = dict(tp_size=rank.size // 2, fsdp_size=2)
-    rank.check("FSDP2", rank.load(**sizes), rank.world.specformer, calls=MANY)
+    began = time.monotonic()
+    kinds = real_drafters(rank) if isinstance(rank.world, RealWorld) else {**drafters(rank), **further_drafters(rank)}
+    for (way, (sizes, few)), dtype in itertools.product(rank.world.ways().items(), DTYPES):
+        wanted = {f"{way}, {dtype}: {kind}": kind for kind in few or kinds}
+        wanted = {name: kind for name, kind in wanted.items() if name not in skipped}
+        target = rank.load(dtype, **sizes) if wanted else None
+        for name, kind in wanted.items():
+            late = torch.tensor(time.monotonic() - began > seconds)
+            distributed.broadcast(late, 0)
+            if late:
+                return
+            drafter, arguments = kinds[kind]
+            rank.check(name, target, drafter, arguments, {**arguments, **FIXED}, dtype=dtype, calls=calls)
+            rank.save()
+        target = None  # a large one is not kept beside the next
 
 
-def lost(rank: Rank, how: signal.Signals) -> None:
-    """The last rank is killed, or stopped, in its fifth round."""
+def lost(rank: Rank, how: signal.Signals, number: int = 5) -> None:
+    """The last rank is killed, or stopped, in its round of that number."""
     shared = rank.load(tp_size=rank.size)
 
     def on_round(told) -> None:
-        if told.number == 5 and rank.rank == rank.size - 1:
-            rank.found["lost"] = "in round 5"
+        if told.number == number and rank.rank == rank.size - 1:
+            rank.found["lost"] = f"in round {number}"
             rank.save()
             os.kill(os.getpid(), how)
 
@@ -279,25 +373,42 @@ def lost(rank: Rank, how: signal.Signals) -> None:
     rank.found["seconds"] = time.monotonic() - began
 
 
-SCENARIOS: dict[str, tuple[Callable[[Rank], None], float]] = {
+SCENARIOS: dict[str, tuple[Callable[..., None], float]] = {
     "quick": (quick, 60),
     "many calls": (many_calls, 600),
-    "killed": (lambda rank: lost(rank, signal.SIGKILL), 60),
-    "stopped": (lambda rank: lost(rank, signal.SIGSTOP), 10),
+    "killed": (partial(lost, how=signal.SIGKILL), 60),
+    "stopped": (partial(lost, how=signal.SIGSTOP), 10),
 }
 """What each rank does, and the seconds that a rank waits for another one."""
 
 
-def run(scenario: str, size: int, folder: Path) -> None:
+def ranks_of_torchrun(make: type[World], folder: Path, timeout: timedelta) -> Rank:
+    """This process, one of those that torchrun has started: each has its own copy of the same models."""
+    distributed.init_process_group("gloo", timeout=timeout)
+    rank = distributed.get_rank()
+    (own := folder / f"models of rank {rank}").mkdir()
+    return Rank(make(own, distributed.get_world_size()), rank, folder)
+
+
+def ranks_by_fork(make: type[World], size: int, folder: Path, timeout: timedelta) -> Rank:
+    world = make(folder, size)
+    number = next((number for number in range(1, size) if os.fork() == 0), 0)
+    os.environ.update(RANK=str(number), LOCAL_RANK=str(number), WORLD_SIZE=str(size))
+    store = distributed.FileStore(str(folder / "store"), size)
+    distributed.init_process_group("gloo", store=store, rank=number, world_size=size, timeout=timeout)
+    return Rank(world, number, folder)
+
+
+def run(scenario: str, size: int, folder: Path, target: str = "tiny", **options) -> None:
     torch.set_num_threads(1)
     disable_progress_bar()
     prompt_groups.PASS_ON_CPU = 3  # the short prompts are read in several groups, as long ones are
-    world = World(folder, size)
-    number = next((number for number in range(1, size) if os.fork() == 0), 0)
-    act, timeout = SCENARIOS[scenario]
-    rank = Rank(world, number, timeout)
+    act, seconds = SCENARIOS[scenario]
+    make, timeout = WORLDS[target], timedelta(seconds=seconds)
+    is_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+    rank = ranks_of_torchrun(make, folder, timeout) if is_torchrun else ranks_by_fork(make, size, folder, timeout)
     try:
-        act(rank)
+        act(rank, **options)
     except BaseException as error:
         rank.found["failed"] = "".join(traceback.format_exception(error))
     rank.save()
@@ -305,4 +416,4 @@ def run(scenario: str, size: int, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    run(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]))
+    run(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]), **json.loads((sys.argv[4:] or ["{}"])[0]))

@@ -47,7 +47,8 @@ def main(arguments: argparse.Namespace) -> None:
     }
     if target.generation_config.pad_token_id is None:
         settings["pad_token_id"] = tokenizer.pad_token_id
-    drafter, drafting = arguments.drafter, {"num_assistant_tokens": arguments.num_assistant_tokens}
+    amounts = {"num_assistant_tokens": arguments.num_assistant_tokens, "tree_size": arguments.tree_size}
+    drafter, drafting = arguments.drafter, amounts
     if arguments.prompt_lookup is not None:
         drafter, drafting["prompt_lookup_num_tokens"] = None, arguments.prompt_lookup
     answering = DraftedAnswering(target, arguments.batch_size, settings, drafter, drafting, arguments.seed)
@@ -96,6 +97,9 @@ def parse() -> argparse.Namespace:
         type=length,
         default=AUTO,
         help='to draft each round; default: "auto", what pays; 0: plain decoding',
+    )
+    parser.add_argument(
+        "--tree-size", type=int, help='to draft each round as a tree; default: what pays, under "auto"; 0: chains'
     )
     parser.add_argument(
         "--measure-plain",

@@ -42,11 +42,11 @@ class StillThere(Exception):
     """Processes did not end; what they wrote."""
 
 
-def world(scenario: str, size: int, folder: Path, seconds: float, torchrun: bool = False, **options) -> list[dict]:
+def world(scenario: str, size: int, folder: Path, patience: float, torchrun: bool = False, **options) -> list[dict]:
     """What each process found.
 
     Raises:
-        StillThere: they did not end in so many seconds.
+        StillThere: they did not end in `patience` seconds.
         RuntimeError: a process ended without a word, or torchrun saw one fail.
     """
     launcher = (*TORCHRUN, str(size)) if torchrun else ()
@@ -60,9 +60,9 @@ def world(scenario: str, size: int, folder: Path, seconds: float, torchrun: bool
     )
     try:
         if scenario == "stopped":  # the other rank is there for ever
-            process.wait(seconds)
+            process.wait(patience)
             os.killpg(process.pid, signal.SIGKILL)
-        output, _ = process.communicate(timeout=seconds)  # until the last rank has closed it
+        output, _ = process.communicate(timeout=patience)  # until the last rank has closed it
     except subprocess.TimeoutExpired as error:
         os.killpg(process.pid, signal.SIGKILL)
         output, _ = process.communicate()
@@ -139,7 +139,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--target", choices=["tiny", "SmolLM2"], default="tiny")
     parser.add_argument("--torchrun", action="store_true", help="starts the processes, in place of fork")
     parser.add_argument("--calls", type=int, default=100, help="of each kind")
-    parser.add_argument("--minutes", type=float, default=1e5, help="after which no further kind is begun")
+    parser.add_argument("--minutes", type=float, default=1000, help="after which no further kind is begun")
     parser.add_argument(
         "--lost", type=int, default=0, metavar="TIMES", help="kill and stop a process, in place of calls"
     )

@@ -79,6 +79,11 @@ DRAFTERS = {
     "with confidences": lambda target: (drafter_of(target, confidence_head=True), {"num_assistant_tokens": "auto"}),
     "without copies": lambda target: (drafter_of(target), {"num_assistant_tokens": 3, "prompt_lookup_num_tokens": 0}),
     "copies": lambda target: (None, {"prompt_lookup_num_tokens": 4}),
+    "trees": lambda target: (drafter_of(target), {"num_assistant_tokens": 4, "tree_size": 9}),
+    "trees of copies": lambda target: (
+        None,
+        {"prompt_lookup_num_tokens": 4, "num_assistant_tokens": "auto", "tree_size": 6},
+    ),
     "causal LM": lambda target: (llama(seed=9, num_hidden_layers=1), {"num_assistant_tokens": 3}),
     "the target itself": lambda target: (target, {"num_assistant_tokens": 4}),
     "none": lambda target: (drafter_of(target), {"num_assistant_tokens": 0}),
@@ -99,7 +104,7 @@ def answer_all(target, batch_size: int, settings: dict, drafter, drafting: dict,
 
 
 SLOW = pytest.mark.slow
-QUICK_KINDS = ("with confidences", "copies")
+QUICK_KINDS = ("with confidences", "copies", "trees")
 
 
 @pytest.mark.parametrize("batch_size", [5, pytest.param(1, marks=SLOW), pytest.param(64, marks=SLOW)])

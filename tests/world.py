@@ -22,6 +22,7 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import torch
 import torch.distributed as distributed
@@ -47,6 +48,8 @@ from specformer import (
 from specformer.generation import decoding, draft_length_auto, drafter_hierarchy, prompt_groups
 from specformer.generation import generate as entry
 from specformer.generation.accept_tokens import TokenChoice
+from specformer.generation.drafter_layer_division import DividedGroups
+from specformer.generation.drafter_layer_parallel import LayerParallelDrafter
 from specformer.scripts.demo import PROMPTS
 from specformer.scripts.fetch_target import fetch_target
 from specformer.scripts.parts.fewer_layers import keep_layers
@@ -106,6 +109,21 @@ def texts(target, batch: dict, **arguments) -> list:
     return target.generate(**batch, **arguments).tolist()
 
 
+def drafts_of(target, drafter, batch: dict, **arguments) -> tuple[list, list[int]]:
+    """What a `LayerParallel` drafts in a call, round by round, and how much of it was accepted, slot by slot."""
+    rounds, propose = [], LayerParallelDrafter.propose
+
+    def noted(self, *given):
+        proposal = propose(self, *given)
+        rounds.append(proposal.tokens.tolist())
+        return proposal
+
+    with patch.object(LayerParallelDrafter, "propose", noted):
+        torch.manual_seed(3)
+        output = generate(target, drafter, **batch, **arguments, **FIXED, return_dict_in_generate=True)
+    return rounds, output.statistics.accepted_per_slot
+
+
 class World:
     """What all processes have from before they are several.
 
@@ -137,6 +155,8 @@ class World:
         self.dflash = save(self.folder / "dflash", raw_config(target), random_weights(target))
         config = PRESETS["confidence"](target.config, num_draft_tokens=4)
         self.specformer = SpecFormerModel(config).double().eval()
+        self.layer_parallel = [LayerParallel(self.assistant, 2), LayerParallel(llama(num_hidden_layers=7), 3)]
+        self.drafts = [drafts_of(target, drafter, self.batch, **self.arguments) for drafter in self.layer_parallel]
         self.note_plain(target)
 
     def note_plain(self, target) -> None:
@@ -305,6 +325,22 @@ def quick(rank: Rank) -> None:
     partitioned.lm_head.weight = torch.nn.Parameter(torch.empty(0))  # as DeepSpeed leaves it
     partitioned.lm_head.weight.ds_id = 0
     rank.raised("ZeRO-3", partitioned, world.specformer)
+
+    for drafter, alone in zip(world.layer_parallel, world.drafts, strict=True):  # divided, they draft what they draft
+        layers = f"layer-parallel, {drafter.assistant.config.num_hidden_layers} layers"
+        rank.check(layers, shared, drafter, FIXED)
+        divided = drafts_of(shared, drafter, world.batch, **world.arguments)
+        rank.found[f"drafts, {layers}"] = "same" if divided == alone else f"{divided} and not {alone}"
+    exchange = DividedGroups._exchange
+
+    def turned(self, *given):  # the layers of a group have one another's attention
+        attended = exchange(self, *given)
+        return dict(zip(attended, [*attended.values()][::-1], strict=True))
+
+    with patch.object(DividedGroups, "_exchange", turned):
+        rank.check("layers turned", shared, drafter, FIXED)
+        turned_drafts = drafts_of(shared, drafter, world.batch, **world.arguments)
+    rank.found["drafts, layers turned"] = "same" if turned_drafts == alone else "other drafts"
 
     if rank.rank:  # a rank that takes another token
         of_target = TokenChoice.of_target

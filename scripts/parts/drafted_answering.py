@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from time import perf_counter
 from typing import Any
 
@@ -20,8 +21,10 @@ from specformer.generation.call_statistics import GenerationStatistics
 from specformer.generation.decoding import longest_read
 from specformer.generation.draft_length import DraftLength, round_draft_length
 from specformer.generation.drafter import Prompts, Verified
+from specformer.generation.drafter_tree import complete
 from specformer.generation.generate import PreparedCall, Strategy
 from specformer.generation.proposal import NO_TOKEN, Proposal, count_drafted
+from specformer.generation.proposal_tree import DraftTree, along
 from specformer.generation.target import prefill, verify
 from specformer.generation.target_positions import positions_in_table
 from specformer.generation.target_states import StateReader
@@ -75,23 +78,35 @@ class Joined:
             return 0
         return round_draft_length(wanted, min(self.text.running_lengths()), self.text.stops.limit)
 
-    def propose(self, num_tokens: int) -> Proposal:
-        """Drafts (R, k or fewer)."""
-        proposal = self.drafter.propose(num_tokens, self.choice.for_drafter)
-        return self.choice.checked(proposal, self.drafter, num_tokens)
+    def propose(self, num_tokens: int, tree_size: int) -> Proposal:
+        """Drafts (R, k or fewer), or, with a `tree_size`, a tree of so many that is no deeper than k."""
+        if tree_size:
+            proposal = self.drafter.propose_tree(num_tokens, tree_size, self.choice.chances)
+        else:
+            proposal = self.drafter.propose(num_tokens, self.choice.for_drafter)
+        return self.choice.checked(proposal, self.drafter, num_tokens, tree_size)
 
-    def take(self, logits: torch.Tensor, drafts: torch.Tensor) -> tuple[torch.Tensor, list[tuple[int, int]]]:
+    def take(
+        self, logits: torch.Tensor, drafts: torch.Tensor, tree: DraftTree | None
+    ) -> tuple[torch.Tensor, list[tuple[int, int]], torch.Tensor | None]:
         """Go on by what the target has said, logits (B, k + 1, V) after the `drafts` (B, k) of the whole batch: how
-        many tokens each row got (R,), and for the host how many of them were drafted."""
-        drafts = self.own(drafts)
-        tokens, accepted, _ = self.choice.of_target(self.own(logits), drafts)
-        counts, outcome, drafted = self.text.append(tokens, accepted, count_drafted(drafts))
-        self.statistics.count(self.text.rows, drafts.shape[1], drafted, outcome, is_prompt=False)
+        many tokens each row got (R,), and for the host how many of them were drafted. Of a `tree`, of the whole batch
+        too, also the places that the target's tokens go through, (R, depth + 1)."""
+        drafts, drafted = self.own(drafts), None
+        if tree is not None:
+            parts = {name: self.own(getattr(tree, name)) for name in ("tokens", "parents", "depths", "ancestors")}
+            tree = replace(tree, **parts)
+            drafted = tree.drafted()
+        tokens, accepted, path = self.choice.of_target(self.own(logits), drafts, tree)
+        drafted = count_drafted(drafts) if drafted is None else drafted
+        counts, outcome, drafted = self.text.append(tokens, accepted, drafted)
+        self.statistics.count(self.text.rows, tokens.shape[1] - 1, drafted, outcome, is_prompt=False)
         self.taken = tokens, counts
-        return counts, outcome
+        return counts, outcome, path
 
     def update(self, logits: torch.Tensor, states: torch.Tensor | None) -> None:
-        """Tell the drafter what was taken: logits and states of the whole batch, (B, k + 1, V) and (B, k + 1, S, d)."""
+        """Tell the drafter what was taken: logits and states of the whole batch, (B, k + 1, V) and (B, k + 1, S, d),
+        of trees at the places of the path."""
         seen = self.own(logits) if self.drafter.reads_logits else None
         states = None if states is None else self.own(states)
         self.drafter.update(Verified(*self.taken, longest_read(self.text, self.call.layout), states, seen))
@@ -127,7 +142,7 @@ class DraftedAnswering(Answering):
         settings: arguments of generate(), `max_new_tokens` among them. What is not there is what the target's
             generation config says.
         drafter: what drafts, as `assistant_model` of generate(); `None` where `drafting` names copies.
-        drafting: `num_assistant_tokens`, `prompt_lookup_num_tokens` and the like.
+        drafting: `num_assistant_tokens`, `tree_size`, `prompt_lookup_num_tokens` and the like.
         seed: of sampling.
 
     Attributes:
@@ -144,10 +159,8 @@ class DraftedAnswering(Answering):
     ):
         super().__init__(target, batch_size, settings["max_new_tokens"], seed=seed)
         drafting = dict(drafting or {})
-        length = drafting.pop("num_assistant_tokens", None)
-        self.drafts = DraftSettings.of_call(
-            target, drafter, length, 0, CallSettings(drafting, target.generation_config)
-        )
+        amounts = [drafting.pop(name, None) for name in ("num_assistant_tokens", "tree_size")]
+        self.drafts = DraftSettings.of_call(target, drafter, *amounts, CallSettings(drafting, target.generation_config))
         self.settings, self.groups = settings, list[Joined]()
         self.draft_length: DraftLength | None = None
         self.reads_text: bool | None = None  # whether a processor does, and so would read padding
@@ -204,9 +217,10 @@ class DraftedAnswering(Answering):
             input_ids,
             call.layout,
             self.max_length,
-            self.draft_length.most + 1,
+            self.draft_length.widest + 1,
             call.model_kwargs,
             states_of=self.states_of,
+            more_slots=self.draft_length.widest,
         )
         group = Joined(call, answers)
         self.groups.append(group)
@@ -223,18 +237,27 @@ class DraftedAnswering(Answering):
         started = perf_counter()
         for group in self.groups:
             group.drop_finished()
-        newest, drafts = self._propose(started)
+        newest, drafts, tree = self._propose(started)
         block = torch.cat([newest, self.groups[0].choice.readable(drafts)], dim=1)  # (B, k + 1)
-        logits, states = verify(self.target, self.cache, block, self.states_of)
-        counts, outcome = torch.zeros_like(newest[:, 0]), []
+        branches = () if tree is None else (tree.depths, tree.ancestors)
+        logits, states = verify(self.target, self.cache, block, self.states_of, branches)
+        counts, outcome, order = torch.zeros_like(newest[:, 0]), [], list[int]()
+        path = None if tree is None else newest.new_zeros(len(newest), tree.depth + 1)  # (B, depth + 1)
         for group in self.groups:
             places, here = group.running()
-            of_group, of_rows = group.take(logits, drafts)
+            of_group, of_rows, path_of_group = group.take(logits, drafts, tree)
             counts[places] = of_group[here]
+            if path is not None:
+                path[places] = path_of_group[here]
             outcome += [of_rows[row] for row in here]
+            order += places
             for place, row in zip(places, here, strict=True):
                 self.read[place] += of_rows[row][1]
-        self.draft_length.record(len(self.rows), drafts.shape[1], outcome, perf_counter() - started)
+        if path is not None:
+            self.cache.follow(path)
+            logits, states = along(logits, path), None if states is None else along(states, path)
+        taken = None if path is None else path[order]
+        self.draft_length.record(len(self.rows), drafts.shape[1], outcome, perf_counter() - started, taken)
         self.cache.advance(counts, self._longest())
         if self.draft_length.most:
             for group in self.groups:
@@ -242,8 +265,9 @@ class DraftedAnswering(Answering):
                     group.update(logits, states)
         return self._completed()
 
-    def _propose(self, started: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """The newest token of each row (B, 1), and its drafts (B, k); something where it has finished."""
+    def _propose(self, started: float) -> tuple[torch.Tensor, torch.Tensor, DraftTree | None]:
+        """The newest token of each row (B, 1), and its drafts (B, k), which may be a tree; something where it has
+        finished."""
         assert self.draft_length is not None
         batch_size = len(self.rows)
         newest = torch.zeros(batch_size, 1, dtype=torch.long, device=self.device)
@@ -251,26 +275,27 @@ class DraftedAnswering(Answering):
         running = [group.running() for group in self.groups]
         for group, (places, here) in zip(self.groups, running, strict=True):
             newest[places], idle[places] = group.text.last_tokens()[here], False
-        wanted = min(self.draft_length.next(batch_size), self.draft_length.most)
+        wanted = self.draft_length.next(batch_size)
+        tree_size, deepest = wanted if self.draft_length.tree_size else 0, min(wanted, self.draft_length.most)
         if (table := positions_in_table(self.target)) is not None:
-            wanted = max(0, min(wanted, table - 1 - self._longest()))
-        lengths = [group.room(wanted) for group in self.groups]
-        drafts = newest.new_full((batch_size, max(lengths)), NO_TOKEN)
+            deepest = max(0, min(deepest, table - 1 - self._longest()))
+        lengths = [group.room(deepest) for group in self.groups]
         if not max(lengths):
-            return newest, drafts
-        confidences, widest, is_known = torch.zeros_like(drafts, dtype=torch.float32), 0, True
+            return newest, newest[:, :0], None
+        drafts = newest.new_full((batch_size, tree_size or max(lengths)), NO_TOKEN)
+        together = Proposal(drafts, torch.zeros_like(drafts, dtype=torch.float32), depth=0)
+        together.parents = torch.full_like(drafts, -1) if tree_size else None
+        widest = 0
         for group, length, (places, here) in zip(self.groups, lengths, running, strict=True):
-            if not length:
-                continue
-            proposal = group.propose(length)
-            width = proposal.tokens.shape[1]
-            drafts[places, :width], widest = proposal.tokens[here], max(widest, width)
-            if proposal.confidences is None:
-                is_known = False
-            else:
-                confidences[places, :width] = proposal.confidences[here].to(confidences)
-        together = Proposal(drafts[:, :widest], confidences[:, :widest] if is_known else None)
-        return newest, drafts[:, : self.draft_length.keep(together, idle, started)]
+            if length:
+                proposal = group.propose(length, tree_size)
+                widest = max(widest, proposal.tokens.shape[1])
+                put(proposal, here, together, places)
+        for name in ("tokens", "confidences", "parents"):
+            if (part := getattr(together, name)) is not None:
+                setattr(together, name, part[:, :widest])
+        drafts = together.tokens[:, : self.draft_length.keep(together, idle, started)]
+        return newest, drafts, DraftTree.of(drafts, together, max(lengths))
 
     def _completed(self) -> list[Answer]:
         complete = []
@@ -296,3 +321,19 @@ class DraftedAnswering(Answering):
     def _longest(self) -> int:
         """Of finished rows as well, which the passes still write behind."""
         return max(self.read, default=0)
+
+
+def put(proposal: Proposal, here: list[int], together: Proposal, places: list[int]) -> None:
+    """Write the rows `here` of a group's proposal into the rows `places` of that of the whole batch, which is one of
+    trees where it has parents, and knows confidences where all groups do."""
+    width, whole = proposal.tokens.shape[1], proposal
+    if together.parents is not None:
+        whole = complete(proposal, together.tokens.device)  # a chain is a tree as well
+        assert whole.parents is not None and together.depth is not None
+        together.parents[places, :width] = whole.parents[here]
+        together.depth = max(together.depth, whole.depth or width)
+    together.tokens[places, :width] = whole.tokens[here]
+    if proposal.confidences is None:
+        together.confidences = None
+    if together.confidences is not None and whole.confidences is not None:
+        together.confidences[places, :width] = whole.confidences[here].to(together.confidences)

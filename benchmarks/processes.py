@@ -71,9 +71,7 @@ def main(arguments: argparse.Namespace) -> int:
                 differences.append(f"turn {turn}, {processes} processes: answers are lost or doubled")
             texts = texts or answers
             if others := len(set(texts) - set(answers)):
-                differences.append(
-                    f"turn {turn}, {processes} processes: {others} answers are not the first run's"
-                )
+                differences.append(f"turn {turn}, {processes} processes: {others} answers are not the first run's")
             print(json.dumps(runs[-1]), flush=True)
     speeds = {
         processes: median(run["tokens_per_second"] for run in runs if run["processes"] == processes)

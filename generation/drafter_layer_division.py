@@ -93,9 +93,9 @@ def replaced_forward(module: nn.Module, other: Callable):
     """In this thread `module` computes `other(forward, args, kwargs)` inside."""
     thread = threading.get_ident()
     with _lock:
-        forward = vars(module).get("forward")
-        if not isinstance(forward, ReplacedForward):
-            forward = vars(module)["forward"] = ReplacedForward(module)
+        there = vars(module).get("forward")
+        forward = there if isinstance(there, ReplacedForward) else ReplacedForward(module)
+        vars(module)["forward"] = forward
         forward.others[thread] = other
     try:
         yield

@@ -78,7 +78,7 @@ class SameInput(ExitStack):
     def _replace(self, follower: Member):
         # where this thread removes its hooks during a pass of another one, that pass may call them without kwargs
         def hook(module, args, kwargs=None):
-            if threading.get_ident() != self.thread:
+            if threading.get_ident() != self.thread or self.entering is None:
                 return None
             return reading(follower.of_input(self.entering), args, kwargs or {})
 

@@ -9,6 +9,7 @@ R rows that a pass carries.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -62,6 +63,10 @@ class DraftTree:
         (R, 1). Of several the first."""
         is_child = (self.parents == nodes) & (self.tokens == tokens) & (self.tokens != NO_TOKEN)
         return is_child.long().argmax(dim=1, keepdim=True) + 1, is_child.any(dim=1, keepdim=True)
+
+    def rows(self, of: Callable[[torch.Tensor], torch.Tensor]) -> DraftTree:
+        """Of the tree of a whole batch that of some of its rows, which `of` selects."""
+        return DraftTree(of(self.tokens), of(self.parents), of(self.depths), of(self.ancestors), self.depth)
 
     def drafted(self) -> torch.Tensor:
         """How deep each row's own tree is, (R,)."""

@@ -81,13 +81,14 @@ def calls_of_each_kind(arguments: argparse.Namespace, run: dict) -> None:
     """
     known = [name for name, kind in run["kinds"].items() if not kind["differences"]]
     seconds = 60.0 * arguments.minutes
-    options = dict(target=arguments.target, calls=arguments.calls, seconds=seconds, skipped=known)
+    options: dict = {name: getattr(arguments, name) for name in ("target", "new_tokens", "calls")}
+    options |= {"seconds": seconds, "skipped": known}
     with tempfile.TemporaryDirectory() as folder:
         found = world("many calls", arguments.ranks, Path(folder), seconds + LATEST, arguments.torchrun, **options)
     failures = [each.pop("failed") for each in found if "failed" in each]
     for name in set.intersection(*map(set, found)):
         differences = [f"rank {rank}: {each[name]}" for rank, each in enumerate(found) if each[name] != "same"]
-        run["kinds"][name] = {"calls": arguments.calls, "differences": differences}
+        run["kinds"][name] = {"calls": arguments.calls, "tokens": arguments.new_tokens, "differences": differences}
     if failures:
         raise RuntimeError(failures[0])
 
@@ -139,6 +140,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--target", choices=["tiny", "SmolLM2"], default="tiny")
     parser.add_argument("--torchrun", action="store_true", help="starts the processes, in place of fork")
     parser.add_argument("--calls", type=int, default=100, help="of each kind")
+    parser.add_argument("--new-tokens", type=int, default=8, help="of each text")
     parser.add_argument("--minutes", type=float, default=1000, help="after which no further kind is begun")
     parser.add_argument(
         "--lost", type=int, default=0, metavar="TIMES", help="kill and stop a process, in place of calls"

@@ -56,7 +56,6 @@ from specformer.scripts.parts.fewer_layers import keep_layers
 from specformer.scripts.parts.prompts import encode
 
 ROOT = Path(__file__).resolve().parents[1]
-NEW_TOKENS = 16
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
 FIXED = dict(num_assistant_tokens=3)
 
@@ -130,13 +129,14 @@ class World:
     Args:
         folder: for its models.
         size: how many processes there are to be.
+        new_tokens: of each text.
     """
 
     name = "a tiny Llama"
 
-    def __init__(self, folder: Path, size: int):
+    def __init__(self, folder: Path, size: int, new_tokens: int = 16):
         self.folder, self.size = folder, size
-        self.arguments: dict = dict(max_new_tokens=NEW_TOKENS, pad_token_id=0)
+        self.arguments: dict = dict(max_new_tokens=new_tokens, pad_token_id=0)
         self.plain: dict[tuple[str, bool], list] = {}  # texts of one process, by dtype and whether they are sampled
         self.make()
 
@@ -144,7 +144,7 @@ class World:
         self.batch, heads = ragged_batch(), max(self.size, 2)
         target = llama(num_key_value_heads=heads)
         target.generation_config.eos_token_id = None
-        free = target.generate(**self.batch, max_new_tokens=NEW_TOKENS, do_sample=False)
+        free = target.generate(**self.batch, **self.arguments, do_sample=False)
         target.generation_config.eos_token_id = choose_eos(free, self.batch["input_ids"].shape[1])
         target.save_pretrained(self.folder / "target")
         self.assistant = llama(num_key_value_heads=heads)
@@ -418,7 +418,7 @@ SCENARIOS: dict[str, tuple[Callable[..., None], float]] = {
 """What each rank does, and the seconds that a rank waits for another one."""
 
 
-def ranks_of_torchrun(make: type[World], folder: Path, timeout: timedelta) -> Rank:
+def ranks_of_torchrun(make: Callable[[Path, int], World], folder: Path, timeout: timedelta) -> Rank:
     """This process, one of those that torchrun has started: each has its own copy of the same models."""
     distributed.init_process_group("gloo", timeout=timeout)
     rank = distributed.get_rank()
@@ -426,7 +426,7 @@ def ranks_of_torchrun(make: type[World], folder: Path, timeout: timedelta) -> Ra
     return Rank(make(own, distributed.get_world_size()), rank, folder)
 
 
-def ranks_by_fork(make: type[World], size: int, folder: Path, timeout: timedelta) -> Rank:
+def ranks_by_fork(make: Callable[[Path, int], World], size: int, folder: Path, timeout: timedelta) -> Rank:
     world = make(folder, size)
     number = next((number for number in range(1, size) if os.fork() == 0), 0)
     os.environ.update(RANK=str(number), LOCAL_RANK=str(number), WORLD_SIZE=str(size))
@@ -435,12 +435,12 @@ def ranks_by_fork(make: type[World], size: int, folder: Path, timeout: timedelta
     return Rank(world, number, folder)
 
 
-def run(scenario: str, size: int, folder: Path, target: str = "tiny", **options) -> None:
+def run(scenario: str, size: int, folder: Path, target: str = "tiny", new_tokens: int = 16, **options) -> None:
     torch.set_num_threads(1)
     disable_progress_bar()
     prompt_groups.PASS_ON_CPU = 3  # the short prompts are read in several groups, as long ones are
     act, seconds = SCENARIOS[scenario]
-    make, timeout = WORLDS[target], timedelta(seconds=seconds)
+    make, timeout = partial(WORLDS[target], new_tokens=new_tokens), timedelta(seconds=seconds)
     is_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
     rank = ranks_of_torchrun(make, folder, timeout) if is_torchrun else ranks_by_fork(make, size, folder, timeout)
     try:

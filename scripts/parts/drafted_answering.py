@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator
 from contextlib import ExitStack
-from dataclasses import replace
 from time import perf_counter
 from typing import Any
 
@@ -92,14 +91,10 @@ class Joined:
         """Go on by what the target has said, logits (B, k + 1, V) after the `drafts` (B, k) of the whole batch: how
         many tokens each row got (R,), and for the host how many of them were drafted. Of a `tree`, of the whole batch
         too, also the places that the target's tokens go through, (R, depth + 1)."""
-        drafts, drafted = self.own(drafts), None
-        if tree is not None:
-            parts = {name: self.own(getattr(tree, name)) for name in ("tokens", "parents", "depths", "ancestors")}
-            tree = replace(tree, **parts)
-            drafted = tree.drafted()
+        drafts, tree = self.own(drafts), None if tree is None else tree.rows(self.own)
         tokens, accepted, path = self.choice.of_target(self.own(logits), drafts, tree)
-        drafted = count_drafted(drafts) if drafted is None else drafted
-        counts, outcome, drafted = self.text.append(tokens, accepted, drafted)
+        in_all = count_drafted(drafts) if tree is None else tree.drafted()
+        counts, outcome, drafted = self.text.append(tokens, accepted, in_all)
         self.statistics.count(self.text.rows, tokens.shape[1] - 1, drafted, outcome, is_prompt=False)
         self.taken = tokens, counts
         return counts, outcome, path
@@ -159,8 +154,9 @@ class DraftedAnswering(Answering):
     ):
         super().__init__(target, batch_size, settings["max_new_tokens"], seed=seed)
         drafting = dict(drafting or {})
-        amounts = [drafting.pop(name, None) for name in ("num_assistant_tokens", "tree_size")]
-        self.drafts = DraftSettings.of_call(target, drafter, *amounts, CallSettings(drafting, target.generation_config))
+        length, tree_size = (drafting.pop(name, None) for name in ("num_assistant_tokens", "tree_size"))
+        settings_left = CallSettings(drafting, target.generation_config)
+        self.drafts = DraftSettings.of_call(target, drafter, length, tree_size, settings_left)
         self.settings, self.groups = settings, list[Joined]()
         self.draft_length: DraftLength | None = None
         self.reads_text: bool | None = None  # whether a processor does, and so would read padding
@@ -247,7 +243,7 @@ class DraftedAnswering(Answering):
             places, here = group.running()
             of_group, of_rows, path_of_group = group.take(logits, drafts, tree)
             counts[places] = of_group[here]
-            if path is not None:
+            if path is not None and path_of_group is not None:
                 path[places] = path_of_group[here]
             outcome += [of_rows[row] for row in here]
             order += places

@@ -137,7 +137,7 @@ def main(arguments: argparse.Namespace) -> int:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--target", choices=["tiny", "SmolLM2"], default="tiny")
+    parser.add_argument("--target", choices=["tiny", "MTP", "SmolLM2"], default="tiny")
     parser.add_argument("--torchrun", action="store_true", help="starts the processes, in place of fork")
     parser.add_argument("--calls", type=int, default=100, help="of each kind")
     parser.add_argument("--new-tokens", type=int, default=8, help="of each text")

@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreT
 
 from specformer import SpecFormerConfig, SpecFormerModel
 from specformer import generate as generate_drafted
+from specformer.generation.cache_ragged import RaggedCache
 from specformer.scripts import distill, generate
 from specformer.scripts.parts.answer_folder import AnswerFolder
 from specformer.scripts.parts.answering import Answer, Answering
@@ -144,6 +145,8 @@ def test_sampled_answers_depend_on_prompt_and_seed_alone(target):
         expected[index] = text[0, ids.shape[1] :].tolist()
     assert answer_all(target, 4, SAMPLED, drafter, {"num_assistant_tokens": 3}, some) == expected
     assert answer_all(target, 9, SAMPLED, target, {"num_assistant_tokens": 4}, some[::-1]) == expected
+    trees = {"num_assistant_tokens": 3, "tree_size": 8}
+    assert answer_all(target, 5, SAMPLED, drafter, trees, some) == expected
 
 
 @pytest.mark.one_version
@@ -153,18 +156,22 @@ def test_sampled_answers_depend_on_prompt_and_seed_alone(target):
         "places that were dropped",
         pytest.param("another row's logits", marks=SLOW),
         pytest.param("another row's place", marks=SLOW),
+        "paths that are not followed",
     ],
 )
 def test_a_planted_fault_is_found(fault: str, target, expected, monkeypatch):
-    begin = DraftedAnswering._begin
-    if fault == "another row's logits":
+    begin, drafts = DraftedAnswering._begin, (target, {"num_assistant_tokens": 3})
+    if fault == "paths that are not followed":  # of trees
+        monkeypatch.setattr(RaggedCache, "follow", lambda self, path: None)
+        drafts = drafter_of(target), {"num_assistant_tokens": 4, "tree_size": 30}
+    elif fault == "another row's logits":
         monkeypatch.setattr(Joined, "own", lambda self, values: values[: len(self.places)])
     elif fault == "another row's place":
         monkeypatch.setattr(DraftedAnswering, "_begin", lambda self, group, places: begin(self, group, places[::-1]))
     else:
         monkeypatch.setattr(DraftedAnswering, "_drop", Answering._drop)
     with pytest.raises((AssertionError, IndexError, RuntimeError)):
-        assert answer_all(target, 5, GREEDY, target, {"num_assistant_tokens": 3}) == expected
+        assert answer_all(target, 5, GREEDY, *drafts) == expected
 
 
 def test_drafts_save_passes(target):

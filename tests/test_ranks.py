@@ -103,6 +103,12 @@ def test_many_calls_of_each_kind_beside_a_slow_rank(size: int, tmp_path: Path):
 
 
 @pytest.mark.slow
+def test_the_targets_own_layer(tmp_path: Path):
+    for found in world("many calls", 2, tmp_path, 600, target="MTP", calls=4):
+        assert_same(found, kinds=4)
+
+
+@pytest.mark.slow
 @pytest.mark.real
 @pytest.mark.parametrize("size", [2, 3])
 def test_a_real_target(size: int, real_target, tmp_path: Path):

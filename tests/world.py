@@ -132,8 +132,6 @@ class World:
         new_tokens: of each text.
     """
 
-    name = "a tiny Llama"
-
     def __init__(self, folder: Path, size: int, new_tokens: int = 16):
         self.folder, self.size = folder, size
         self.arguments: dict = dict(max_new_tokens=new_tokens, pad_token_id=0)
@@ -164,9 +162,12 @@ class World:
             for do_sample in (False, True):
                 self.plain[name, do_sample] = texts(target.to(dtype), self.batch, **self.arguments, do_sample=do_sample)
 
+    def loaded(self, target):
+        return target
+
     def ways(self) -> dict[str, tuple[dict, tuple[str, ...]]]:
         """How the target is divided, and which kinds draft; none named: all."""
-        few = ("SpecFormer", "assistant")
+        few = ("SpecFormer", "assistant") if type(self) is World else ()
         found = {"tensor parallel": (dict(tp_size=self.size), ()), "FSDP2": (dict(fsdp_size=self.size), few)}
         if self.size > 2 and hasattr(DistributedConfig, "dp_replicate_size"):  # a transformers that does both at once
             found["both"] = dict(tp_size=self.size // 2, fsdp_size=2), few
@@ -175,8 +176,6 @@ class World:
 
 class RealWorld(World):
     """SmolLM2-135M-Instruct, and what drafts for it. Its 3 key and value heads are for 3 processes, or not divided."""
-
-    name = "SmolLM2-135M-Instruct"
 
     def make(self) -> None:
         (self.folder / "target").symlink_to(fetch_target())
@@ -193,7 +192,23 @@ class RealWorld(World):
         return {"FSDP2": (dict(fsdp_size=self.size), ())}
 
 
-WORLDS = {"tiny": World, "SmolLM2": RealWorld}
+class MtpWorld(World):
+    """A tiny GLM-4.5, which has experts, and a layer for multi-token prediction."""
+
+    def make(self) -> None:
+        from test_mtp import target_with_layer
+
+        target, self.layer, self.batch, eos = target_with_layer("GLM-4.5")
+        target.generation_config.eos_token_id = eos
+        target.save_pretrained(self.folder / "target")
+        self.note_plain(target)
+
+    def loaded(self, target):
+        target.set_experts_implementation("eager")  # the grouped kernels do not take float64
+        return target
+
+
+WORLDS = {"tiny": World, "SmolLM2": RealWorld, "MTP": MtpWorld}
 
 
 class Rank:
@@ -217,7 +232,8 @@ class Rank:
     def load(self, dtype: str = "float64", name: str = "target", **sizes):
         config = DistributedConfig(**sizes)
         folder = self.world.folder / name
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype], distributed_config=config).eval()
+        target = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype], distributed_config=config)
+        return self.world.loaded(target.eval())
 
     def text(self, target, drafter, do_sample: bool = False, batch: dict | None = None, **arguments) -> list:
         torch.manual_seed(3 + self.rank)  # of the others nothing is to be seen
@@ -300,6 +316,14 @@ def real_drafters(rank: Rank) -> dict[str, tuple]:
     }
 
 
+def all_drafters(rank: Rank) -> dict[str, tuple]:
+    if isinstance(rank.world, RealWorld):
+        return real_drafters(rank)
+    if isinstance(rank.world, MtpWorld):
+        return {"MTP": (rank.world.layer, {})}
+    return {**drafters(rank), **further_drafters(rank)}
+
+
 def quick(rank: Rank) -> None:
     size, world = rank.size, rank.world
     shared, some = rank.load(tp_size=size), drafters(rank)
@@ -378,7 +402,7 @@ def many_calls(rank: Rank, calls: int = 100, seconds: float = 1e9, skipped: tupl
 
         decoding.verify = slowly
     began = time.monotonic()
-    kinds = real_drafters(rank) if isinstance(rank.world, RealWorld) else {**drafters(rank), **further_drafters(rank)}
+    kinds = all_drafters(rank)
     for (way, (sizes, few)), dtype in itertools.product(rank.world.ways().items(), DTYPES):
         wanted = {f"{way}, {dtype}: {kind}": kind for kind in few or kinds}
         wanted = {name: kind for name, kind in wanted.items() if name not in skipped}
@@ -438,7 +462,8 @@ def ranks_by_fork(make: Callable[[Path, int], World], size: int, folder: Path, t
 def run(scenario: str, size: int, folder: Path, target: str = "tiny", new_tokens: int = 16, **options) -> None:
     torch.set_num_threads(1)
     disable_progress_bar()
-    prompt_groups.PASS_ON_CPU = 3  # the short prompts are read in several groups, as long ones are
+    if scenario == "quick":
+        prompt_groups.PASS_ON_CPU = 3  # the short prompts are read in several groups, as long ones are
     act, seconds = SCENARIOS[scenario]
     make, timeout = partial(WORLDS[target], new_tokens=new_tokens), timedelta(seconds=seconds)
     is_torchrun = "TORCHELASTIC_RUN_ID" in os.environ

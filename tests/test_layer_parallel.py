@@ -167,6 +167,45 @@ def test_layers_that_hardly_change_their_input_draft_what_the_assistant_drafts()
     assert rates[0] > 0.9 and rates[1] > rates[0] - 0.07
 
 
+# ---- divided among processes: test_ranks.py has several
+
+
+class AsOneOf:
+    """In the place of `Ranks`: one of so many processes, whose results are those of all."""
+
+    share, device = 0, torch.device("cpu")
+
+    def __init__(self, share_of: int):
+        self.share_of = share_of
+
+    def total(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in ("gemma3", "gpt2") else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
+)
+def test_attention_that_is_computed_where_its_group_begins(name: str, monkeypatch):
+    """Where a single process has to compute all of it, drafts are the same; where it has half, they are others, but of
+    groups whose layers have different masks."""
+    target, batch, eos = meaningful_target(name)
+    assistant = make_target(name, seed=3)
+    (group,) = LayerParallel(assistant, 4).groups
+    arguments = dict(eos_token_id=eos, max_new_tokens=10)
+    reference = plain(target, batch, **arguments)
+
+    def drafts(ranks: AsOneOf | None) -> list:
+        with monkeypatch.context() as patch:
+            patch.setattr(layer_parallel, "ranks_of", lambda model: ranks if model is target else None)
+            return rounds_of(patch, target, batch, LayerParallel(assistant, 4), reference, **arguments)[0]
+
+    alone = drafts(None)
+    assert len(alone) > 2
+    assert drafts(AsOneOf(1)) == alone
+    assert (drafts(AsOneOf(2)) == alone) == (group.members[0].kind != group.members[1].kind)
+    assert not any("forward" in vars(module) for module in assistant.modules())
+
+
 # ---- texts
 
 

@@ -435,7 +435,7 @@ def lost(rank: Rank, how: signal.Signals, number: int = 5) -> None:
 
 SCENARIOS: dict[str, tuple[Callable[..., None], float]] = {
     "quick": (quick, 60),
-    "many calls": (many_calls, 600),
+    "many calls": (many_calls, 7200),
     "killed": (partial(lost, how=signal.SIGKILL), 60),
     "stopped": (partial(lost, how=signal.SIGSTOP), 10),
 }

@@ -79,7 +79,8 @@ def calls_of_each_kind(arguments: argparse.Namespace, run: dict) -> None:
     Raises:
         RuntimeError: a process failed. What was found before is there.
     """
-    known = [name for name, kind in run["kinds"].items() if not kind["differences"]]
+    wanted = arguments.calls
+    known = [name for name, kind in run["kinds"].items() if kind["calls"] >= wanted and not kind["differences"]]
     seconds = 60.0 * arguments.minutes
     options: dict = {name: getattr(arguments, name) for name in ("target", "new_tokens", "calls")}
     options |= {"seconds": seconds, "skipped": known}

@@ -205,6 +205,7 @@ class MtpWorld(World):
 
     def loaded(self, target):
         target.set_experts_implementation("eager")  # the grouped kernels do not take float64
+        self.layer.to(target.dtype)
         return target
 
 

@@ -90,20 +90,22 @@ class Joined:
     ) -> tuple[torch.Tensor, list[tuple[int, int]], torch.Tensor | None]:
         """Go on by what the target has said, logits (B, k + 1, V) after the `drafts` (B, k) of the whole batch: how
         many tokens each row got (R,), and for the host how many of them were drafted. Of a `tree`, of the whole batch
-        too, also the places that the target's tokens go through, (R, depth + 1)."""
+        too, also the places that the target's tokens go through, (R, depth + 1) or fewer."""
         drafts, tree = self.own(drafts), None if tree is None else tree.rows(self.own)
         tokens, accepted, path = self.choice.of_target(self.own(logits), drafts, tree)
         in_all = count_drafted(drafts) if tree is None else tree.drafted()
         counts, outcome, drafted = self.text.append(tokens, accepted, in_all)
-        self.statistics.count(self.text.rows, tokens.shape[1] - 1, drafted, outcome, is_prompt=False)
+        deepest = drafts.shape[1] if tree is None else tree.depth
+        self.statistics.count(self.text.rows, deepest, drafted, outcome, is_prompt=False)
         self.taken = tokens, counts
         return counts, outcome, path
 
     def update(self, logits: torch.Tensor, states: torch.Tensor | None) -> None:
         """Tell the drafter what was taken: logits and states of the whole batch, (B, k + 1, V) and (B, k + 1, S, d),
         of trees at the places of the path."""
-        seen = self.own(logits) if self.drafter.reads_logits else None
-        states = None if states is None else self.own(states)
+        width = self.taken[0].shape[1]  # of a tree the rows of others may have gone further
+        seen = self.own(logits)[:, :width] if self.drafter.reads_logits else None
+        states = None if states is None else self.own(states)[:, :width]
         self.drafter.update(Verified(*self.taken, longest_read(self.text, self.call.layout), states, seen))
         self.choice.rule.forget_before(min(self.text.running_lengths()))
 
@@ -244,7 +246,8 @@ class DraftedAnswering(Answering):
             of_group, of_rows, path_of_group = group.take(logits, drafts, tree)
             counts[places] = of_group[here]
             if path is not None and path_of_group is not None:
-                path[places] = path_of_group[here]
+                path[places] = path_of_group[here][:, -1:]  # it stays there where others go further
+                path[places, : path_of_group.shape[1]] = path_of_group[here]
             outcome += [of_rows[row] for row in here]
             order += places
             for place, row in zip(places, here, strict=True):

@@ -21,7 +21,7 @@ from .drafter import Drafter, Prompts, Verified
 from .prompt import PromptLayout
 from .proposal import count_drafted, to_verify
 from .proposal_tree import DraftTree, along
-from .ranks import decided, told
+from .ranks import decided_numbers, told
 from .target import prefill, verify
 from .target_positions import positions_in_table
 from .target_states import StateReader
@@ -71,17 +71,17 @@ def decode(
                 cache.select_rows(kept, longest)
                 drafter.select_rows(kept, longest)
             started = perf_counter()
-            wanted = decided(draft_length.next, len(text.rows))
+            wanted, tree_size = decided_numbers(2, partial(draft_length.amounts, len(text.rows)))
             k = round_draft_length(min(wanted, draft_length.most), min(text.running_lengths()), text.stops.limit)
             if table is not None:
                 k = max(0, min(k, table - 1 - longest_read(text, layout)))
             drafts, tree, sources = input_ids.new_empty(len(text.rows), 0), None, None
             if k and text.stops.in_step.may_draft():
-                if draft_length.tree_size:
+                if tree_size:
                     proposal = drafter.propose_tree(k, wanted, choice.chances)
                 else:
                     proposal = drafter.propose(k, choice.for_drafter)
-                proposal = choice.checked(proposal, drafter, k, draft_length.tree_size)
+                proposal = choice.checked(proposal, drafter, k, tree_size)
                 keep = partial(draft_length.keep, proposal, text.device_idle, started)
                 proposal = to_verify(proposal, keep)
                 sources = proposal.sources

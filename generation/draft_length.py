@@ -30,6 +30,10 @@ class DraftLength:
         """Tokens to draft in the next round, whose pass carries `num_rows` rows."""
         return self.tree_size or self.most
 
+    def amounts(self, num_rows: int) -> list[int]:
+        """The same, and `tree_size`, which may be another one in each round."""
+        return [self.next(num_rows), self.tree_size]
+
     def keep(self, proposal: Proposal, idle: torch.Tensor, started: float) -> int:
         """How many of the drafts (R, k) to verify.
 

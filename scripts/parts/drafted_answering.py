@@ -274,8 +274,8 @@ class DraftedAnswering(Answering):
         running = [group.running() for group in self.groups]
         for group, (places, here) in zip(self.groups, running, strict=True):
             newest[places], idle[places] = group.text.last_tokens()[here], False
-        wanted = self.draft_length.next(batch_size)
-        tree_size, deepest = wanted if self.draft_length.tree_size else 0, min(wanted, self.draft_length.most)
+        wanted, largest = self.draft_length.amounts(batch_size)
+        tree_size, deepest = wanted if largest else 0, min(wanted, self.draft_length.most)
         if (table := positions_in_table(self.target)) is not None:
             deepest = max(0, min(deepest, table - 1 - self._longest()))
         lengths = [group.room(deepest) for group in self.groups]

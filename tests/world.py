@@ -445,10 +445,11 @@ SCENARIOS: dict[str, tuple[Callable[..., None], float]] = {
 
 def ranks_of_torchrun(make: Callable[[Path, int], World], folder: Path, timeout: timedelta) -> Rank:
     """This process, one of those that torchrun has started: each has its own copy of the same models."""
-    distributed.init_process_group("gloo", timeout=timeout)
-    rank = distributed.get_rank()
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     (own := folder / f"models of rank {rank}").mkdir()
-    return Rank(make(own, distributed.get_world_size()), rank, folder)
+    world = make(own, size)  # among several processes, the first one alone would save its models
+    distributed.init_process_group("gloo", timeout=timeout)
+    return Rank(world, rank, folder)
 
 
 def ranks_by_fork(make: Callable[[Path, int], World], size: int, folder: Path, timeout: timedelta) -> Rank:

@@ -167,7 +167,7 @@ class World:
 
     def ways(self) -> dict[str, tuple[dict, tuple[str, ...]]]:
         """How the target is divided, and which kinds draft; none named: all."""
-        few = ("SpecFormer", "assistant") if type(self) is World else ()
+        few = ("SpecFormer", "assistant")
         found = {"tensor parallel": (dict(tp_size=self.size), ()), "FSDP2": (dict(fsdp_size=self.size), few)}
         if self.size > 2 and hasattr(DistributedConfig, "dp_replicate_size"):  # a transformers that does both at once
             found["both"] = dict(tp_size=self.size // 2, fsdp_size=2), few
@@ -202,6 +202,11 @@ class MtpWorld(World):
         target.generation_config.eos_token_id = eos
         target.save_pretrained(self.folder / "target")
         self.note_plain(target)
+
+    def ways(self) -> dict[str, tuple[dict, tuple[str, ...]]]:
+        return {
+            "tensor parallel": (dict(tp_size=self.size), ())
+        }  # its routers are in float32, which FSDP2 does not take
 
     def loaded(self, target):
         target.set_experts_implementation("eager")  # the grouped kernels do not take float64

@@ -395,7 +395,7 @@ def hybrid_section() -> str:
     return section(
         *hybrid_cost.table(result["rounds"]),
         "",
-        f"Random weights, million parameters: {sizes}; {regime['dtype']}, greedy, prompts of {regime['context']} tokens, "
+        f"Random weights, million parameters: {sizes}; {regime['dtype']}, greedy, prompts of {regime['context']}, "
         f"medians of {regime['repeats']} rounds of each kind in turn and {2 * regime['repeats']} plain steps; "
         f"{machine_of(result)}, {software_of(result)}, {result['date']}.",
     )

@@ -155,6 +155,7 @@ OVERRIDES: dict[str, dict] = {
     "MellumForCausalLM": dict(layer_types=HALF),
     "Llama4ForCausalLM": dict(moe_layers=[1, 3]),
     "MllamaForCausalLM": dict(cross_attention_layers=[1]),
+    "MiniMaxForCausalLM": dict(sliding_window=None),  # as in the real one
     "MiniMaxM3VLForCausalLM": dict(layer_types=["full_attention", "minimax_m3_sparse"] * 2),
     "NemotronForCausalLM": dict(rope_parameters=dict(rope_type="default", rope_theta=1e4, partial_rotary_factor=0.5)),
     "Qwen3_5MoeForCausalLM": dict(num_experts=8),  # a text in which something stands twice, so that copies are right

@@ -75,7 +75,7 @@ TARGETS = {
     ),
     "Qwen3.5-0.8B": ("Qwen3_5TextConfig", dict(QWEN, **RULE)),
 }
-WARM_UP = 2
+WARM_UP = 1
 """Turns of a call that are not counted, in which weights are packed and kernels loaded."""
 
 
@@ -104,10 +104,10 @@ class Turns(Drafter):
         self.max_draft_tokens, self.vocab_size, self.seconds = max(drafted), vocab_size, seconds
         self.turns = [(k, shares) for shares in (True, False) for k in drafted if k or shares]
         self.rounds: defaultdict[tuple[int, bool], list[tuple[float, Counter]]] = defaultdict(list)
-        self.shares_products = True
+        self.turn, self.shares_products = None, True
 
     def begin(self, prompts: Prompts) -> None:
-        self.num_rows, self.next, self.turn, self.is_whole = len(prompts.input_ids), cycle(self.turns), None, True
+        self.num_rows, self.next, self.is_whole = len(prompts.input_ids), cycle(self.turns), True
 
     def propose(self, num_tokens: int, choose) -> Proposal:
         now = time.perf_counter()

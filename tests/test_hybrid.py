@@ -21,7 +21,8 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from specformer import SpecFormerConfig, SpecFormerModel, generate
-from specformer.generation import backend_shared_products, target_mixers, target_probe
+from specformer.generation import backend_shared_products, decoding, draft_length_auto, target_mixers, target_probe
+from specformer.generation import generate as entry
 from specformer.generation.cache_ragged import RaggedCache
 from specformer.generation.cache_states import StateLayer
 from specformer.generation.target import prefill, prompt_arguments, prompt_layout, verify
@@ -204,6 +205,40 @@ def test_recorded_passes(name: str, monkeypatch):
     reference = plain(target, batch, **arguments)
     check(target, batch, reference, oracle(reference, batch, "sometimes", eos), 4, **arguments, cuda_graphs=True)
     assert tapes.replayed > tapes.recorded > 0
+
+
+@pytest.mark.parametrize(("of_a_state", "drafts"), [(0.0, True), (1.0, False)])
+def test_auto_knows_what_rounds_cost_with_states(of_a_state: float, drafts: bool, monkeypatch):
+    """A clock on which a pass takes a second, and each state of a token so many more."""
+    target, batch, _ = hybrid("Qwen3NextForCausalLM")
+    arguments = dict(max_new_tokens=60, eos_token_id=None)
+    reference = plain(target, batch, **arguments)
+    drafter, now, lengths = oracle(reference, batch, "sometimes", None), [0.0], []
+    drafter.default_num_assistant_tokens = 2
+    remember, verify, decode = StateLayer.remember, decoding.verify, entry.decode
+
+    def slowly_remember(self, names, tokens):
+        now[0] += of_a_state
+        remember(self, names, tokens)
+
+    def slowly_verify(*arguments):
+        now[0] += 1
+        return verify(*arguments)
+
+    probe_target(target)
+    monkeypatch.setattr(StateLayer, "remember", slowly_remember)
+    monkeypatch.setattr(decoding, "verify", slowly_verify)
+    for module in (decoding, draft_length_auto):
+        monkeypatch.setattr(module, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(entry, "decode", lambda *args: lengths.append(args[6]) or decode(*args))
+    statistics = check(target, batch, reference, drafter, "auto", **arguments)
+    states = len(read_prompts(target, batch).mixers.states_of)
+    times = lengths[0].experience.passes.known()
+    assert states > 1 and len(times) > 2
+    for (_, k), seconds in times.items():
+        assert seconds == pytest.approx(1 + of_a_state * states * (k + 1))
+    assert (statistics.rounds_per_length.get(0, 0) < 0.4 * statistics.rounds) is drafts, statistics.rounds_per_length
+    assert (statistics.tokens_per_pass > 2) is drafts
 
 
 class Pair(torch.nn.Module):

@@ -218,11 +218,9 @@ def table(rounds: list[dict]) -> list[str]:
     """Markdown: one line per target and batch size, with the break-even of each number of drafts."""
     numbers = sorted({each["drafted"] for each in rounds})
     most = numbers[-1]
-    lines = [
-        f"| target | rows | plain step, ms | {' | '.join(f'{k} drafts' for k in numbers)} | in modules with states, at "
-        f"{most} | in their states | {most} drafts, weights read per token |",
-        "|---" * (len(numbers) + 6) + "|",
-    ]
+    titles = ["target", "rows", "plain step, ms", *("1 draft" if k == 1 else f"{k} drafts" for k in numbers)]
+    titles += [f"in modules with states, at {most}", "in their states", f"{most} drafts, weights read per token"]
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     by_place: defaultdict[tuple[str, int], dict[int, dict]] = defaultdict(dict)
     for each in rounds:
         by_place[each["target"], each["batch_size"]][each["drafted"]] = each

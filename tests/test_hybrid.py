@@ -10,13 +10,14 @@ from types import SimpleNamespace
 import census
 import pytest
 import torch
+import transformers
 from exactness import check, oracle, plain
 from hybrids import INSTALLED, NEW_TOKENS, hybrid
 from shrunken import make_target, tiny_config
 from tape import use_tapes
 from test_exactness import SAMPLING, SETTINGS
 from test_stopping import TOKENIZER
-from tiny import EOS, PAD, VOCAB
+from tiny import EOS, PAD, VOCAB, ragged_batch
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
@@ -26,7 +27,7 @@ from specformer.generation import generate as entry
 from specformer.generation.cache_ragged import RaggedCache
 from specformer.generation.cache_states import StateLayer
 from specformer.generation.target import prefill, prompt_arguments, prompt_layout, verify
-from specformer.generation.target_mixers import Mixers, WatchedCache, keeps_states, mixers_by_token
+from specformer.generation.target_mixers import Mixers, WatchedCache, keeps_states, mixers_by_token, takes_any_cache
 from specformer.generation.target_probe import probe_target
 from specformer.generation.target_refusals import UnsupportedTargetError
 
@@ -99,7 +100,8 @@ def in_float32(target):
 def test_float32_prompts_in_chunks_and_stop_strings(name: str):
     target, batch, _ = hybrid(name)
     ways: list[dict] = [with_stop_strings(target, batch)]
-    if read_prompts(target, batch).ragged_layers:  # plain generate() has no chunks where all layers keep states
+    # plain generate() has no chunks where all layers keep states, and where a model makes a cache of its own class
+    if read_prompts(target, batch).ragged_layers and takes_any_cache(target):
         ways.append(dict(prefill_chunk_size=4))
     for arguments in ways:
         arguments = dict(arguments, max_new_tokens=NEW_TOKENS)
@@ -446,6 +448,14 @@ def test_states_outside_of_the_cache_are_refused():
     target = make_target("RecurrentGemmaForCausalLM", torch.float64, 0, 0.15)
     with pytest.raises(UnsupportedTargetError, match="keeps its states elsewhere than in its cache"):
         probe_target(target)
+
+
+def test_a_window_in_layers_that_are_called_full_is_refused():
+    """As MiniMax's code has it, unlike that of others."""
+    config = tiny_config("MiniMaxForCausalLM")
+    config.sliding_window = 5
+    with pytest.raises(UnsupportedTargetError, match="a sliding window in layers that its config calls full attention"):
+        generate(transformers.MiniMaxForCausalLM(config), **ragged_batch(), prompt_lookup_num_tokens=2)
 
 
 @pytest.mark.slow

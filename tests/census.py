@@ -441,6 +441,7 @@ def page_of(result: dict) -> str:
             STATES.format(
                 number=len(with_states),
                 exact=count(entries, "copies", EXACT),
+                others=count(entries, "copies", EXACT) - len(with_states),
                 names=", ".join(with_states),
                 elsewhere=", ".join(elsewhere),
             ),
@@ -506,10 +507,14 @@ refused before they are encoded. `tests/test_multimodal.py` tries some of them w
 network.
 """
 STATES = """\
-Recurrent or convolutional ones, in all layers or in some. {number} of the {exact} exact classes have them:
-{names}. `tests/test_hybrid.py` has each of them with drafters that are never, always, sometimes and adversarially
-right, 1 to 8 drafts, greedily and sampling, with EOS tokens and stop strings, in float64 and float32, and shows that
-states after one token too many or too few, of another row, or of an old window are found. How a pass reads them:
+Recurrent or convolutional ones, in all layers or in some. {number} of the {exact} exact classes have them; without
+them it would be {others}:
+
+{names}.
+
+`tests/test_hybrid.py` has each of them with drafters that are never, always, sometimes and adversarially right, 1 to 8
+drafts, greedily and sampling, with EOS tokens and stop strings, in float64 and float32, and shows that states after one
+token too many or too few, of another row, or of an old window are found. How a pass reads them:
 [lossless.md](lossless.md#targets); what that costs: [benchmarks.md](benchmarks.md#targets-that-keep-states).
 
 Refused are those that keep them elsewhere than in a cache of transformers: {elsewhere}.

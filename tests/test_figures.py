@@ -202,8 +202,8 @@ FIGURES: dict[str, list[tuple[str, Callable[[], tuple]]]] = {
             faster_in_the_later_run,
         ),
         (
-            "takes {:.1f} plain steps with the sizes of LFM2-350M and {:.1f} with those of Qwen3.5-0.8B, for eight "
-            "rows {:.1f} and {:.1f}.",
+            "takes {:.1f} plain steps with the sizes of LFM2-350M and {:.1f} with those of Qwen, for eight rows "
+            "{:.1f} and {:.1f}.",
             rounds_with_states,
         ),
         ("{:.1f} to {:.1f} times in the turns of batch 32", lambda: spread("benchmark_cpu", 32)),

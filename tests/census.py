@@ -504,7 +504,7 @@ IMAGES = """\
 What `AutoModelForImageTextToText` makes, and not `AutoModelForCausalLM`: {number} classes, of which {exact} are exact
 and {refused} refused with text alone, drafts being copies; {without} were not built so small. A call with images is
 refused before they are encoded. `tests/test_multimodal.py` tries some of them with other drafters and a SpecFormer
-network.
+network. Some need `timm`, which was not there; one is Gemma3n, whose text model, Gemma3nForCausalLM, is refused.
 """
 STATES = """\
 Recurrent or convolutional ones, in all layers or in some. {number} of the {exact} exact classes have them; without

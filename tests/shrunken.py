@@ -136,7 +136,12 @@ OVERRIDES: dict[str, dict] = {
     ),
     "Gemma3nForCausalLM": GEMMA3N,
     "Gemma3nForConditionalGeneration": {f"text_config.{name}": value for name, value in GEMMA3N.items()},
+    "Cosmos3EdgeForConditionalGeneration": MROPE,
+    "Glm46VForConditionalGeneration": MROPE,
     "Glm4vForConditionalGeneration": MROPE,
+    "Glm5NextForConditionalGeneration": {"text_config.index_topk": 16},
+    "GlmOcrForConditionalGeneration": MROPE,
+    "PaddleOCRVLForConditionalGeneration": MROPE,
     "Qwen2VLForConditionalGeneration": MROPE,
     "Qwen2_5_VLForConditionalGeneration": MROPE,
     "GitForCausalLM": {"vision_config.num_hidden_layers": 3},  # as in the real one, not as many as for text

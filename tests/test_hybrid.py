@@ -79,12 +79,14 @@ def with_stop_strings(target, batch: dict, **sampling) -> dict:
     arguments = dict(sampling, max_new_tokens=NEW_TOKENS)
     text = plain(target, batch, **arguments, eos_token_id=None).sequences
     unused = next(token for token in range(EOS + 1, VOCAB) if token not in text)
-    strings = [TOKENIZER.decode(text[row, place : place + 2]) for row, place in ((1, 14), (3, 20))]
-    stopping = dict(stop_strings=strings, tokenizer=TOKENIZER, eos_token_id=unused)
-    stopped = plain(target, batch, **arguments, **stopping).sequences
-    ends = {row[9:].index(PAD) for row in stopped.tolist() if PAD in row[9:]}
-    assert len(ends) > 1 and len(stopped[0]) == 9 + NEW_TOKENS, (ends, strings)
-    return stopping
+    for early, late in ((14, 20), (16, 22), (12, 25), (18, 28)):
+        strings = [TOKENIZER.decode(text[row, place : place + 2]) for row, place in ((1, early), (3, late))]
+        stopping = dict(stop_strings=strings, tokenizer=TOKENIZER, eos_token_id=unused)
+        stopped = plain(target, batch, **arguments, **stopping).sequences
+        ends = {row[9:].index(PAD) for row in stopped.tolist() if PAD in row[9:]}
+        if len(ends) > 1 and len(stopped[0]) == 9 + NEW_TOKENS:
+            return stopping
+    raise AssertionError(f"no two strings end rows at different places: {text.tolist()}")
 
 
 @contextmanager

@@ -15,10 +15,10 @@ import sys
 import threading
 from collections import defaultdict
 from contextlib import contextmanager, nullcontext
-from functools import cache as cached
 from functools import partial
 from itertools import chain
 from types import SimpleNamespace
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -33,6 +33,9 @@ from .cache_ragged import RaggedCache
 from .cache_states import MiniMaxNames, StateName
 
 
+_takes_any_cache: WeakKeyDictionary = WeakKeyDictionary()  # by the class of a model
+
+
 def keeps_states(model) -> bool:
     """Whether some layers of `model` keep a state in its cache."""
     layers = DynamicCache(config=model.config).layers
@@ -42,14 +45,13 @@ def keeps_states(model) -> bool:
 def takes_any_cache(model) -> bool:
     """Whether `model` takes caches of any class under `use_cache`. MiniMax's code wants one of its own class there, and
     what it asks of that one, the caches here have as well (`MiniMaxNames`)."""
-    return takes_any(type(model))
-
-
-@cached
-def takes_any(kind: type) -> bool:
-    modules = filter(None, (sys.modules.get(base.__module__) for base in kind.__mro__))
-    values = chain.from_iterable(vars(module).values() for module in modules)
-    return not any(isinstance(value, type) and hasattr(value, "set_linear_cache") for value in values)
+    kind = type(model)
+    if kind not in _takes_any_cache:  # each pass asks
+        modules = filter(None, (sys.modules.get(base.__module__) for base in kind.__mro__))
+        values = chain.from_iterable(vars(module).values() for module in modules)
+        own = any(isinstance(value, type) and hasattr(value, "set_linear_cache") for value in values)
+        _takes_any_cache[kind] = not own
+    return _takes_any_cache[kind]
 
 
 def prompt_cache(model) -> DynamicCache:

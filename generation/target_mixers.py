@@ -32,7 +32,6 @@ from .backend_shared_products import SharedProducts
 from .cache_ragged import RaggedCache
 from .cache_states import MiniMaxNames, StateName
 
-
 _takes_any_cache: WeakKeyDictionary = WeakKeyDictionary()  # by the class of a model
 
 

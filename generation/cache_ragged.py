@@ -16,7 +16,7 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from .cache_layers import RaggedLayer, new_layer, positions_held
-from .cache_states import StateLayer
+from .cache_states import MiniMaxNames, StateLayer
 
 KV_LENGTH_STEP = 64
 """What attention sees grows by so many slots: shapes that recur save more than the masked slots cost."""
@@ -35,7 +35,7 @@ class Mixers(Protocol):
     def __call__(self, cache: RaggedCache, mixer: torch.nn.Module, forward: Callable, args: tuple, kwargs: dict): ...
 
 
-class RaggedCache(Cache):
+class RaggedCache(MiniMaxNames):
     """What each layer of a model keeps of the rows' tokens, and one length per row.
 
     A pass goes: `position_ids = cache.prepare(q)`, the forward, then `cache.advance(counts, longest)` with the number

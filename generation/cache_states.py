@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from typing import Protocol
 
 import torch
-from transformers.cache_utils import LinearAttentionLayer
+from transformers.cache_utils import Cache, LinearAttentionCacheLayerMixin, LinearAttentionLayer
 
 StateName = tuple[str, int]
 """The dictionary of `LinearAttentionLayer` that a state is in, and its number there."""
@@ -30,6 +30,18 @@ class RowLengths(Protocol):
 
     lengths: torch.Tensor
     states: int
+
+
+class MiniMaxNames(Cache):
+    """A cache whose states are also got and set by the names that MiniMax's code has for that."""
+
+    def get_linear_cache(self, layer_idx: int) -> torch.Tensor | None:
+        layer = self.layers[layer_idx]
+        assert isinstance(layer, LinearAttentionCacheLayerMixin)  # for others nobody asks
+        return layer.recurrent_states[0]
+
+    def set_linear_cache(self, layer_idx: int, linear_cache: torch.Tensor) -> None:
+        self.update_recurrent_state(linear_cache, layer_idx)
 
 
 class StateLayer(LinearAttentionLayer):

@@ -16,7 +16,15 @@ from .cache_ragged import RaggedCache
 from .prompt import PromptLayout
 from .prompt_groups import tokens_of_a_pass
 from .ranks import decided
-from .target_mixers import Mixers, WatchedCache, as_written, keeps_states, mixers_by_token, prompt_cache
+from .target_mixers import (
+    Mixers,
+    WatchedCache,
+    as_written,
+    keeps_states,
+    mixers_by_token,
+    prompt_cache,
+    takes_any_cache,
+)
 from .target_states import StateReader
 
 FIRST_CAPACITY = 256
@@ -126,8 +134,9 @@ def read_prompts(
     states that `run` reads (N, P, S, d)."""
     width = input_ids.shape[1]
     cut = ("attention_mask", "position_ids", *CACHE_NAMES)
-    kwargs = {key: value for key, value in model_kwargs.items() if key not in cut} | {"use_cache": True}
-    cache = prompt_cache(model)
+    kwargs = {key: value for key, value in model_kwargs.items() if key not in cut}
+    kwargs["use_cache"] = takes_any_cache(model)
+    cache = own = prompt_cache(model)
     states: list[torch.Tensor] = []
     mask, position_ids = model_kwargs.get("attention_mask"), model_kwargs.get("position_ids")
     for start in range(0, width, chunk_size or width):
@@ -147,7 +156,7 @@ def read_prompts(
             states.append(of_chunk)
         # Not the cache that went in: some families start a new one for long prompts.
         cache = cache_of(outputs)
-    if isinstance(cache, WatchedCache) and not cache.states_of:
+    if isinstance(own, WatchedCache) and not own.states_of:
         raise RuntimeError(
             f"{type(model).__name__} keeps its states elsewhere than in its cache, from where rejected tokens cannot "
             "be taken back."
@@ -195,6 +204,10 @@ def read_block(
     places = {"position_ids": position_ids} if "position_ids" in inspect.signature(model.forward).parameters else {}
     with folded_heads(), mixers_by_token(cache):
         outputs, states = run(
-            input_ids=tokens, attention_mask=masks, **places, **cache_argument(model, cache), use_cache=True
+            input_ids=tokens,
+            attention_mask=masks,
+            **places,
+            **cache_argument(model, cache),
+            use_cache=takes_any_cache(model),
         )
     return outputs.logits, states

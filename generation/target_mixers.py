@@ -11,11 +11,14 @@ state are given all tokens at once: those at a mixer's beginning, and the one at
 from __future__ import annotations
 
 import inspect
+import sys
 import threading
 from collections import defaultdict
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from itertools import chain
 from types import SimpleNamespace
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -27,13 +30,27 @@ from .backend_compiled import is_compiled, uncompiled
 from .backend_process import shared
 from .backend_shared_products import SharedProducts
 from .cache_ragged import RaggedCache
-from .cache_states import StateName
+from .cache_states import MiniMaxNames, StateName
+
+_takes_any_cache: WeakKeyDictionary = WeakKeyDictionary()  # by the class of a model
 
 
 def keeps_states(model) -> bool:
     """Whether some layers of `model` keep a state in its cache."""
     layers = DynamicCache(config=model.config).layers
     return any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers)
+
+
+def takes_any_cache(model) -> bool:
+    """Whether `model` takes caches of any class under `use_cache`. MiniMax's code wants one of its own class there, and
+    what it asks of that one, the caches here have as well (`MiniMaxNames`)."""
+    kind = type(model)
+    if kind not in _takes_any_cache:  # each pass asks
+        modules = filter(None, (sys.modules.get(base.__module__) for base in kind.__mro__))
+        values = chain.from_iterable(vars(module).values() for module in modules)
+        own = any(isinstance(value, type) and hasattr(value, "set_linear_cache") for value in values)
+        _takes_any_cache[kind] = not own
+    return _takes_any_cache[kind]
 
 
 def prompt_cache(model) -> DynamicCache:
@@ -46,7 +63,7 @@ def as_written(cache: DynamicCache, model):
     return uncompiled() if isinstance(cache, WatchedCache) and is_compiled(model) else nullcontext()
 
 
-class WatchedCache(DynamicCache):
+class WatchedCache(MiniMaxNames, DynamicCache):
     """The cache of a pass over prompts, which sees which modules keep states in it.
 
     Attributes:

@@ -18,7 +18,6 @@ from functools import partial
 
 import torch
 from torch.nn import functional
-from transformers import DynamicCache
 
 from .backend_graphs import recorded_passes
 from .backend_versions import cache_argument, untested
@@ -28,7 +27,7 @@ from .cache_ragged import KV_LENGTH_STEP, RaggedCache
 from .prompt import PromptLayout
 from .target import prefill, prompt_arguments, read_block, verify
 from .target_attention import attention_of
-from .target_mixers import keeps_states
+from .target_mixers import keeps_states, prompt_cache, takes_any_cache
 from .target_refusals import UnsupportedTargetError, input_device, refuse
 from .target_trials import numbers_anew
 
@@ -141,11 +140,11 @@ def probe_target(model) -> None:
             # as plain generate() numbers them: some families would begin elsewhere by themselves
             places = torch.arange(text.shape[1], device=device)[None]
             whole = run(text, places, use_cache=False)[0, -block:].cpu().double()
-            own_cache = cache_argument(model, DynamicCache(config=model.config))
-            cached = [run(context, places[:, :-block], **own_cache, use_cache=True)]
+            own_cache = cache_argument(model, prompt_cache(model)) | {"use_cache": takes_any_cache(model)}
+            cached = [run(context, places[:, :-block], **own_cache)]
             for read in range(0, block, step):
                 columns = slice(text.shape[1] - block + read, text.shape[1] - block + read + step)
-                cached.append(run(text[:, columns], places[:, columns], **own_cache, use_cache=True))
+                cached.append(run(text[:, columns], places[:, columns], **own_cache))
             last = torch.cat(cached[1:], dim=1)[0].cpu().double()
             own_error = (last - whole).abs().median()
             allowed = 8 * own_error + precision * whole.std()

@@ -15,7 +15,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from .backend_versions import CACHE_NAMES, STATE_LAYERS, cache_name, is_pipelined, keeps_recurrent_state, untested
 from .ranks import is_synchronized
-from .target_mixers import keeps_states
+from .target_mixers import keeps_states, takes_any_cache
 
 
 class UnsupportedTargetError(ValueError):
@@ -102,6 +102,8 @@ def check_target(model) -> None:
         )
     if getattr(config, "alibi", False):
         refuse(model, "it uses ALiBi, whose biases follow the padded columns and not each row's own positions.")
+    if not takes_any_cache(model) and getattr(config, "sliding_window", None):
+        refuse(model, "it has a sliding window in layers that its config calls full attention.")
     strange = {
         type(layer).__name__
         for layer in layers

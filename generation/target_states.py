@@ -90,7 +90,10 @@ def stacked(model, layers: Sequence[int], states: dict[int, torch.Tensor], devic
         RuntimeError: some are missing.
     """
     if missing := [number for number in layers if number not in states]:
-        raise RuntimeError(f"The pass of {type(model).__name__} did not go through its layers {missing}.")
+        raise RuntimeError(
+            f"The pass of {type(model).__name__} did not go through its layers {missing}, whose states are read: some "
+            "models leave out layers for images where there are none. Take a drafter of other target_layer_ids."
+        )
     return torch.stack([states[number].to(device) for number in layers], dim=2)
 
 

@@ -383,6 +383,22 @@ def verifying_section() -> str:
     )
 
 
+def hybrid_section() -> str:
+    """What rounds cost with targets that keep states."""
+    from benchmarks import hybrid_cost  # of a checkout, as the results are
+
+    result = result_of("hybrid_cost_cpu")
+    regime = result["regime"]
+    sizes = ", ".join(f"{name} {number / 1e6:.1f}" for name, number in result["parameters"].items())
+    return section(
+        *hybrid_cost.table(result["rounds"]),
+        "",
+        f"Random weights, million parameters: {sizes}; {regime['dtype']}, greedy, prompts of {regime['context']}, "
+        f"medians of {regime['repeats']} or more rounds of each kind in turn, {2 * regime['repeats']} plain steps; "
+        f"{machine_of(result)}, {software_of(result)}, {result['date']}.",
+    )
+
+
 def before_after_section() -> str:
     """How this version compares with an earlier one."""
     return section(*before_after_lines("before_after"), "", *before_after_lines("before_after_32"))

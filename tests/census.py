@@ -1,4 +1,5 @@
-"""Which causal LM classes of transformers decode exactly as plain generate() does, with which drafter.
+"""Which causal LM classes of transformers decode exactly as plain generate() does, with which drafter, and which
+classes that also read images do so with text alone.
 
     python tests/census.py --output docs/compatibility.md --result benchmarks/results/compatibility.json
 
@@ -23,10 +24,11 @@ from functools import partial
 from itertools import product
 from pathlib import Path
 
+import hybrids
 import torch
 import transformers
 from exactness import Recorder, Reference, plain
-from shrunken import STDS, class_names, make_target, model_types
+from shrunken import STDS, class_names, image_text_names, make_target, model_types
 from tiny import EOS, PAD, VOCAB
 from transformers import PreTrainedModel
 
@@ -292,13 +294,17 @@ def train_one_step(drafter: SpecFormerModel, target: PreTrainedModel) -> None:
     drafter.zero_grad()
 
 
+def with_copies(case: Case) -> Outcome:
+    """What comes of a target with copies, which need no other model."""
+    copies = decoding(case, None, True, prompt_lookup_num_tokens=DRAFTED, max_matching_ngram_size=1)
+    return Outcome(NOT_BUILT, case.trivial) if case.trivial and copies.kind != REFUSED else copies
+
+
 def outcomes_of(case: Case) -> dict[str, Outcome]:
     """What comes of a target, by column."""
-    copies = decoding(case, None, True, prompt_lookup_num_tokens=DRAFTED, max_matching_ngram_size=1)
-    if copies.kind == REFUSED:  # whatever drafts
+    copies = with_copies(case)
+    if copies.kind in (REFUSED, NOT_BUILT):  # whatever drafts
         return dict.fromkeys(COLUMNS, copies)
-    if case.trivial:
-        return dict.fromkeys(COLUMNS, Outcome(NOT_BUILT, case.trivial))
     found = {"copies": copies, "assistant": decoding(case, noisy_copy(case.target), True)}
     drafter: SpecFormerModel | None = None
 
@@ -316,22 +322,23 @@ def outcomes_of(case: Case) -> dict[str, Outcome]:
 
 
 def entry_of(class_name: str) -> dict:
-    """What the result says of a class."""
+    """What the result says of a class; of one that also reads images what comes of text alone, with copies."""
+    is_of_text = class_name in class_names()
     try:
         case = find_case(class_name)
-        outcomes, dtype = outcomes_of(case), str(case.target.dtype).removeprefix("torch.")
+        outcomes = outcomes_of(case) if is_of_text else {"copies": with_copies(case)}
+        dtype = str(case.target.dtype).removeprefix("torch.")
     except NotBuilt as error:
-        outcomes, dtype = dict.fromkeys(COLUMNS, Outcome(NOT_BUILT, str(error))), None
-    return {
-        "model_types": model_types(class_name),
-        "dtype": dtype,
-        **{column: asdict(outcomes[column]) for column in COLUMNS},
-    }
+        outcomes, dtype = dict.fromkeys(COLUMNS if is_of_text else ("copies",), Outcome(NOT_BUILT, str(error))), None
+    tried = {column: asdict(outcome) for column, outcome in outcomes.items()}
+    return {"model_types": model_types(class_name), "dtype": dtype, **tried}
 
 
 def wrong_in(entry: dict) -> list[str]:
     """What may never happen: another text than plain generate()'s, or an error that is no refusal."""
-    return [f"{column}: {entry[column]['why']}" for column in COLUMNS if entry[column]["kind"] in WRONG]
+    return [
+        f"{column}: {entry[column]['why']}" for column in COLUMNS if column in entry and entry[column]["kind"] in WRONG
+    ]
 
 
 # ---- the page
@@ -351,7 +358,7 @@ def by_reason(entries: dict[str, dict], kinds: tuple[str, ...]) -> dict[str, lis
     """The classes behind every reason for outcomes of these kinds, the most frequent reason first."""
     reasons: dict[str, list[str]] = {}
     for name, entry in entries.items():
-        sentences = [entry[key]["why"] for key in COLUMNS if entry[key]["kind"] in kinds]
+        sentences = [entry[key]["why"] for key in COLUMNS if key in entry and entry[key]["kind"] in kinds]
         for why in dict.fromkeys(map(reason_of, sentences) if REFUSED in kinds else sentences):
             reasons.setdefault(why, []).append(name)
     return dict(sorted(reasons.items(), key=lambda item: (-len(item[1]), item[0])))
@@ -367,8 +374,9 @@ def count(entries: dict[str, dict], column: str, *kinds: str) -> int:
 
 def page_of(result: dict) -> str:
     """docs/compatibility.md."""
-    entries, versions = result["classes"], result["versions"]
-    refused, not_built, wrong = (by_reason(entries, kinds) for kinds in ((REFUSED,), (NOT_BUILT,), WRONG))
+    entries, images, versions = result["classes"], result["with_text_alone"], result["versions"]
+    refused, wrong = (by_reason(entries | images, kinds) for kinds in ((REFUSED,), WRONG))
+    not_built = by_reason(entries, (NOT_BUILT,))
 
     def cell(outcome: dict) -> str:
         if outcome["kind"] == REFUSED:
@@ -391,6 +399,19 @@ def page_of(result: dict) -> str:
             ("different or failed", WRONG),
         )
     ]
+    of_images = [
+        f"| {', '.join(f'`{kind}`' for kind in entry['model_types'])} | {name} | {cell(entry['copies'])} |"
+        for name, entry in sorted(images.items(), key=lambda item: item[1]["model_types"])
+        if entry["copies"]["kind"] != NOT_BUILT
+    ]
+    with_states = [name for name in hybrids.WEIGHTS if entries[name]["copies"]["kind"] == EXACT]
+    elsewhere = [
+        name
+        for name, entry in entries.items()
+        if entry["copies"]["kind"] == REFUSED
+        and re.search(r"state of its own|keeps its states", entry["copies"]["why"])
+    ]
+    without = [name for name, entry in images.items() if entry["copies"]["kind"] == NOT_BUILT]
     titles, line = " | ".join(COLUMNS.values()), "|---" * len(COLUMNS)
     return "\n".join(
         [
@@ -414,6 +435,29 @@ def page_of(result: dict) -> str:
             f"| `model_type` | class | {titles} | compared in |",
             f"|---|---{line}|---|",
             *table,
+            "",
+            "## Models that keep states",
+            "",
+            STATES.format(
+                number=len(with_states),
+                exact=count(entries, "copies", EXACT),
+                others=count(entries, "copies", EXACT) - len(with_states),
+                names=", ".join(with_states),
+                elsewhere=", ".join(elsewhere),
+            ),
+            "## Models that also read images, with text alone",
+            "",
+            IMAGES.format(
+                number=len(images),
+                exact=count(images, "copies", EXACT),
+                refused=count(images, "copies", REFUSED),
+                without=len(without),
+            ),
+            "| `model_type` | class | text alone |",
+            "|---|---|---|",
+            *of_images,
+            "",
+            f"Not built: {', '.join(without)}.",
             "",
             "## Why some are refused",
             "",
@@ -448,11 +492,32 @@ those, greedily and sampling with a seed.
 target with noise in its weights. SpecFormer: whether `SpecFormerConfig.from_target_config` knows the model, a drafter
 for it can be trained, and decoding with that drafter is exact.
 
-Models that read images as well, which `AutoModelForImageTextToText` makes, are not in these tables. With text alone
-those of `tests/test_multimodal.py` are exact, Qwen 2 to 3.5 VL, Gemma 3 and 4, Llava and Mllama among them; a call with
-images is refused.
+Models that keep recurrent or convolutional states are among them: those of LFM2, Qwen3-Next, Qwen3.5, Mamba and others
+are exact ([which](#models-that-keep-states)). Models that read images as well have a
+[table of their own](#models-that-also-read-images-with-text-alone).
 
 How the real model's half precision rounds is another matter: see [lossless.md](lossless.md#rounding).
+"""
+
+
+IMAGES = """\
+What `AutoModelForImageTextToText` makes, and not `AutoModelForCausalLM`: {number} classes, of which {exact} are exact
+and {refused} refused with text alone, drafts being copies; {without} were not built so small. A call with images is
+refused before they are encoded. `tests/test_multimodal.py` tries some of them with other drafters and a SpecFormer
+network. Some need `timm`, which was not there; one is Gemma3n, whose text model, Gemma3nForCausalLM, is refused.
+"""
+STATES = """\
+Recurrent or convolutional ones, in all layers or in some. {number} of the {exact} exact classes have them; without
+them it would be {others}:
+
+{names}.
+
+`tests/test_hybrid.py` has each of them with drafters that are never, always, sometimes and adversarially right, 1 to 8
+drafts, greedily and sampling, with EOS tokens and stop strings, in float64 and float32, and shows that states after one
+token too many or too few, of another row, or of an old window are found. How a pass reads them:
+[lossless.md](lossless.md#targets); what that costs: [benchmarks.md](benchmarks.md#targets-that-keep-states).
+
+Refused are those that keep them elsewhere than in a cache of transformers: {elsewhere}.
 """
 
 
@@ -464,7 +529,7 @@ def run(names: list[str], entries: dict[str, dict]) -> None:
     for name in names:
         started = time.perf_counter()
         entries[name] = entry_of(name)
-        kinds = [f"{column} {entries[name][column]['kind']}" for column in COLUMNS]
+        kinds = [f"{column} {entries[name][column]['kind']}" for column in COLUMNS if column in entries[name]]
         print(f"{name}: {', '.join(kinds)} ({time.perf_counter() - started:.1f} s)", file=sys.stderr)
 
 
@@ -472,7 +537,7 @@ def measure(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> N
     """Run the classes that are asked for, and write the result."""
     names = [
         name
-        for name in class_names()
+        for name in [*class_names(), *image_text_names()]
         if arguments.only is None or any(part.lower() in name.lower() for part in arguments.only)
     ]
     if not names:
@@ -485,7 +550,7 @@ def measure(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> N
                 f"{arguments.result} was made with transformers {before['versions']['transformers']}, and this is "
                 f"{transformers.__version__}: run all classes, or name another --result and --output."
             )
-        entries = before["classes"]
+        entries = before["classes"] | before["with_text_alone"]
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
@@ -493,7 +558,9 @@ def measure(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> N
     run(names, entries)
     facts = provenance("tests/census.py")
     facts["command"] = facts["command"].replace(" -m ", " ", 1)
-    result = {**facts, "classes": dict(sorted(entries.items()))}
+    groups = {"classes": class_names(), "with_text_alone": image_text_names()}
+    found = {group: {name: entries[name] for name in names if name in entries} for group, names in groups.items()}
+    result = {**facts, **found}
     arguments.result.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
@@ -508,7 +575,11 @@ def main() -> int:
         measure(arguments, parser)
     result = json.loads(arguments.result.read_text(encoding="utf-8"))
     arguments.output.write_text(page_of(result), encoding="utf-8")
-    wrong = {name: found for name, entry in result["classes"].items() if (found := wrong_in(entry))}
+    wrong = {
+        name: found
+        for name, entry in (result["classes"] | result["with_text_alone"]).items()
+        if (found := wrong_in(entry))
+    }
     for name, found in wrong.items():
         print(f"WRONG {name}: {'; '.join(found)}", file=sys.stderr)
     return 1 if wrong else 0

@@ -27,6 +27,8 @@ WEIGHTS = {
     "KimiLinearForCausalLM": (0.15, 0),
     "BailingHybridForCausalLM": (0.15, 0),
     "LaraMiniForCausalLM": (0.15, 0),
+    # lightning attention
+    "MiniMaxForCausalLM": (0.15, 0),
     # Mamba-2
     "BambaForCausalLM": (0.3, 0),
     "FalconH1ForCausalLM": (0.3, 0),  # in the same layers as attention

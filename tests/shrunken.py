@@ -10,7 +10,10 @@ import torch
 import transformers
 from tiny import BOS, PAD, VOCAB
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 
 NUM_LAYERS = (
     *("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "num_decoder_layers", "num_blocks"),
@@ -133,7 +136,12 @@ OVERRIDES: dict[str, dict] = {
     ),
     "Gemma3nForCausalLM": GEMMA3N,
     "Gemma3nForConditionalGeneration": {f"text_config.{name}": value for name, value in GEMMA3N.items()},
+    "Cosmos3EdgeForConditionalGeneration": MROPE,
+    "Glm46VForConditionalGeneration": MROPE,
     "Glm4vForConditionalGeneration": MROPE,
+    "Glm5NextForConditionalGeneration": {"text_config.index_topk": 16},
+    "GlmOcrForConditionalGeneration": MROPE,
+    "PaddleOCRVLForConditionalGeneration": MROPE,
     "Qwen2VLForConditionalGeneration": MROPE,
     "Qwen2_5_VLForConditionalGeneration": MROPE,
     "GitForCausalLM": {"vision_config.num_hidden_layers": 3},  # as in the real one, not as many as for text
@@ -155,6 +163,8 @@ OVERRIDES: dict[str, dict] = {
     "MellumForCausalLM": dict(layer_types=HALF),
     "Llama4ForCausalLM": dict(moe_layers=[1, 3]),
     "MllamaForCausalLM": dict(cross_attention_layers=[1]),
+    "MllamaForConditionalGeneration": {"text_config.cross_attention_layers": [1]},  # none of the last two, as really
+    "MiniMaxForCausalLM": dict(sliding_window=None),  # as in the real one
     "MiniMaxM3VLForCausalLM": dict(layer_types=["full_attention", "minimax_m3_sparse"] * 2),
     "NemotronForCausalLM": dict(rope_parameters=dict(rope_type="default", rope_theta=1e4, partial_rotary_factor=0.5)),
     "Qwen3_5MoeForCausalLM": dict(num_experts=8),  # a text in which something stands twice, so that copies are right
@@ -198,8 +208,14 @@ def class_names() -> list[str]:
     return sorted(set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()))
 
 
+def image_text_names() -> list[str]:
+    """Classes that AutoModelForImageTextToText makes and AutoModelForCausalLM does not."""
+    return sorted(set(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values()) - set(class_names()))
+
+
 def model_types(class_name: str) -> list[str]:
-    return sorted(kind for kind, name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items() if name == class_name)
+    types = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES | MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    return sorted(kind for kind, name in types.items() if name == class_name)
 
 
 def tiny_config(class_name: str) -> PreTrainedConfig:

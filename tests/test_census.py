@@ -27,7 +27,7 @@ from census import (
     page_of,
     wrong_in,
 )
-from shrunken import COUNTS, SIZES, class_names, tiny_config
+from shrunken import COUNTS, SIZES, class_names, image_text_names, tiny_config
 
 from specformer import SpecFormerConfig
 from specformer.generation.cache_ragged import RaggedCache
@@ -45,7 +45,8 @@ IN_EVERY_RUN = {
     "OPTForCausalLM": "learned positions",
     "Olmo3ForCausalLM": "sliding windows in some layers",
 }
-IN_LONG_RUNS = [pytest.param(name, marks=pytest.mark.slow) for name in class_names() if name not in IN_EVERY_RUN]
+EVERY_CLASS = [*class_names(), *image_text_names()]
+IN_LONG_RUNS = [pytest.param(name, marks=pytest.mark.slow) for name in EVERY_CLASS if name not in IN_EVERY_RUN]
 WORKS = (EXACT, ONE_ROW)
 TABLES = max(COUNTS)
 """Positions that a tiny model can tell."""
@@ -85,13 +86,14 @@ def is_of_this_version(written: dict) -> bool:
 def test_every_class(name: str, written: dict):
     """Never another text, never an error that is no refusal; and with the transformers that the page was made with,
     what was exact still is."""
-    if name not in class_names():
+    if name not in EVERY_CLASS:
         pytest.skip(f"transformers {transformers.__version__} has no {name}")
     entry = entry_of(name)
     assert not wrong_in(entry)
     if is_of_this_version(written):
-        before = written["classes"][name]
-        lost = [column for column in COLUMNS if before[column]["kind"] in WORKS and entry[column] != before[column]]
+        before = (written["classes"] | written["with_text_alone"])[name]
+        tried = [column for column in COLUMNS if column in before]
+        lost = [column for column in tried if before[column]["kind"] in WORKS and entry[column] != before[column]]
         assert not lost, f"{lost} worked when docs/compatibility.md was made, and now: {entry}"
 
 
@@ -113,6 +115,7 @@ def test_the_result_has_every_class_of_its_transformers(written: dict):
     if not is_of_this_version(written):
         pytest.skip(f"it was made with transformers {written['versions']['transformers']}")
     assert list(written["classes"]) == class_names()
+    assert list(written["with_text_alone"]) == image_text_names()
 
 
 # ---- the tiny models

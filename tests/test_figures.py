@@ -161,6 +161,16 @@ def packed_passes() -> tuple[float, ...]:
     return tuple(1000 * passes[tokens][way] for tokens in (5, 1) for way in ("packed weights", "torch's own products"))
 
 
+def rounds_with_states() -> tuple[float, ...]:
+    """Of four drafts, in plain steps: for one row and for eight."""
+    found = {
+        (each["target"], each["batch_size"]): each["break_even_tokens_per_pass"]
+        for each in result_of("hybrid_cost_cpu")["rounds"]
+        if each["drafted"] == 4
+    }
+    return tuple(found[target, rows] for rows in (1, 8) for target in ("LFM2-350M", "Qwen3.5-0.8B"))
+
+
 def gained_by_onednn() -> tuple[float, float]:
     gains = [
         each["contenders"][PLAIN_ONEDNN]["ratio_to_plain"]["median"]
@@ -190,6 +200,11 @@ FIGURES: dict[str, list[tuple[str, Callable[[], tuple]]]] = {
         (
             "plain generate was {:.1f} times as fast on code and {:.1f} times as fast on chat",
             faster_in_the_later_run,
+        ),
+        (
+            "takes {:.1f} plain steps with the sizes of LFM2-350M and {:.1f} with those of Qwen, for eight rows "
+            "{:.1f} and {:.1f}.",
+            rounds_with_states,
         ),
         ("{:.1f} to {:.1f} times in the turns of batch 32", lambda: spread("benchmark_cpu", 32)),
         ("{:.1f} to {:.1f} in those of 64", lambda: spread("benchmark_cpu_64", 64)),

@@ -74,6 +74,15 @@ def test_images_are_refused():
         generate(target, None, **batch, mm_token_type_ids=types, prompt_lookup_num_tokens=2, max_new_tokens=4)
 
 
+@pytest.mark.slow
+def test_layers_that_text_alone_does_not_go_through_have_no_states():
+    target, batch, _ = multimodal("MllamaForConditionalGeneration")
+    (skipped,) = target.config.text_config.cross_attention_layers
+    config = SpecFormerConfig.from_target_config(target.config, target_layer_ids=[skipped, 4])
+    with pytest.raises(RuntimeError, match=rf"layers \[{skipped}\], whose states .* other target_layer_ids"):
+        generate(target, SpecFormerModel(config).double(), **batch, max_new_tokens=4)
+
+
 def test_positions_that_differ_by_axis_are_refused():
     target, batch, _ = multimodal("Qwen2_5_VLForConditionalGeneration")
     positions = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0).repeat(4, 1, 1)

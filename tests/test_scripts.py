@@ -35,7 +35,7 @@ from benchmarks import (
     variants,
     verifying_pass,
 )
-from specformer import SpecFormerConfig, SpecFormerModel
+from specformer import SpecFormerConfig, SpecFormerModel, generate
 from specformer.scripts import benchmark, distill, evaluate_drafter, model_card, plots, reproduce, train
 from specformer.scripts.parts import contenders, peak_memory
 from specformer.scripts.parts.prompts import read_prompts
@@ -301,21 +301,38 @@ def test_cost_model(folder: Path, monkeypatch):
 
 @pytest.mark.one_version
 def test_hybrid_cost(tmp_path: Path, monkeypatch):
-    output = tmp_path / "hybrid.json"
-    sizes = ["--batch-sizes", 2, "--drafted", 0, 2, "--context", 8, "--repeats", 1]
-    run(hybrid_cost, monkeypatch, "--targets", "tiny LFM2", "tiny Qwen3.5", *sizes, "--output", output)
-    passes = json.loads(output.read_text())["passes"]
-    assert [(each["target"], each["drafted"]) for each in passes] == [
-        (name, k) for name in ("tiny LFM2", "tiny Qwen3.5") for k in (0, 2)
-    ]
-    for each in passes:
+    output, names = tmp_path / "hybrid.json", ("tiny LFM2", "tiny Qwen3.5")
+    sizes = ["--batch-sizes", 2, "--drafted", 2, "--context", 8, "--repeats", 1, "--dtype", "float32"]
+    run(hybrid_cost, monkeypatch, "--targets", *names, *sizes, "--output", output)
+    rounds = json.loads(output.read_text())["rounds"]
+    assert [(each["target"], each["drafted"]) for each in rounds] == [(name, k) for name in names for k in (0, 2)]
+    for each in rounds:
         assert 0 < each["share_of_states"] < each["share_of_mixers"] < 1
-        assert each["break_even_tokens_per_pass"] == each["pass_seconds"] / each["plain_step_seconds"] > 0
-    assert len(hybrid_cost.table(passes)) == 2 + 4
-    for name in ("LFM2-350M", "Qwen3.5-0.8B"):
-        with torch.device("meta"):
-            target = hybrid_cost.make_target(name, torch.float32, torch.device("meta"))
-        assert target.num_parameters() == pytest.approx({"LFM2-350M": 0.35e9, "Qwen3.5-0.8B": 0.75e9}[name], rel=0.1)
+        assert each["break_even_tokens_per_pass"] == each["round_seconds"] / each["plain_step_seconds"] > 0
+    assert len(hybrid_cost.table(rounds)) == 2 + 2
+    for name, parameters in (("LFM2-350M", 354_483_968), ("Qwen3.5-0.8B", 752_393_024)):  # of the latter's text alone
+        assert hybrid_cost.make_target(name, torch.float32, torch.device("meta")).num_parameters() == parameters
+
+
+def test_rounds_of_hybrid_cost_take_turns(monkeypatch):
+    """Each has as many drafts as it says, with products shared or not, and the text is plain generate()'s."""
+    target = hybrid_cost.make_target("tiny Qwen3.5", torch.float64, torch.device("cpu"))
+    turns, drafted, shared = hybrid_cost.Turns([0, 1, 3], 512, Counter()), [], set()
+    product = hybrid_cost.SharedProducts.__torch_function__
+
+    def seen(*args):
+        shared.add(turns.turn)
+        return product(*args)
+
+    monkeypatch.setattr(hybrid_cost.SharedProducts, "__torch_function__", seen)
+    monkeypatch.setattr(hybrid_cost.SharedProducts, "__torch_function__", hybrid_cost.products_of(turns))
+    batch = dict(input_ids=torch.randint(512, (2, 6)), attention_mask=torch.ones(2, 6, dtype=torch.long))
+    arguments = dict(max_new_tokens=24, num_assistant_tokens=3)
+    text = generate(target, turns, **batch, **arguments, on_round=lambda told: drafted.append(told.rows[0].drafted))
+    assert text.tolist() == target.generate(**batch, max_new_tokens=24).tolist()
+    assert [*map(len, drafted[:8])] == [0, 0, 1, 3, 1, 3, 0, 1]  # the prompt, then turns
+    assert set(turns.rounds) == {(0, True), (1, True), (3, True), (1, False), (3, False)}
+    assert shared - {None} == {(1, True), (3, True)}
 
 
 @pytest.mark.one_version

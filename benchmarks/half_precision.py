@@ -67,6 +67,7 @@ def ways_of(target, drafter, tokenizer, max_new_tokens: int) -> dict[str, Callab
 
     copies = {} if drafter is not None else {"prompt_lookup_num_tokens": 4}
     fixed = {"num_assistant_tokens": 4} if drafter is not None else copies
+    by_default = {"SpecFormer, default settings": ours} if drafter is not None else {}
     return {
         "plain generate": plain,
         f"plain generate, {MORE_COLUMNS} more columns of padding": lambda batch: plain(
@@ -75,6 +76,7 @@ def ways_of(target, drafter, tokenizer, max_new_tokens: int) -> dict[str, Callab
         "plain generate, every row alone": lambda batch: [text for row in rows_of(batch) for text in plain(row)],
         "SpecFormer, plain decoding in its loop": lambda batch: ours(batch, num_assistant_tokens=0),
         "SpecFormer, four tokens drafted": lambda batch: ours(batch, **fixed),
+        **by_default,
     }
 
 

@@ -28,6 +28,8 @@ NAMES_OF_WAYS = {
 }
 KINDS_OF_PROMPTS = {"mt_bench": "chat (MT-Bench)", "mbpp": "code (MBPP)", "edit": "editing code"}
 """What the README calls the ways to generate and the prompts of `benchmarks.rivals`."""
+BY_ROWS = {"mbpp": "benchmark_qwen2.5_coder_0.5b_mbpp"}
+"""Results by number of rows."""
 OTHER_SPEEDS = [f"benchmark_cpu_{regime}" for regime in ("256", "sampling", "long", "8k", "64", "128")]
 """Other regimes: long answers, sampling, long prompts, large batches."""
 
@@ -75,6 +77,11 @@ def by_batch(contests: list[dict], names: list[str], cell) -> list[str]:
     return markdown(["contender", *batch_titles(contests)], [row for row in rows if any(row[1:])])
 
 
+def in_order(result: dict) -> list[dict]:
+    """The contests of a result, the smallest batch first."""
+    return sorted(result["contests"], key=lambda contest: contest["batch_size"])
+
+
 def batch_titles(contests: list[dict]) -> list[str]:
     return [f"batch {contest['batch_size']}" for contest in contests]
 
@@ -92,9 +99,14 @@ def software_of(result: dict) -> str:
 def regime_of(result: dict) -> str:
     regime, turns = result["regime"], result["contests"][0]["turns"]
     return (
-        f"Greedy, {regime['max_new_tokens']} new tokens, {regime['dtype']}, MT-Bench prompts, medians of {turns} turns "
-        f"with other prompts each, {machine_of(result)}, {result['date']}"
+        f"Greedy, {regime['max_new_tokens']} new tokens, {regime['dtype']}, {prompts_of(result)} prompts, medians of "
+        f"{turns} turns with other prompts each, {machine_of(result)}, {result['date']}"
     )
+
+
+def prompts_of(result: dict) -> str:
+    stem = Path(result["regime"]["prompts"]).stem
+    return {"mbpp": "MBPP", "mt_bench": "MT-Bench"}.get(stem, stem)
 
 
 def identical_of(result: dict) -> str:
@@ -117,8 +129,15 @@ def section(*lines: str) -> str:
 
 
 def headline_section() -> str:
-    """The README's tables."""
-    return section(*by_task("rivals_drafter"), "", *default_by_batch())
+    """The README's table, and how other numbers of rows compare."""
+    contests = in_order(result_of(BY_ROWS["mbpp"]))
+    by_rows = [
+        f"{contest['batch_size']}: {speed_up_over_torch(contest['contenders']['default, auto'])} times, and plain "
+        f"`generate` with packed weights {speed_up_over_torch(contest['contenders'][PLAIN_ONEDNN])} times"
+        for contest in contests
+    ]
+    others = f"In another run, default settings on code by number of rows: {'; '.join(by_rows)}."
+    return section(*by_task("rivals_drafter"), "", others)
 
 
 def rivals_section() -> str:
@@ -172,38 +191,18 @@ def size_of(target: str) -> str:
     return found[0] if found else target
 
 
-def default_by_batch() -> list[str]:
-    """The default drafter, by number of rows."""
-    result = result_of("draft_length_rules")
-    contests = {
-        (one["regime"]["dtype"], one["regime"]["batch_size"]): one for one in result["contests"] if is_default(one)
-    }
-    sizes = sorted({batch_size for _, batch_size in contests})
-    rows = []
-    for dtype in sorted({dtype for dtype, _ in contests}):
-        for title, way in (
-            ("default drafter", "default, auto"),
-            ("drafter that is always wrong", "always wrong, auto"),
-        ):
-            speeds = [contests[dtype, size]["summary"][way]["speed"] for size in sizes]
-            rows.append([f"{title}, {dtype}", *(f"{speed:.2f}" for speed in speeds)])
-    regime, turns = contests[dtype, sizes[0]]["regime"], len(contests[dtype, sizes[0]]["turns"])
-    return [
-        *markdown(["", *(f"batch {size}" for size in sizes)], rows),
-        "",
-        f"{regime['target']}, times plain `generate`. Greedy, {regime['max_new_tokens']} new tokens, MT-Bench prompts, "
-        f"medians of {turns} turns; {machine_of(result)}, {software_of(result)}, {result['date']}.",
-    ]
-
-
-def is_default(contest: dict) -> bool:
-    return "default, auto" in contest["summary"]
+def by_rows_section() -> str:
+    """Chains, trees and "auto" by number of rows."""
+    lines = []
+    for kind, name in BY_ROWS.items():
+        lines += [f"### {KINDS_OF_PROMPTS[kind]}", "", *speeds(name), "", f"![]({picture(name)})", ""]
+    return section(*lines[:-1])
 
 
 def speeds(name: str) -> list[str]:
     """Every contender of one result, by batch size: speed-ups, tokens per pass, and the plain ones in tokens/s."""
     result = result_of(name)
-    contests = result["contests"]
+    contests = in_order(result)
     names = names_of(contests)
     plain, drafting = ([name for name in names if (name in (PLAIN, PLAIN_ONEDNN)) == kind] for kind in (True, False))
     lines = [

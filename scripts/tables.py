@@ -16,6 +16,7 @@ from specformer.scripts.speed_tables import (
     ROOT,
     before_after_lines,
     before_after_section,
+    by_rows_section,
     contenders_section,
     costs_section,
     demo_section,
@@ -132,21 +133,24 @@ def copies_section() -> str:
 
 
 def half_precision_section() -> str:
-    """How many texts are equal in half precision; nothing where that has not been measured."""
-    if not (RESULTS / "half_precision.json").exists():
+    """How many texts are equal in half precision, of each target; nothing where that has not been measured."""
+    lines: list[str] = []
+    for name in sorted(path.stem for path in RESULTS.glob("half_precision*.json")):
+        result = result_of(name)
+        regime, equal = result["regime"], result["equal"]
+        ways = list(next(iter(equal.values())))
+        rows = [[way, *(str(counts[way]) for counts in equal.values())] for way in ways]
+        lines += [
+            *markdown(["compared with plain `generate` of a batch", *equal], rows),
+            "",
+            f"Identical texts of {regime['prompts']}: {regime['target']}, {regime['decoding']}, "
+            f"{regime['max_new_tokens']} new tokens, batches of {regime['batch_size']}; {machine_of(result)}, "
+            f"{software_of(result)}, {result['date']}.",
+            "",
+        ]
+    if not lines:
         return ""
-    result = result_of("half_precision")
-    regime, equal = result["regime"], result["equal"]
-    ways = list(next(iter(equal.values())))
-    rows = [[way, *(str(counts[way]) for counts in equal.values())] for way in ways]
-    return section(
-        *markdown(["compared with plain `generate` of a batch", *equal], rows),
-        "",
-        f"Identical texts of {regime['prompts']}: {regime['target']}, {regime['decoding']}, "
-        f"{regime['max_new_tokens']} new tokens, batches of {regime['batch_size']}; {machine_of(result)}, "
-        f"{software_of(result)}, {result['date']}. The first ways run no code of this package: what they differ in is "
-        "rounding.",
-    )
+    return section(*lines, "The first ways run no code of this package: what they differ in is rounding.")
 
 
 # ---- docs/experiments.md
@@ -237,6 +241,7 @@ SECTIONS = {
     "README.md": {"speed": headline_section},
     "docs/benchmarks.md": {
         "rivals": rivals_section,
+        "by rows": by_rows_section,
         "acceptance": acceptance_section,
         "speed": speed_section,
         "regimes": regimes_section,

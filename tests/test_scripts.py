@@ -445,12 +445,12 @@ def test_half_precision(folder: Path, monkeypatch):
     run(half_precision, monkeypatch, *arguments)
     result = json.loads(output.read_text())
     (equal,) = result["equal"].values()
-    assert len(equal) == 4 and set(equal.values()) == {len(TEXTS)}
+    assert len(equal) == 5 and set(equal.values()) == {len(TEXTS)}
     assert result["regime"]["prompts"] == len(TEXTS)
     monkeypatch.setattr(half_precision, "generate", lambda target, drafter, **given: target.generate(**given)[:, :-1])
     run(half_precision, monkeypatch, *arguments)
     (equal,) = json.loads(output.read_text())["equal"].values()
-    assert [equal[name] == len(TEXTS) for name in equal] == [True, True, False, False]
+    assert [equal[name] == len(TEXTS) for name in equal] == [True, True, False, False, False]
 
 
 WITH_STATES = [("specformer", name) for name in ("Lfm2ForCausalLM", "Qwen3_5ForCausalLM") if name in INSTALLED]

@@ -35,11 +35,15 @@ class Experience:
 
     def __init__(self):
         self.drafting, self.passes = RoundTimes(), RoundTimes()
+        self.tried: Counter[int] = Counter()
+        self.rounds, self.allowance = 0, 0.0
+        self.forget_promises()
+
+    def forget_promises(self) -> None:
+        """How much of the drafts was accepted says nothing any more. How long they take stays known."""
         self.promises: deque[list[float]] = deque(maxlen=self.REMEMBERED)
         self.of_trees: list[float] = []
         self.trust: list[float] = []
-        self.tried: Counter[int] = Counter()
-        self.rounds, self.allowance = 0, 0.0
 
 
 class AutoDraftLength(DraftLength):
@@ -245,13 +249,11 @@ def experience_of(target, drafting, way: Hashable, make: type = Experience):
 
 
 def forget_promises(target, drafting) -> None:
-    """The weights of `drafting`, which drafts for `target`, are others now: how much of its drafts was accepted says
-    nothing any more. How long they take stays known."""
+    """The weights of `drafting`, which drafts for `target`, are others now."""
     try:
         ways = _experience.get(target, {}).get(drafting, {})
     except TypeError:  # see `experience_of`
         return
     for known in list(ways.values()):
         if isinstance(known, Experience):
-            known.promises.clear()
-            known.trust = []
+            known.forget_promises()

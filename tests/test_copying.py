@@ -181,6 +181,16 @@ def test_only_rounds_that_copied_are_counted():
     assert (drafter.rates.seen - before).round().tolist() == added
 
 
+def test_a_wrong_copy_that_ends_the_path_through_a_tree_is_counted():
+    drafter = begun(CONFIDENT)
+    copies, matched, seen = torch.tensor([[7, 8]] * 3), torch.tensor([3, 0, 0]), drafter.rates.seen.clone()
+    drafter.followed = [(drafter.rates, copies, matched)]
+    # no row went on with a token of its tree, so that there is the target's first token alone
+    drafter.update(Verified(torch.tensor([[9], [9], [9]]), torch.tensor([1, 1, 1]), 9))
+    added = (drafter.rates.seen - seen).round().tolist()
+    assert [place for place, count in enumerate(added) if count] == [3]
+
+
 def test_calls_share_what_they_saw():
     """Also where the first one ran in inference mode, whose tensors others may not change."""
     target, batch = llama(), ragged_batch()

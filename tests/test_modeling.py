@@ -15,7 +15,7 @@ from transformers import DynamicCache
 from specformer import SpecFormerConfig, SpecFormerModel, context_specformer
 from specformer.generation.backend_versions import cache_argument, cache_of
 from specformer.generation.target_states import HiddenStates
-from specformer.layers_specformer import SpecFormerRMSNorm, rotate
+from specformer.layers_specformer import ConfidenceHead, SpecFormerRMSNorm, rotate
 from specformer.target_specformer import final_norm_scale
 
 B, T, D, SIZE = 2, 7, 5, 32
@@ -360,6 +360,8 @@ def test_a_head_that_is_no_plain_layer_is_called_as_it_is(kind: str):
     torch.testing.assert_close(borrowed.draft_logits(states), logits)
     places = torch.tensor([[5, 0], [23, 22], [1, 1], [7, 9]])
     torch.testing.assert_close(borrowed.candidate_logits(states, places), logits.gather(1, places))
+    shared = logits.gather(1, places[:1].expand(4, 2))
+    torch.testing.assert_close(borrowed.candidate_logits(states, places[:1]), shared)
     every = SpecFormerModel(make_config()).borrow(target)
     torch.testing.assert_close(every.draft_logits(states), head(states))
     torch.testing.assert_close(every.candidate_logits(states, places), head(states).gather(1, places))
@@ -383,6 +385,16 @@ def test_parts_take_anchors_only_where_they_are_theirs(preset: str):
         anchors = None if getattr(network.config, field) else torch.randn(B, T, SIZE, dtype=torch.float64)
         with pytest.raises(ValueError, match=f"anchor_embeds is .*{field}="):
             call(states, anchors)
+
+
+def test_confidences_of_one_slot_after_several_beginnings():
+    head = ConfidenceHead(make_config()).to(torch.float64)
+    for parameter in (head.scale, head.shift):
+        torch.nn.init.normal_(parameter)
+    states, logits = (torch.randn(B, head.scale.numel(), size, dtype=torch.float64) for size in (SIZE, 5))
+    for slot, expected in enumerate(head(states, logits).unbind(1)):
+        found = head(states[:, slot, None].expand(-1, 3, -1), logits[:, slot, None].expand(-1, 3, -1), slot)
+        torch.testing.assert_close(found, expected[:, None].expand(-1, 3))
 
 
 def test_grouped_norm_is_a_loop_over_groups():

@@ -120,9 +120,11 @@ def test_what_was_accepted_before_a_refresh_is_forgotten():
         ways = draft_length_auto._experience[target][drafter]
         known = [each for each in ways.values() if isinstance(each, Experience)]
         assert any(each.promises for each in known)
+        for each in known:
+            each.of_trees = [0.5]
         timed = [each.passes.known() for each in known]
         rollouts.refresh()
-        assert not any(each.promises or each.trust for each in known)
+        assert not any(each.promises or each.trust or each.of_trees for each in known)
         assert [each.passes.known() for each in known] == timed
         assert experience_of(target, drafter, next(iter(ways))) is next(iter(ways.values()))
 

@@ -265,18 +265,25 @@ class Rank:
         (self.folder / f"rank{self.rank}.json").write_text(json.dumps(self.found), encoding="utf-8")
 
 
-def drafters(rank: Rank) -> dict[str, tuple]:
-    """Of many kinds, each with what a call is told besides."""
-    world = rank.world
+def usual_drafters(world) -> dict[str, tuple]:
+    """Those of every target, each with what a call is told besides."""
     return {
         "SpecFormer": (world.specformer, {}),
         "trees": (world.specformer, dict(tree_size=6)),
         "copies": (None, dict(prompt_lookup_num_tokens=3, num_assistant_tokens="auto")),
         "assistant": (world.assistant, {}),
+        "hierarchy": (Hierarchy(Reader(), world.assistant), {}),
+    }
+
+
+def drafters(rank: Rank) -> dict[str, tuple]:
+    """Of many kinds."""
+    world = rank.world
+    return {
+        **usual_drafters(world),
         "assistant, shared": (rank.load(name="assistant", tp_size=rank.size), {}),
         "DFlash": (str(world.dflash), {}),
         "random": (RandomDrafter(), {}),
-        "hierarchy": (Hierarchy(Reader(), world.assistant), {}),
         "max_time": (world.assistant, dict(max_time=600.0)),
         "criterion": (world.assistant, dict(stopping_criteria=[StopsElsewhere(rank.rank)])),
     }
@@ -310,14 +317,9 @@ def further_drafters(rank: Rank) -> dict[str, tuple]:
 
 def real_drafters(rank: Rank) -> dict[str, tuple]:
     """Those for SmolLM2."""
-    world = rank.world
     return {
-        "SpecFormer": (world.specformer, {}),
-        "trees": (world.specformer, dict(tree_size=6)),
-        "copies": (None, dict(prompt_lookup_num_tokens=3, num_assistant_tokens="auto")),
-        "assistant": (world.assistant, {}),
-        "layer-parallel": (LayerParallel(world.assistant, 3), {}),
-        "hierarchy": (Hierarchy(Reader(), world.assistant), {}),
+        **usual_drafters(rank.world),
+        "layer-parallel": (LayerParallel(rank.world.assistant, 3), {}),
         "chains": (TrigramChains(), {}),
     }
 

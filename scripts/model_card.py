@@ -118,11 +118,12 @@ def machine_text(result: dict) -> str:
 
 
 def task_table(result: dict) -> list[str]:
-    """Tokens per target pass by task. `result`: a JSON file of evaluate_drafter."""
+    """Tokens per target pass by task, and of all where there are several. `result`: a JSON file of evaluate_drafter."""
+    tasks = result["tasks"] if len(result["tasks"]) > 1 else {}
     if "all" in result:  # of answers, for every draft length
         lengths = [name for name in result["all"] if re.fullmatch(r"tokens_per_pass_k\d+", name)]
         titles = [f"k = {name.rsplit('k', 1)[1]}" for name in lengths]
-        rows = {**result["tasks"], "all": result["all"]}
+        rows = {**tasks, "all": result["all"]}
         cells = {task: [figures[name] for name in lengths] for task, figures in rows.items()}
         if (interval := f"{lengths[-1]}_95") in result["all"]:
             titles += ["95 % from", "to"]
@@ -135,7 +136,7 @@ def task_table(result: dict) -> list[str]:
         counts = {task: figures["answers"] for task, figures in rows.items()}
     else:
         titles = [f"k = {result['regime']['num_assistant_tokens']}"]
-        rows = {**result["tasks"], "all": result}
+        rows = {**tasks, "all": result}
         cells = {task: [figures["tokens_per_pass"]] for task, figures in rows.items()}
         counts = {task: figures["prompts"] for task, figures in rows.items()}
     return [

@@ -26,7 +26,7 @@ NAMES_OF_WAYS = {
     "transformers, prompt lookup": "transformers' prompt lookup, 4 tokens",
     "transformers, assistant": "transformers' assisted decoding, the same smaller model",
 }
-KINDS_OF_PROMPTS = {"mt_bench": "chat (MT-Bench)", "mbpp": "code (MBPP)", "edit": "editing code"}
+KINDS_OF_PROMPTS = {"code": "code", "mbpp": "code (MBPP)", "mt_bench": "chat (MT-Bench)", "edit": "editing code"}
 """What the README calls the ways to generate and the prompts of `benchmarks.rivals`."""
 BY_ROWS = {"mbpp": "benchmark_qwen2.5_coder_0.5b_mbpp"}
 """Results by number of rows."""
@@ -142,8 +142,9 @@ def default_by_rows() -> list[str]:
         [title, *(speed_up_over_torch(contest["contenders"][name]) for contest in contests)]
         for title, name in ways.items()
     ]
+    target = result["regime"]["target"].split("/")[-1]
     titles = ["code (MBPP)", *batch_titles(contests)]
-    return [*markdown(titles, rows), "", f"The same model, times plain `generate`. {regime_of(result)}."]
+    return [*markdown(titles, rows), "", f"{target}, times plain `generate`. {regime_of(result)}."]
 
 
 def rivals_section() -> str:

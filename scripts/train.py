@@ -236,6 +236,11 @@ def main(arguments: DrafterTrainingArguments) -> None:
     if shared is not None:
         path = shared_file(Path(shared), answers, student) if shared else output / STATES_FILE
         stored = StoredStates(answers, student, path)
+        of_same = [] if isinstance(held_out, Answers) else list(held_out.indices)
+        with fast_linears(target, student.rows):
+            stored.fill([*learnt, *of_same], arguments.process_index, arguments.world_size)
+        PartialState().wait_for_everyone()
+        held_out = torch.utils.data.Subset(stored, of_same) if of_same else held_out
     slots = student.num_draft_tokens
     trainer = DrafterTrainer(
         args=arguments,
@@ -251,9 +256,6 @@ def main(arguments: DrafterTrainingArguments) -> None:
         trainer.state = TrainerState.load_from_json(str(resume_from / "trainer_state.json"))
     if not resume_from or trainer.state.global_step < trainer.state.max_steps:
         with fast_linears(target, student.rows), fast_linears(student.network, in_training=True):
-            if stored is not None:
-                stored.fill(learnt, arguments.process_index, arguments.world_size)
-                PartialState().wait_for_everyone()
             trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
 
     if trainer.is_world_process_zero():

@@ -12,11 +12,13 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from tiny import VOCAB, llama, ragged_batch
+from transformers import LlamaModel
 
 from specformer import SpecFormerConfig, SpecFormerModel, generate
 from specformer.scripts import train
@@ -110,11 +112,14 @@ def assert_same_run(folder: Path, calm: Path) -> None:
     assert not run_differences(folder, calm)
 
 
-def held_out_figures(folders: Path, drafter: SpecFormerModel, count: int = 4) -> dict[str, float]:
-    answers = Answers(folders / "answers.jsonl", 1024)
-    order = torch.randperm(len(answers), generator=torch.Generator().manual_seed(0))[:count]
-    batches = [Answers.collate([answers[index]]) for index in order.tolist()]
-    return summarise(evaluate_offline(SpecFormerStudent(drafter, llama(torch.float32)), batches, [3]), [3])
+def held_out_figures(folders: Path, drafter: SpecFormerModel, count: int = 4, stored: bool = False) -> dict[str, float]:
+    answers, student = Answers(folders / "answers.jsonl", 1024), SpecFormerStudent(drafter, llama(torch.float32))
+    order = torch.randperm(len(answers), generator=torch.Generator().manual_seed(0))[:count].tolist()
+    texts: Any = StoredStates(answers, student, folders / "held_out.bin") if stored else answers
+    if stored:
+        texts.fill(order)
+    batches = [Answers.collate([texts[index]]) for index in order]
+    return summarise(evaluate_offline(student, batches, [3]), [3])
 
 
 # ---- a run that is left alone
@@ -671,8 +676,22 @@ def test_a_run_with_stored_states_goes_on_exactly(folders: Path, monkeypatch):
         assert list((folders / "drafter").glob("hidden_states*"))
         assert_same_run(run(patch, folders, *STORED), calm)
     texts = [str(ids) for ids in read if ids]
-    assert len(texts) == len(set(texts)) == 20
+    assert len(texts) == len(set(texts)) == 24  # what is held out as well
     assert not list((folders / "drafter").glob("hidden_states*"))
+
+
+@pytest.mark.one_version
+def test_stored_states_spare_the_target(folders: Path, monkeypatch):
+    """It reads every answer once; neither evaluating nor calibrating takes another pass of it."""
+    passes, forward = [], LlamaModel.forward
+
+    def counted(self, *given, **arguments):
+        passes.append(1)
+        return forward(self, *given, **arguments)
+
+    monkeypatch.setattr(LlamaModel, "forward", counted)
+    run(monkeypatch, folders, *STORED, "--config", "confidence_head=true")
+    assert len(passes) == 24
 
 
 @pytest.mark.one_version
@@ -688,10 +707,8 @@ def test_runs_share_stored_states(folders: Path, monkeypatch):
     monkeypatch.setattr(stored_states, "target_states", counted)
     shared = (*EACH_STEP, "--store-hidden-states", str(stored))
     assert_same_run(run(monkeypatch, folders, *shared, output="first"), alone)
-    assert len(read) == 20
-    run(monkeypatch, folders, *shared, "--seed", "1", output="second")
-    texts = [str(ids) for ids in read]
-    assert 20 < len(texts) == len(set(texts))  # other texts are held out: only these were read anew
+    run(monkeypatch, folders, *shared, "--seed", "1", output="second")  # which holds out others
+    assert len(read) == len({str(ids) for ids in read}) == 24
     assert len(list(stored.glob("*.bin"))) == 1
     run(monkeypatch, folders, *shared, "--paper", output="third")
     assert len(list(stored.glob("*.bin"))) == 2
@@ -758,7 +775,7 @@ def test_two_processes(losses: tuple, folders: Path):
     log = log_of(calm)
     assert (log["steps"], log["settings"]["processes"]) == (20, 2)
     drafter = SpecFormerModel.from_pretrained(calm)
-    figures = held_out_figures(folders, drafter, 5)
+    figures = held_out_figures(folders, drafter, 5, stored=True)
     (logged,) = [e for e in log["history"] if e["step"] == log["best"]["step"] and "eval_loss" in e]
     figures = {name: value for name, value in figures.items() if "confidence" not in name}  # calibrated since
     assert {name: logged[f"eval_{name}"] for name in figures} == pytest.approx(figures, rel=1e-5)

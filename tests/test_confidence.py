@@ -5,12 +5,11 @@ from __future__ import annotations
 import random
 from collections import Counter
 from dataclasses import dataclass
-from time import perf_counter
 
 import pytest
 import torch
 from exactness import plain
-from test_draft_length import World, alike, live
+from test_draft_length import World, alike, keep, live
 from tiny import llama, ragged_batch
 
 from specformer import SpecFormerConfig, SpecFormerModel, generate
@@ -177,11 +176,10 @@ def live_confidently(length: AutoDraftLength, world: UnevenWorld, rounds: int, m
     chance, tokens, seconds, chosen = random.Random(0), 0, 0.0, Counter()
     for _ in range(rounds):
         k, rate = length.next(world.rows), chance.choice(world.rates)
-        verified, stopped = k, torch.zeros(world.rows, dtype=torch.bool)
+        verified = k
         if k:
             confidences = torch.full((world.rows, k), rate if world.knows else 0.95)
-            began = perf_counter() - world.draft
-            verified = length.keep(Proposal(torch.zeros(world.rows, k), confidences), stopped, began)
+            verified = keep(length, Proposal(torch.zeros(world.rows, k), confidences), world.draft)
         now = World([rate] * most, world.slope, world.draft, world.rows)
         outcome, spent = now.round(verified, chance)
         spent += world.draft if k and not verified else 0
@@ -231,8 +229,7 @@ def test_a_drafter_may_begin_to_tell():
     length = AutoDraftLength(4, 2, experience)
     assert length.next(world.rows) == 4
     assert not length.is_trial
-    none = torch.zeros(8, dtype=torch.bool)
-    assert length.keep(Proposal(torch.zeros(8, 4), torch.full((8, 4), 0.01)), none, perf_counter()) == 0
+    assert keep(length, Proposal(torch.zeros(8, 4), torch.full((8, 4), 0.01)), world.draft) == 0
     length.record(8, 0, [(0, 1)] * 8, world.seconds(0))
     asked = 0
     for _ in range(20):
@@ -254,14 +251,14 @@ def test_every_length_is_timed(rates: tuple):
 def test_rows_that_are_carried_along_do_not_count():
     length = AutoDraftLength(2, 1, Experience())
     confidences = torch.tensor([[0.5, 0.5], [1.0, 1.0], [0.25, 1.0]])
-    length.keep(Proposal(torch.zeros(3, 2), confidences), torch.tensor([False, True, False]), perf_counter())
+    keep(length, Proposal(torch.zeros(3, 2), confidences), 0.05, idle=[False, True, False])
     assert length.promises == pytest.approx([0.375, 0.25])
 
 
 def test_a_broken_row_is_expected_to_have_nothing_accepted():
     length = AutoDraftLength(2, 1, Experience())
     confidences = torch.tensor([[0.5, 0.5], [torch.nan, 1.0], [torch.nan, torch.nan]])
-    length.keep(Proposal(torch.zeros(3, 2), confidences), torch.tensor([False, True, False]), perf_counter())
+    keep(length, Proposal(torch.zeros(3, 2), confidences), 0.05, idle=[False, True, False])
     assert length.promises == pytest.approx([0.25, 0.125])
 
 
@@ -275,12 +272,7 @@ def test_a_round_of_which_no_row_counts_leaves_nothing_behind():
     before = known.trust, list(known.promises)
     for _ in range(20):
         if length.next(8):
-            assert (
-                length.keep(
-                    Proposal(torch.zeros(8, 4), torch.full((8, 4), 0.5)), torch.tensor([True] * 8), perf_counter()
-                )
-                == 0
-            )
+            assert keep(length, Proposal(torch.zeros(8, 4), torch.full((8, 4), 0.5)), 0.05, idle=[True] * 8) == 0
             length.record(8, 0, [(0, 0)] * 8, world.seconds(4))
     assert before == (pytest.approx(known.trust), list(known.promises))
 
@@ -298,9 +290,7 @@ def test_a_drafter_that_tells_nothing_useful_and_is_wrong_is_left_alone(told: fl
         asked.append(k > 0)
         if k:
             confidences = None if told is None else torch.full((8, k), told)
-            k = length.keep(
-                Proposal(torch.zeros(8, k), confidences), torch.zeros(8, dtype=torch.bool), perf_counter() - 0.1
-            )
+            k = keep(length, Proposal(torch.zeros(8, k), confidences), world.draft)
         length.record(8, k, [(0, 1)] * 8, world.seconds(k) + 0.1 * (asked[-1] and not k))
     assert sum(asked[:200]) < 120 and sum(asked[200:]) < 40, (sum(asked[:200]), sum(asked[200:]))
 

@@ -7,6 +7,7 @@ import random
 import time
 from collections import Counter
 from dataclasses import dataclass
+from unittest import mock
 
 import pytest
 import torch
@@ -70,13 +71,20 @@ class World:
         return outcome, self.seconds(k) * (1 + self.noise * chance.random())
 
 
+def keep(length: AutoDraftLength, proposal: Proposal, drafting: float, idle: list[bool] | None = None) -> int:
+    """How many drafts are verified where drafting took just so many seconds: what a world shows must not hang on how
+    busy the machine is."""
+    idle = torch.tensor(idle or [False] * len(proposal.tokens))
+    with mock.patch.object(auto_draft_length, "perf_counter", lambda: drafting):
+        return length.keep(proposal, idle, started=0.0)
+
+
 def verified_of(length: AutoDraftLength, world: World, asked: int, slowness: float = 1.0) -> tuple[int, float]:
     """How many of `asked` drafts are verified, by a drafter that does not tell how sure it is; and seconds spent
     on drafts of which none is verified."""
     if not asked:
         return 0, 0.0
-    none, started = torch.zeros(world.rows, dtype=torch.bool), time.perf_counter() - world.draft * slowness
-    verified = length.keep(Proposal(torch.zeros(world.rows, asked), None), none, started)
+    verified = keep(length, Proposal(torch.zeros(world.rows, asked), None), world.draft * slowness)
     return verified, 0.0 if verified else world.draft
 
 
@@ -219,8 +227,7 @@ def test_a_drafter_that_drafts_less_than_asked_is_not_asked_for_ever(proposed: i
         k, seconds = length.next(8), 1.0
         if k:
             asked, seconds = asked + 1, 1.2
-            none, started = torch.zeros(8, dtype=torch.bool), time.perf_counter() - 0.2
-            k = length.keep(Proposal(torch.zeros(8, min(proposed, k)), None), none, started)
+            k = keep(length, Proposal(torch.zeros(8, min(proposed, k)), None), drafting=0.2)
         length.record(8, k, [(0, 1)] * 8, seconds + 0.5 * k)
     assert 1 < asked < 50
 
@@ -287,10 +294,10 @@ def test_a_batch_lasts_as_long_as_its_slowest_row(cost, num_rows: int, monkeypat
         return mean_time(lambda: AutoDraftLength(4, 2, experience))
 
     best = min(mean_time(lambda: DraftLength(k)) for k in range(5))  # noqa: B023
-    assert auto_time() < 1.07 * best
+    assert auto_time() < 1.09 * best
     if (cost, num_rows) == (on_a_gpu, 32):
         monkeypatch.setattr(auto_draft_length, "worth_of_drafts", lambda *_: 1.0)
-        assert auto_time() > 1.1 * best
+        assert auto_time() > 1.14 * best
 
 
 def test_a_draft_of_the_last_row_is_worth_a_token():
@@ -318,7 +325,7 @@ def live_with_trees(slope: float, tree: float, rounds: int, experience: Experien
     a tree takes `tree` longer, whatever its size. Expected tokens per second, and how many drafts were verified."""
     of_chain, of_tree = [0.7, 0.5, 0.35, 0.2], [0.7, 0.5, 0.37, 0.3, 0.25, 0.2, 0.15, 0.12, *[0.05] * 8]
     length, chance = AutoTreeSize(8, 16, 4, experience, longest_chain=4), random.Random(0)
-    tokens, seconds, chosen, none = 0.0, 0.0, Counter(), torch.zeros(1, dtype=torch.bool)
+    tokens, seconds, chosen = 0.0, 0.0, Counter()
     for _ in range(rounds):
         asked = length.next(1)
         assert bool(length.tree_size) == (asked > 4)
@@ -328,7 +335,7 @@ def live_with_trees(slope: float, tree: float, rounds: int, experience: Experien
             proposal.confidences, proposal.parents = stay, torch.full((1, asked), -1)
         else:
             proposal.confidences = stay / torch.nn.functional.pad(stay, (1, 0), value=1.0)[:, :-1]
-        k = length.keep(proposal, none, time.perf_counter() - drafting) if asked else 0
+        k = keep(length, proposal, drafting) if asked else 0
         taken = [place + 1 for place in range(k) if chance.random() < stay[0, place]] if asked > 4 else []
         if asked <= 4:
             draw = chance.random()

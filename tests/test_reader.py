@@ -403,6 +403,13 @@ def test_copies_alone_are_not_asked_for_twice():
         generate(llama(), Reader(), **ragged_batch(), max_new_tokens=2, prompt_lookup_num_tokens=3)
 
 
+@pytest.mark.parametrize("assistant", [Reader, lambda: llama(seed=4, num_hidden_layers=1)], ids=["system", "causal LM"])
+def test_no_copies_go_with_any_drafter(assistant):
+    target, batch = llama(), ragged_batch()
+    output = generate(target, assistant(), **batch, max_new_tokens=8, prompt_lookup_num_tokens=0)
+    assert torch.equal(output, target.generate(**batch, max_new_tokens=8))
+
+
 # ---- the command
 
 

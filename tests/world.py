@@ -50,10 +50,8 @@ from specformer.generation import generate as entry
 from specformer.generation.accept_tokens import TokenChoice
 from specformer.generation.drafter_layer_division import DividedGroups
 from specformer.generation.drafter_layer_parallel import LayerParallelDrafter
-from specformer.scripts.demo import PROMPTS
 from specformer.scripts.fetch_target import fetch_target
 from specformer.scripts.parts.fewer_layers import keep_layers
-from specformer.scripts.parts.prompts import encode
 
 ROOT = Path(__file__).resolve().parents[1]
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
@@ -175,12 +173,16 @@ class World:
 
 
 class RealWorld(World):
-    """SmolLM2-135M-Instruct, and what drafts for it. Its 3 key and value heads are for 3 processes, or not divided."""
+    """SmolLM2-135M-Instruct, and what drafts for it. Its 3 key and value heads are for 3 processes, or not divided.
+    Prompts are short, since so many calls read them."""
+
+    PROMPTS = ["The capital of Portugal is", "Count", "A poem about the sea in autumn:"]
 
     def make(self) -> None:
         (self.folder / "target").symlink_to(fetch_target())
         tokenizer = AutoTokenizer.from_pretrained(self.folder / "target")
-        self.batch = dict(encode(tokenizer, PROMPTS[:3]))
+        tokenizer.padding_side = "left"
+        self.batch = dict(tokenizer(self.PROMPTS, padding=True, return_tensors="pt"))
         target = AutoModelForCausalLM.from_pretrained(self.folder / "target", dtype=torch.float32).eval()
         self.assistant = keep_layers(target, 9)
         self.specformer = SpecFormerModel.from_pretrained(ROOT).eval()

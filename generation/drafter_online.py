@@ -29,13 +29,14 @@ from .drafter_online_state import read_state, write_state
 from .drafter_online_statistics import AdaptationStatistics
 from .drafter_online_texts import LearningDrafter, VerifiedText
 from .drafter_system import DraftingSystem, Parts
-from .ranks import ranks_of
+from .ranks import agreed, among_ranks, decided, follow_first, is_first, ranks_of, shared_ranks
 
 
 class OnlineDistillation(DraftingSystem):
     """A drafter that learns between calls.
 
-    One object serves any number of calls and threads, for one target. What it holds besides the drafter's weights:
+    One object serves any number of calls and threads, for one target. Processes that share the target learn at the same
+    calls, and have the first one's weights afterwards. What it holds besides the drafter's weights:
     these in float32, what the optimizer keeps, and up to `max_tokens` tokens of texts, with the states that the drafter
     reads and the target's likeliest tokens at each.
 
@@ -90,10 +91,10 @@ class OnlineDistillation(DraftingSystem):
         self._learning = threading.Lock()  # one step at a time
 
     def drafter_for(self, target, parts: Parts) -> Drafter:
-        if ranks_of(target) is not None or ranks_of(self.network) is not None:
+        if ranks_of(self.network) is not None:
             raise ValueError(
-                "The weights of the target or of its drafter are shared by several processes, and each would learn "
-                "when its own clock finds it right. Load both whole in each of them, or pass the drafter as it is."
+                f"The weights of {name_of(self.network)}, which is to learn, are shared by several processes, and what "
+                "learns is a copy in one. Load it whole in each of them, or pass the drafter as it is."
             )
         with self._lock:
             known = None if self._target is None else self._target()
@@ -117,12 +118,10 @@ class OnlineDistillation(DraftingSystem):
             self._unlearned += len(texts)
 
     def finished(self, texts: list[list[int]]) -> None:
-        if self.frozen or self.every is None or self._unlearned < self.every:
-            return
-        if self.statistics.learning_seconds > self.max_time_share * self.statistics.serving_seconds:
+        if not agreed(self._is_willing()):
             return
         try:
-            self.learn(wait=False)
+            self.learn(wait=shared_ranks() is not None)  # where one process learns, the others do
         except Exception as error:  # the text is written, and must not be lost
             self.frozen = True
             warnings.warn(
@@ -131,9 +130,17 @@ class OnlineDistillation(DraftingSystem):
                 stacklevel=2,
             )
 
+    def _is_willing(self) -> bool:
+        """To learn now. Of several processes the first one knows what the time allows."""
+        if self.frozen or self.every is None or self._unlearned < self.every:
+            return False
+        allowed = self.max_time_share * self.statistics.serving_seconds
+        return not is_first() or self.statistics.learning_seconds <= allowed
+
     def learn(self, wait: bool = True) -> bool:
         """One step of the optimizer over the texts that calls have left since the last one, in place of waiting for
-        `every` of them: for when there is time. Calls may go on meanwhile.
+        `every` of them: for when there is time. Calls may go on meanwhile; processes that share the target have to make
+        this one all of them, and it alone.
 
         Args:
             wait: for a step of another thread.
@@ -144,7 +151,11 @@ class OnlineDistillation(DraftingSystem):
         if not self._learning.acquire(blocking=wait):
             return False
         try:
-            return self._step()
+            target = None if self._target is None else self._target()
+            if target is None:
+                return False
+            with among_ranks(target):
+                return self._step(target)
         finally:
             self._learning.release()
 
@@ -192,12 +203,11 @@ class OnlineDistillation(DraftingSystem):
                 self._learner = network, self._make_optimizer(some)
         return self._learner
 
-    def _step(self) -> bool:
-        target = None if self._target is None else self._target()
+    def _step(self, target) -> bool:
         with self._lock:
             texts, self._unlearned = list(self._texts), 0
             self._texts.clear()
-        if target is None or not texts:
+        if not agreed(bool(texts)):
             return False
         started = perf_counter()
         network, optimizer = self._make_learner()
@@ -207,9 +217,11 @@ class OnlineDistillation(DraftingSystem):
             try:
                 loss = gradients_of(self._loss_of, network, target, texts, parameters)
                 norm = float(nn.utils.clip_grad_norm_(parameters, self.CLIPPED))
-                is_finite = math.isfinite(norm) and math.isfinite(loss)
+                is_finite = bool(decided(lambda: math.isfinite(norm) and math.isfinite(loss)))
                 if is_finite:
                     optimizer.step()
+                    with torch.no_grad():  # sums may be rounded otherwise elsewhere
+                        follow_first(parameters)
             finally:
                 optimizer.zero_grad()
         if is_finite:

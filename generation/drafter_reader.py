@@ -17,6 +17,7 @@ from .drafter_suffixes import suffixes
 from .drafter_system import DraftingSystem, Parts, is_system
 from .drafter_tree import side_by_side
 from .proposal import NO_TOKEN, Proposal, count_drafted, first_path
+from .ranks import is_first
 
 
 class Reader(DraftingSystem):
@@ -59,7 +60,7 @@ class Reader(DraftingSystem):
         return ReaderDrafter(other, self.num_tokens, self.own_rates, self.store, self.store_rates)
 
     def finished(self, texts: list[list[int]]) -> None:
-        if self.store is not None:
+        if self.store is not None and is_first():
             self.store.grow(texts)
         if is_system(self.drafter):
             self.drafter.finished(texts)

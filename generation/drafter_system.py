@@ -42,7 +42,8 @@ class DraftingSystem:
         raise NotImplementedError
 
     def finished(self, texts: list[list[int]]) -> None:
-        """A call has written these texts, prompts included. Called once it can no longer fail."""
+        """A call has written these texts, prompts included. Called once it can no longer fail, in
+        each of the processes that share the target."""
 
 
 def is_system(thing) -> TypeGuard[DraftingSystem]:

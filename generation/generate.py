@@ -26,7 +26,7 @@ from .draft_length import DraftLength
 from .drafter import Drafter, NoDrafter
 from .drafter_system import finished_texts, is_system
 from .prompt import PromptLayout
-from .ranks import among_ranks, is_first
+from .ranks import among_ranks
 from .ranks_agreement import check_agreement
 from .target import prompt_layout
 from .target_attention import usable_attention
@@ -195,7 +195,7 @@ class Strategy:
                 generation_config.prefill_chunk_size,
                 self.on_round,
             )
-        if is_system(system := self.drafts.assistant_model) and is_first():
+        if is_system(system := self.drafts.assistant_model):
             system.finished(finished_texts(text.result(), call.layout, statistics.tokens_per_row))
         if not generation_config.return_dict_in_generate:
             return text.result()

@@ -8,7 +8,7 @@ generate() does that by itself; how much is drafted, and which drafts, would be 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 
@@ -55,6 +55,21 @@ def decided_numbers(count: int, decide: Callable[[], list[int]]) -> list[int]:
         return decide()
     numbers = torch.tensor(decide() if ranks.is_first else [0] * count, dtype=torch.long, device=ranks.device)
     return ranks.broadcast(numbers).tolist()
+
+
+def agreed(willing: bool) -> bool:
+    """Whether every process is `willing`."""
+    ranks = _ranks.get()
+    if ranks is None:
+        return willing
+    return not ranks.largest(torch.tensor([int(not willing)], device=ranks.device)).item()
+
+
+def follow_first(tensors: Iterable[torch.Tensor]) -> None:
+    """Give `tensors`, of any dtype, the first process's numbers, in place."""
+    ranks = _ranks.get()
+    for tensor in tensors if ranks is not None else ():
+        tensor.copy_(ranks.broadcast(tensor.to(ranks.device, copy=True)))
 
 
 def told(*tensors):

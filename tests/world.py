@@ -39,17 +39,19 @@ from specformer import (
     Drafter,
     Hierarchy,
     LayerParallel,
+    OnlineDistillation,
     Proposal,
     Reader,
     SpecFormerModel,
     TrigramChains,
     generate,
 )
-from specformer.generation import decoding, draft_length_auto, drafter_hierarchy, prompt_groups
+from specformer.generation import decoding, draft_length_auto, drafter_hierarchy, drafter_online, prompt_groups
 from specformer.generation import generate as entry
 from specformer.generation.accept_tokens import TokenChoice
 from specformer.generation.drafter_layer_division import DividedGroups
 from specformer.generation.drafter_layer_parallel import LayerParallelDrafter
+from specformer.generation.ranks_agreement import fingerprint, weights_of
 from specformer.scripts.fetch_target import fetch_target
 from specformer.scripts.parts.fewer_layers import keep_layers
 
@@ -267,6 +269,11 @@ class Rank:
         (self.folder / f"rank{self.rank}.json").write_text(json.dumps(self.found), encoding="utf-8")
 
 
+def learning_with(world, drafter=None, **settings) -> OnlineDistillation:
+    """A drafter that learns after each call."""
+    return OnlineDistillation(drafter or world.specformer, every=1, max_time_share=1e9, **settings)
+
+
 def usual_drafters(world) -> dict[str, tuple]:
     """Those of every target, each with what a call is told besides."""
     return {
@@ -275,6 +282,7 @@ def usual_drafters(world) -> dict[str, tuple]:
         "copies": (None, dict(prompt_lookup_num_tokens=3, num_assistant_tokens="auto")),
         "assistant": (world.assistant, {}),
         "hierarchy": (Hierarchy(Reader(), world.assistant), {}),
+        "learning": (learning_with(world), {}),
     }
 
 
@@ -347,6 +355,9 @@ def quick(rank: Rank) -> None:
     fully = rank.load(fsdp_size=size)
     rank.check("FSDP2", fully, world.specformer, {})
     rank.check("FSDP2, fixed", fully, world.assistant, FIXED)
+    rank.check("FSDP2, learning", fully, learning := learning_with(world), {}, calls=3)
+    rank.found["learned, FSDP2"] = "same" if learning.statistics.steps == 3 else f"{learning.statistics}"
+    rank.check("learning, a causal LM", shared, learning_with(world, drafter=world.assistant), {})
 
     torch.manual_seed(rank.rank)
     rank.raised("other weights", shared, SpecFormerModel(world.specformer.config).double().eval())
@@ -354,6 +365,7 @@ def quick(rank: Rank) -> None:
     rank.raised("other settings", shared, world.specformer, num_assistant_tokens=3 + rank.rank)
     rank.raised("cuda_graphs", shared, world.specformer, cuda_graphs=True)
     rank.raised("shared middle model", shared, Hierarchy(Reader(), shared))
+    rank.raised("shared learner", shared, OnlineDistillation(shared))
     rank.raised("pipeline", rank.load(pp_size=size), world.specformer)
     partitioned = llama()
     partitioned.lm_head.weight = torch.nn.Parameter(torch.empty(0))  # as DeepSpeed leaves it
@@ -375,6 +387,13 @@ def quick(rank: Rank) -> None:
         rank.check("layers turned", shared, drafter, FIXED)
         turned_drafts = drafts_of(shared, drafter, world.batch, **world.arguments)
     rank.found["drafts, layers turned"] = "same" if turned_drafts == alone else "other drafts"
+
+    learning = learning_with(world, learning_rate=1e-2 * (1 + rank.rank))  # what each learns is another thing
+    rank.check("learning, apart", shared, learning, {}, calls=4)
+    rank.found["learned"] = [learning.statistics.steps, fingerprint(weights_of(learning.network))]
+    with patch.object(drafter_online, "follow_first", list):
+        rank.text(shared, learning)
+        rank.raised("nothing followed", shared, learning)
 
     if rank.rank:  # a rank that takes another token
         of_target = TokenChoice.of_target

@@ -178,7 +178,7 @@ class RealWorld(World):
     """SmolLM2-135M-Instruct, and what drafts for it. Its 3 key and value heads are for 3 processes, or not divided.
     Prompts are short, since so many calls read them."""
 
-    PROMPTS = ["The capital of Portugal is", "Count", "A poem about the sea in autumn:"]
+    PROMPTS = ["The capital of Portugal is", "Count"]
 
     def make(self) -> None:
         (self.folder / "target").symlink_to(fetch_target())

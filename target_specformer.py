@@ -121,10 +121,22 @@ def some_embeddings(target: PreTrainedModel, vocab_size: int, rows: int = 8, col
     # whole numbers: torch.linspace rounds as the device does, and would read other rows on a GPU
     ids = torch.tensor([row * (vocab_size - 1) // (rows - 1) for row in range(rows)], device=device_of(embeddings))
     with torch.no_grad():
-        values = embeddings(ids[None])[0].cpu().double()
+        values = called_alone(embeddings, ids[None])[0].cpu().double()
     values = values[:, [column * (values.shape[1] - 1) // (columns - 1) for column in range(columns)]]
     values = values.nan_to_num(0.0, 0.0, 0.0)  # rows that are never used may hold anything
     return [float(f"{value:.4g}") for value in values.flatten().tolist()]
+
+
+def called_alone(module: nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
+    """What `module`, a part of a target, makes of `inputs`, also before the target's first pass: under FSDP2 the first
+    call has to be one of the whole target, and this is none."""
+    if not callable(getattr(module, "unshard", None)):
+        return module(*inputs)
+    module.unshard()
+    try:
+        return module.forward(*inputs)
+    finally:
+        module.reshard()
 
 
 def check_embeddings(target: PreTrainedModel, config: SpecFormerConfig) -> None:

@@ -13,9 +13,12 @@ def embed_tokens(embeddings: nn.Module, token_ids: torch.Tensor, scaled: bool) -
     a drafter may know fewer than its target."""
     table = embeddings.get_parameter("weight")
     token_ids = token_ids.clamp(min=0, max=len(table) - 1)
-    if type(embeddings) is not nn.Embedding and (not scaled or hasattr(embeddings, "embed_norm")):
-        return functional.embedding(token_ids, table)
-    return embeddings(token_ids)
+    is_plain = type(embeddings).forward is nn.Embedding.forward  # FSDP2 puts a class of its own in front
+    if is_plain or (scaled and not hasattr(embeddings, "embed_norm")):
+        return embeddings(token_ids)
+    if hasattr(table, "full_tensor"):  # of which each process has a part
+        table = table.full_tensor()
+    return functional.embedding(token_ids, table)
 
 
 def logits_of_head(target, states: torch.Tensor) -> torch.Tensor:

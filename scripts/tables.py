@@ -237,6 +237,73 @@ def packed_widths_section() -> str:
     )
 
 
+# ---- docs/devices.md and docs/scaling.md
+
+
+def ranks_section() -> str:
+    """What was compared where several processes share a target, and what came of lost ones."""
+    rows, lost = [], list[dict]()
+    for run in result_of("ranks")["runs"]:
+        lost += run["lost"]
+        for (way, dtype, calls), kinds in by_way_and_dtype(run["kinds"]).items():
+            differ = sum(bool(kind["differences"]) for kind in kinds)
+            which = [run["target"], f"{run['ranks']}, by {run['started_by']}", way, dtype]
+            rows.append([*which, *map(str, (len(kinds), calls, differ))])
+    titles = ["target", "processes", "divided by", "numbers", "kinds of drafters", "calls of each", "kinds that differ"]
+    told = sum(bool(each["raised"]) for each in lost)
+    ways = " and ".join(f"{sum(each['how'] == how for each in lost)} {how}" for how in ("killed", "stopped"))
+    return section(
+        *markdown(titles, rows),
+        "",
+        f"Of processes that were lost in a call, {ways}, the others told {told} times in a sentence.",
+    )
+
+
+def by_way_and_dtype(kinds: dict[str, dict]) -> dict[tuple[str, str, int], list[dict]]:
+    """The kinds of a run of tests/ranks.py, named "way, dtype: what drafts", by these and how often each was called."""
+    found: dict[tuple[str, str, int], list[dict]] = {}
+    for name, kind in sorted(kinds.items()):
+        way, dtype = name.split(":")[0].rsplit(", ", 1)
+        found.setdefault((way, dtype, kind["calls"]), []).append(kind)
+    return found
+
+
+def divided_section() -> str:
+    """A drafter whole in each process beside one that is shared."""
+    result = result_of("divided")
+    regime, ways = result["regime"], result["summary"]
+    rows = []
+    for way, figures in ways.items():
+        (low, high), turns = figures["times_plain_from_to"], f"{figures['identical_turns']} of {regime['repeats']}"
+        rates = [f"{rate:.2f}" for rate in (figures["times_plain"], low, high, figures["tokens_per_pass"])]
+        rows.append([way, f"{figures['seconds']:.1f}", *rates, turns])
+    return section(
+        *markdown(["", "seconds", "times plain", "from", "to", "tokens per pass", "same texts"], rows),
+        "",
+        f"{regime['target']}, tensor parallel in {result['processes']} processes of "
+        f"{result['machine']['torch_threads']} thread each, {regime['dtype']}, greedy, {regime['batch_size']} row, "
+        f"{regime['max_new_tokens']} new tokens, {regime['num_assistant_tokens']} drafted a round; the assistant is "
+        f"{regime['assistant']}; medians of {regime['repeats']} turns with other prompts; {result['machine']['cpu']}, "
+        f"{software_of(result)}, {result['date']}.",
+    )
+
+
+def processes_section() -> str:
+    """A file of prompts answered by several processes."""
+    result = result_of("processes")
+    rows = [
+        [number, f"{speed:.0f}", f"{result['speed_up'][number]:.2f}"]
+        for number, speed in result["tokens_per_second"].items()
+    ]
+    lost = "; ".join(result["differences"]) or "no answer was lost, doubled or another one"
+    return section(
+        *markdown(["processes", "tokens per second", "times one process"], rows),
+        "",
+        f"{result['prompts']} prompts in one command, each process on {result['threads_per_process']} thread of "
+        f"{result['machine']['cpu']}; {lost}. `{result['command']}`, {software_of(result)}, {result['date']}.",
+    )
+
+
 SECTIONS = {
     "README.md": {"speed": headline_section},
     "docs/benchmarks.md": {
@@ -260,6 +327,8 @@ SECTIONS = {
     },
     "docs/default_drafter.md": {"drafter": drafter_section, "by task": by_task_section, "copies": copies_section},
     "docs/lossless.md": {"half precision": half_precision_section},
+    "docs/devices.md": {"ranks": ranks_section, "divided": divided_section},
+    "docs/scaling.md": {"processes": processes_section},
     "docs/experiments.md": {
         "replay": replay_section,
         "rule before after": rule_before_after_section,

@@ -54,7 +54,7 @@ def test_two_ranks(tmp_path: Path):
         untold = found.pop("nothing told", None)
         raised = {name: found.pop(name, None) for name in RAISED}
         turned = found.pop("drafts, layers turned", None)
-        assert_same(found, kinds=26)
+        assert_same(found, kinds=29)
         for name, sentence in RAISED.items():
             assert sentence in raised[name]
         assert untold != "same"
@@ -104,7 +104,7 @@ def test_weights_differ_by_a_bit_a_shape_and_a_name():
 @pytest.mark.parametrize("size", [2, 4])
 def test_many_calls_of_each_kind_beside_a_slow_rank(size: int, tmp_path: Path):
     """As many as there are settings; `python tests/ranks.py` makes a hundred."""
-    kinds = 44 + 4 * (size == 4 and hasattr(DistributedConfig, "dp_replicate_size"))
+    kinds = 80 + 4 * (size == 4 and hasattr(DistributedConfig, "dp_replicate_size"))
     for found in world("many calls", size, tmp_path, 3600, calls=4):
         assert_same(found, kinds)
 

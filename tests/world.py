@@ -30,6 +30,7 @@ from dflash import WIDTH, random_weights, raw_config, speculators_config
 from exactness import choose_eos
 from foreign import save
 from tiny import PRESETS, VOCAB, llama, ragged_batch
+from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM, AutoTokenizer, StoppingCriteria
 from transformers.distributed import DistributedConfig
 from transformers.generation import stopping_criteria
@@ -52,8 +53,10 @@ from specformer.generation.accept_tokens import TokenChoice
 from specformer.generation.drafter_layer_division import DividedGroups
 from specformer.generation.drafter_layer_parallel import LayerParallelDrafter
 from specformer.generation.ranks_agreement import fingerprint, weights_of
+from specformer.generation.target_head import embed_tokens
 from specformer.scripts.fetch_target import fetch_target
 from specformer.scripts.parts.fewer_layers import keep_layers
+from specformer.target_specformer import some_embeddings
 
 ROOT = Path(__file__).resolve().parents[1]
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
@@ -123,6 +126,13 @@ def drafts_of(target, drafter, batch: dict, **arguments) -> tuple[list, list[int
     return rounds, output.statistics.accepted_per_slot
 
 
+class Doubled(torch.nn.Embedding):
+    """As a family has it that scales embeddings."""
+
+    def forward(self, token_ids):
+        return 2 * super().forward(token_ids)
+
+
 class World:
     """What all processes have from before they are several.
 
@@ -153,6 +163,7 @@ class World:
         self.dflash = save(self.folder / "dflash", raw_config(target), random_weights(target))
         config = PRESETS["confidence"](target.config, num_draft_tokens=4)
         self.specformer = SpecFormerModel(config).double().eval()
+        self.specformer.config.target_embeddings = some_embeddings(target, VOCAB)  # compared before the first pass
         self.layer_parallel = [LayerParallel(self.assistant, 2), LayerParallel(llama(num_hidden_layers=7), 3)]
         self.drafts = [drafts_of(target, drafter, self.batch, **self.arguments) for drafter in self.layer_parallel]
         self.note_plain(target)
@@ -168,7 +179,7 @@ class World:
     def ways(self) -> dict[str, tuple[dict, tuple[str, ...]]]:
         """How the target is divided, and which kinds draft; none named: all."""
         few = ("SpecFormer", "assistant")
-        found = {"tensor parallel": (dict(tp_size=self.size), ()), "FSDP2": (dict(fsdp_size=self.size), few)}
+        found = {"tensor parallel": (dict(tp_size=self.size), ()), "FSDP2": (dict(fsdp_size=self.size), ())}
         if self.size > 2 and hasattr(DistributedConfig, "dp_replicate_size"):  # a transformers that does both at once
             found["both"] = dict(tp_size=self.size // 2, fsdp_size=2), few
         return found
@@ -359,6 +370,19 @@ def quick(rank: Rank) -> None:
     rank.found["learned, FSDP2"] = "same" if learning.statistics.steps == 3 else f"{learning.statistics}"
     rank.check("learning, a causal LM", shared, learning_with(world, drafter=world.assistant), {})
 
+    for scaled, embeddings in (
+        (False, Doubled(VOCAB, 8)),
+        (True, Doubled(VOCAB, 8)),
+        (False, torch.nn.Embedding(VOCAB, 8)),
+    ):
+        distributed.broadcast(table := embeddings.weight.detach().clone(), 0)
+        with torch.no_grad():
+            embeddings.weight.copy_(table)
+        fully_shard(torch.nn.Sequential(fully_shard(embeddings)))
+        ids = world.batch["input_ids"]
+        right = torch.equal(embed_tokens(embeddings, ids, scaled), table[ids] * (1 + scaled))
+        rank.found[f"{type(embeddings).__name__}, {scaled=}"] = "same" if right else "other embeddings"
+
     torch.manual_seed(rank.rank)
     rank.raised("other weights", shared, SpecFormerModel(world.specformer.config).double().eval())
     rank.raised("other prompts", shared, world.specformer, batch=ragged_batch(seed=rank.rank))
@@ -436,6 +460,8 @@ def many_calls(rank: Rank, calls: int = 100, seconds: float = 1e9, skipped: tupl
         wanted = {f"{way}, {dtype}: {kind}": kind for kind in few or kinds}
         wanted = {name: kind for name, kind in wanted.items() if name not in skipped}
         target = rank.load(dtype, **sizes) if wanted else None
+        if "learning" in kinds:  # from one target
+            kinds["learning"] = learning_with(rank.world), {}
         for name, kind in wanted.items():
             late = torch.tensor(time.monotonic() - began > seconds)
             distributed.broadcast(late, 0)

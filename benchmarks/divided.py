@@ -87,7 +87,7 @@ def main(arguments: argparse.Namespace) -> None:
             continue
         turns.append({name: turn[name] for name in names})
         if distributed.get_rank() == 0:
-            found = {"processes": processes, "regime": regime, "summary": summary(turns)}
+            found = {"processes": processes, "regime": regime, "turns": len(turns), "summary": summary(turns)}
             save(arguments.output, {**provenance("benchmarks.divided"), **found})
             print(found["summary"], flush=True)
     distributed.destroy_process_group()

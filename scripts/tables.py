@@ -240,15 +240,20 @@ def packed_widths_section() -> str:
 # ---- docs/devices.md and docs/scaling.md
 
 
+TARGETS_OF_RANKS = {"tiny": "a tiny Llama", "MTP": "a tiny GLM-4.5", "SmolLM2": "SmolLM2-135M-Instruct"}
+
+
 def ranks_section() -> str:
     """What was compared where several processes share a target, and what came of lost ones."""
     rows, lost = [], list[dict]()
     for run in result_of("ranks")["runs"]:
         lost += run["lost"]
-        for (way, dtype, calls), kinds in by_way_and_dtype(run["kinds"]).items():
-            differ = sum(bool(kind["differences"]) for kind in kinds)
-            which = [run["target"], f"{run['ranks']}, by {run['started_by']}", way, dtype]
-            rows.append([*which, *map(str, (len(kinds), calls, differ))])
+        which = [TARGETS_OF_RANKS[run["target"]], f"{run['ranks']}, by {run['started_by']}"]
+        for (way, calls), kinds in by_way_and_calls(run["kinds"]).items():
+            differ = sum(bool(run["kinds"][name]["differences"]) for name in kinds)
+            drafters = len({name.split(": ")[1] for name in kinds})
+            dtypes = sorted({name.split(": ")[0].rsplit(", ", 1)[1] for name in kinds})
+            rows.append([*which, way, ", ".join(dtypes), str(drafters), str(calls), str(differ)])
     titles = ["target", "processes", "divided by", "numbers", "kinds of drafters", "calls of each", "kinds that differ"]
     told = sum(bool(each["raised"]) for each in lost)
     ways = " and ".join(f"{sum(each['how'] == how for each in lost)} {how}" for how in ("killed", "stopped"))
@@ -259,12 +264,11 @@ def ranks_section() -> str:
     )
 
 
-def by_way_and_dtype(kinds: dict[str, dict]) -> dict[tuple[str, str, int], list[dict]]:
-    """The kinds of a run of tests/ranks.py, named "way, dtype: what drafts", by these and how often each was called."""
-    found: dict[tuple[str, str, int], list[dict]] = {}
-    for name, kind in sorted(kinds.items()):
-        way, dtype = name.split(":")[0].rsplit(", ", 1)
-        found.setdefault((way, dtype, kind["calls"]), []).append(kind)
+def by_way_and_calls(kinds: dict[str, dict]) -> dict[tuple[str, int], list[str]]:
+    """The names of kinds of tests/ranks.py, "way, dtype: what drafts", by the way and how often each was called."""
+    found: dict[tuple[str, int], list[str]] = {}
+    for name in sorted(kinds):
+        found.setdefault((name.split(": ")[0].rsplit(", ", 1)[0], kinds[name]["calls"]), []).append(name)
     return found
 
 
@@ -274,7 +278,7 @@ def divided_section() -> str:
     regime, ways = result["regime"], result["summary"]
     rows = []
     for way, figures in ways.items():
-        (low, high), turns = figures["times_plain_from_to"], f"{figures['identical_turns']} of {regime['repeats']}"
+        (low, high), turns = figures["times_plain_from_to"], f"{figures['identical_turns']} of {result['turns']}"
         rates = [f"{rate:.2f}" for rate in (figures["times_plain"], low, high, figures["tokens_per_pass"])]
         rows.append([way, f"{figures['seconds']:.1f}", *rates, turns])
     return section(
@@ -283,7 +287,7 @@ def divided_section() -> str:
         f"{regime['target']}, tensor parallel in {result['processes']} processes of "
         f"{result['machine']['torch_threads']} thread each, {regime['dtype']}, greedy, {regime['batch_size']} row, "
         f"{regime['max_new_tokens']} new tokens, {regime['num_assistant_tokens']} drafted a round; the assistant is "
-        f"{regime['assistant']}; medians of {regime['repeats']} turns with other prompts; {result['machine']['cpu']}, "
+        f"{regime['assistant']}; medians of {result['turns']} turns with other prompts; {result['machine']['cpu']}, "
         f"{software_of(result)}, {result['date']}.",
     )
 

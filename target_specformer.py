@@ -127,8 +127,8 @@ def some_embeddings(target: PreTrainedModel, vocab_size: int, rows: int = 8, col
     return [float(f"{value:.4g}") for value in values.flatten().tolist()]
 
 
-def called_alone(module: nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
-    """What `module`, a part of a target, makes of `inputs`, also before the target's first pass: under FSDP2 the first
+def called_alone(module: Any, *inputs: torch.Tensor) -> torch.Tensor:
+    """What `module`, a layer of a target, makes of `inputs`, also before the target's first pass: under FSDP2 the first
     call has to be one of the whole target, and this is none."""
     if not callable(getattr(module, "unshard", None)):
         return module(*inputs)

@@ -68,7 +68,9 @@ def agreed(willing: bool) -> bool:
 def follow_first(tensors: Iterable[torch.Tensor]) -> None:
     """Give `tensors`, of any dtype, the first process's numbers, in place."""
     ranks = _ranks.get()
-    for tensor in tensors if ranks is not None else ():
+    if ranks is None:
+        return
+    for tensor in tensors:
         tensor.copy_(ranks.broadcast(tensor.to(ranks.device, copy=True)))
 
 

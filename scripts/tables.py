@@ -249,11 +249,10 @@ def ranks_section() -> str:
     for run in result_of("ranks")["runs"]:
         lost += run["lost"]
         which = [TARGETS_OF_RANKS[run["target"]], f"{run['ranks']}, by {run['started_by']}"]
-        for (way, calls), kinds in by_way_and_calls(run["kinds"]).items():
-            differ = sum(bool(run["kinds"][name]["differences"]) for name in kinds)
-            drafters = len({name.split(": ")[1] for name in kinds})
-            dtypes = sorted({name.split(": ")[0].rsplit(", ", 1)[1] for name in kinds})
-            rows.append([*which, way, ", ".join(dtypes), str(drafters), str(calls), str(differ)])
+        for (way, calls, drafters), dtypes in alike(run["kinds"]).items():
+            names = [f"{way}, {dtype}: {drafter}" for dtype in dtypes for drafter in drafters]
+            differ = sum(bool(run["kinds"][name]["differences"]) for name in names)
+            rows.append([*which, way, ", ".join(dtypes), *map(str, (len(drafters), calls, differ))])
     titles = ["target", "processes", "divided by", "numbers", "kinds of drafters", "calls of each", "kinds that differ"]
     told = sum(bool(each["raised"]) for each in lost)
     ways = " and ".join(f"{sum(each['how'] == how for each in lost)} {how}" for how in ("killed", "stopped"))
@@ -264,11 +263,17 @@ def ranks_section() -> str:
     )
 
 
-def by_way_and_calls(kinds: dict[str, dict]) -> dict[tuple[str, int], list[str]]:
-    """The names of kinds of tests/ranks.py, "way, dtype: what drafts", by the way and how often each was called."""
-    found: dict[tuple[str, int], list[str]] = {}
+def alike(kinds: dict[str, dict]) -> dict[tuple[str, int, frozenset[str]], list[str]]:
+    """The dtypes of kinds of tests/ranks.py, whose names are "way, dtype: what drafts": by the way, how often each was
+    called, and what drafted."""
+    drafters: dict[tuple[str, str, int], set[str]] = {}
     for name in sorted(kinds):
-        found.setdefault((name.split(": ")[0].rsplit(", ", 1)[0], kinds[name]["calls"]), []).append(name)
+        first, drafter = name.split(": ")
+        way, dtype = first.rsplit(", ", 1)
+        drafters.setdefault((way, dtype, kinds[name]["calls"]), set()).add(drafter)
+    found: dict[tuple[str, int, frozenset[str]], list[str]] = {}
+    for (way, dtype, calls), some in drafters.items():
+        found.setdefault((way, calls, frozenset(some)), []).append(dtype)
     return found
 
 

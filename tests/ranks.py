@@ -20,6 +20,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import specformer
@@ -58,16 +59,19 @@ def world(scenario: str, size: int, folder: Path, patience: float, torchrun: boo
         text=True,
         start_new_session=True,
     )
+    files = [folder / f"rank{rank}.json" for rank in range(size)]
     try:
         if scenario == "stopped":  # the other rank is there for ever
             process.wait(patience)
+            until = time.monotonic() + 30
+            while time.monotonic() < until and not all(file.exists() for file in files):  # of the others
+                time.sleep(0.1)
             os.killpg(process.pid, signal.SIGKILL)
         output, _ = process.communicate(timeout=patience)  # until the last rank has closed it
     except subprocess.TimeoutExpired as error:
         os.killpg(process.pid, signal.SIGKILL)
         output, _ = process.communicate()
         raise StillThere(f"the ranks did not end:\n{output[-4000:]}") from error
-    files = [folder / f"rank{rank}.json" for rank in range(size)]
     if (torchrun and process.returncode) or not all(file.exists() for file in files):
         raise RuntimeError(output[-4000:])
     found = [json.loads(file.read_text(encoding="utf-8")) for file in files]

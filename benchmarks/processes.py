@@ -85,7 +85,9 @@ def main(arguments: argparse.Namespace) -> int:
         "differences": differences,
     }
     print(json.dumps(summary))
-    result = {**provenance("benchmarks.processes"), "threads_per_process": 1, **summary, "runs": runs}
+    regime = {name: getattr(arguments, name) for name in ("target", "dtype", "max_new_tokens", "batch_size")}
+    about = {"threads_per_process": 1, "regime": regime}
+    result = {**provenance("benchmarks.processes"), **about, **summary, "runs": runs}
     if arguments.output:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         arguments.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

@@ -104,12 +104,12 @@ def choose_drafter(model, drafts: DraftSettings, rule: AcceptanceRule) -> Drafte
             return drafter
         rates = experience_of(model, assistant_model, CopyingDrafter, CopyRates)
         return CopyingDrafter(drafter, copied or MOST_COPIED, rates, drafts.max_matching_ngram_size)
-    if copied is not None and (copied or assistant_model is None):
-        if assistant_model is not None:
-            raise ValueError(
-                "assistant_model and prompt_lookup_num_tokens were both given, and only drafters that read the "
-                "target's hidden states go together with copies from the text; pass one of them."
-            )
+    if copied and assistant_model is not None:
+        raise ValueError(
+            "assistant_model and prompt_lookup_num_tokens were both given, and only drafters that read the target's "
+            "hidden states go together with copies from the text; pass one of them."
+        )
+    if copied is not None and assistant_model is None:
         if not copied:
             return NoDrafter()
         if drafts.tree_size or (drafts.num_assistant_tokens == AUTO and not chains_decide):

@@ -304,12 +304,15 @@ def processes_section() -> str:
         [number, f"{speed:.0f}", f"{result['speed_up'][number]:.2f}"]
         for number, speed in result["tokens_per_second"].items()
     ]
+    regime, cpu = result["regime"], ", ".join([result["machine"]["cpu"], *result["machine"]["cpu_flags"][:1]])
     lost = "; ".join(result["differences"]) or "no answer was lost, doubled or another one"
     return section(
         *markdown(["processes", "tokens per second", "times one process"], rows),
         "",
-        f"{result['prompts']} prompts in one command, each process on {result['threads_per_process']} thread of "
-        f"{result['machine']['cpu']}; {lost}. `{result['command']}`, {software_of(result)}, {result['date']}.",
+        f"{result['prompts']} prompts in one command, {regime['target'] or 'SmolLM2-135M-Instruct'} in "
+        f"{regime['dtype']}, {regime['max_new_tokens']} new tokens, {regime['batch_size']} rows, each process on "
+        f"{result['threads_per_process']} thread of {cpu}; runs of each: {len(result['runs']) // len(rows)}; {lost}. "
+        f"`{result['command']}`, {software_of(result)}, {result['date']}.",
     )
 
 

@@ -283,7 +283,7 @@ def demo_section() -> str:
     return section(
         f"`make demo` on {machine_of(demo)}: {demo['tokens_per_second']:.0f} tokens/s where plain `generate` has "
         f"{demo['plain_tokens_per_second']:.0f} ({ratio:.2f} times), {demo['tokens_per_pass']:.2f} tokens per target "
-        f'pass; batch of {demo["regime"]["batch_size"]}, draft length "{demo["regime"]["num_assistant_tokens"]}", '
+        f"pass; batch of {demo['regime']['batch_size']}, {demo['regime']['num_assistant_tokens']} drafted a round, "
         f"medians of {demo['regime']['repeats']} calls each, in turn."
     )
 

@@ -135,7 +135,7 @@ def choose_drafter(model, drafts: DraftSettings, rule: AcceptanceRule) -> Drafte
     raise ValueError(
         f"assistant_model is a {type(assistant_model).__name__}; expected a SpecFormer drafter, loaded with "
         "AutoModel.from_pretrained(<drafter>, trust_remote_code=True), the folder or Hub id of a DFlash, DSpark, "
-        "EAGLE-3 or ParallelSpec drafter, a causal LM, or a Drafter."
+        "EAGLE-3, Falcon or ParallelSpec drafter, a causal LM, or a Drafter."
     )
 
 
@@ -222,7 +222,7 @@ def check_tree_size(model, drafts: DraftSettings, drafter: Drafter) -> None:
     if not getattr(drafter, "proposes_trees", False):
         raise ValueError(
             f"tree_size is {drafts.tree_size}, and {name_of(drafter)} proposes chains; expected a SpecFormer, DFlash, "
-            "DSpark, EAGLE-3 or ParallelSpec drafter, copies or trigrams, or no tree_size."
+            "DSpark, EAGLE-3, Falcon or ParallelSpec drafter, copies or trigrams, or no tree_size."
         )
     if (obstacle := tree_obstacle(model)) is not None:
         raise UnsupportedTargetError(f"{obstacle} Leave out tree_size.")

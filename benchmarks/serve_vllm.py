@@ -5,8 +5,9 @@
 
 The first run makes an environment with vLLM's CPU build in --venv, which takes minutes and 3.4 GB; later ones use it.
 Without --drafter a tiny random Llama is the target, of tiny drafters of each kind. Each is exported, then served by a
-vLLM of its own process, one prompt at a time, greedily, in float32. Compared are the texts: vLLM's with the drafter,
-vLLM's without, and this package's; and vLLM's counters, of rounds and of accepted drafts by slot, with those here.
+vLLM of its own process, one prompt at a time, greedily, in float32; with --http, folders whose config.json tells all
+by the server that `vllm serve <folder>` starts. Compared are the texts: vLLM's with the drafter, vLLM's without, and
+this package's; and vLLM's counters, of rounds and of accepted drafts by slot, with those here.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks import tiny_drafters
+from benchmarks.serve_vllm_http import ask_server
 from specformer import generate
 from specformer.scripts import export
 from specformer.scripts.benchmark import save
@@ -129,17 +131,24 @@ def is_causal_lm(folder: str) -> bool:
     return "pard_token" in json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
 
 
-def compare(python: str, target, target_folder: str, cases: list[Case], prompts, new_tokens: int) -> dict:
+def compare(
+    python: str, target, target_folder: str, cases: list[Case], prompts, new_tokens: int, over_http: bool = False
+) -> dict:
     """Figures of each case, and whether they agree."""
     task = {"prompts": prompts, "max_new_tokens": new_tokens, "max_model_len": MOST_TOKENS}
     plain = ask_vllm(python, model=target_folder, speculative_config=None, **task)
     found = {"versions": plain["versions"], "drafters": {}}
     for case in cases:
         model = target_folder if case.speculative else str(case.folder)
-        theirs = ask_vllm(python, model=model, speculative_config=case.speculative, **task)
+        is_served = over_http and case.speculative is None
+        if is_served:
+            theirs = ask_server(python, ENVIRONMENT, model, prompts, new_tokens, MOST_TOKENS)
+        else:
+            theirs = ask_vllm(python, model=model, speculative_config=case.speculative, **task)
         ours = count_here(target, str(case.folder), prompts, case.count, new_tokens)
         found["drafters"][case.name] = {
             "num_assistant_tokens": case.count,
+            "asked": "its server, over HTTP" if is_served else "vllm.LLM",
             "texts_are_those_without_drafter": theirs["texts"] == plain["texts"],
             "texts_are_those_of_specformer": theirs["texts"] == ours["texts"],
             **{f"vllm_{name}": theirs[name] for name in ("num_drafts", "accepted_per_slot")},
@@ -187,18 +196,21 @@ def tiny_cases(folder: Path, new_tokens: int) -> tuple[object, str, list[Case], 
     return target, str(place), cases, prompts
 
 
-def given_case(arguments: argparse.Namespace, folder: Path) -> tuple[object, str, list[Case], list[list[int]]]:
-    """The same of a drafter, its target and prompts that were given."""
-    written = folder / "drafter"
-    asked = {"drafter": arguments.drafter, "target": arguments.target, "output": written, "format": "speculators"}
-    export.main(argparse.Namespace(**asked, num_assistant_tokens=arguments.num_assistant_tokens))
-    config = json.loads((written / "config.json").read_text(encoding="utf-8"))
-    count = config["speculators_config"]["proposal_methods"][0]["speculative_tokens"]
+def given_cases(arguments: argparse.Namespace, folder: Path) -> tuple[object, str, list[Case], list[list[int]]]:
+    """The same of drafters, their target and prompts that were given."""
+    cases = []
+    for drafter in arguments.drafter:
+        name = Path(drafter).name
+        asked = {"drafter": drafter, "target": arguments.target, "output": folder / name, "format": "speculators"}
+        export.main(argparse.Namespace(**asked, num_assistant_tokens=arguments.num_assistant_tokens))
+        config = json.loads((folder / name / "config.json").read_text(encoding="utf-8"))
+        count = config["speculators_config"]["proposal_methods"][0]["speculative_tokens"]
+        cases.append(Case(name, folder / name, count))
     tokenizer = AutoTokenizer.from_pretrained(arguments.target)
     prompts = encode_each(tokenizer, read_prompts(arguments.prompts, arguments.num_prompts), arguments.prompts)
     prompts = [prompt[: MOST_TOKENS - arguments.max_new_tokens] for prompt in prompts]
     target = AutoModelForCausalLM.from_pretrained(arguments.target, dtype=torch.float32).eval()
-    return target, arguments.target, [Case(Path(arguments.drafter).name, written, count)], prompts
+    return target, arguments.target, cases, prompts
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -208,10 +220,10 @@ def main(arguments: argparse.Namespace) -> int:
     python = vllm_python(arguments.venv)
     with tempfile.TemporaryDirectory() as folder:
         if arguments.drafter:
-            target, place, cases, prompts = given_case(arguments, Path(folder))
+            target, place, cases, prompts = given_cases(arguments, Path(folder))
         else:
             target, place, cases, prompts = tiny_cases(Path(folder), arguments.max_new_tokens)
-        found = compare(python, target, place, cases, prompts, arguments.max_new_tokens)
+        found = compare(python, target, place, cases, prompts, arguments.max_new_tokens, arguments.http)
     result = {
         **provenance("benchmarks.serve_vllm"),
         "regime": {
@@ -234,7 +246,8 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--venv", type=Path, default=Path(".venv-vllm"), help="folder of vLLM's environment")
     parser.add_argument("--output", type=Path, required=True, help="JSON file for the figures")
-    parser.add_argument("--drafter", help="drafter of --target to export and serve: folder or Hub id")
+    parser.add_argument("--http", action="store_true", help="ask a server where config.json tells it all")
+    parser.add_argument("--drafter", nargs="+", help="drafters of --target to export and serve: folders or Hub ids")
     parser.add_argument("--target", help="folder of the model that it drafts for")
     parser.add_argument("--prompts", help="jsonl file or datasets id")
     parser.add_argument("--num-prompts", type=int, default=8)

@@ -6,8 +6,8 @@
 What follows -- goes to `specformer train`, the same for all kinds, with the same data, slots and steps. On the prompts,
 which were answered, plain decoding and the drafters then write texts in turns, in batches of different prompts: draft
 time, tokens per pass and tokens per second compared with plain decoding. Sizes are those of SmolLM2-135M's width: 8 to
-10 million weights where the shape allows. Run the same command again after an interruption. Fewer than 2 million tokens
-seen in training make a trial, and the result says so.
+10 million weights where the shape allows. Run the same command again after an interruption: what was trained, evaluated
+and decoded is kept in --output. Fewer than 2 million tokens seen in training make a trial, and the result says so.
 """
 
 from __future__ import annotations
@@ -36,17 +36,21 @@ from specformer.scripts.parts.prompts import encode
 from specformer.scripts.parts.provenance import provenance
 from specformer.scripts.parts.stored_states import StoredStates, shared_file
 from specformer.scripts.reproduce import KEEP_MEMORY
+from specformer.scripts.tables import kinds_lines
 
 OPTIONS: dict[str, list[str]] = {
-    "specformer": ["--config", "previous_token_rank=256", "confidence_head=true"],
-    "dflash": ["--config", "num_hidden_layers=2"],
-    "eagle3": [],
-    "falcon": [],
-    "parallelspec": [],
-    "pard": ["--config", "num_hidden_layers=2"],
+    "specformer": ["--drafter", "specformer", "--config", "previous_token_rank=256", "confidence_head=true"],
+    "dflash": ["--drafter", "dflash", "--config", "num_hidden_layers=2"],
+    "eagle3": ["--drafter", "eagle3"],
+    "falcon": ["--drafter", "falcon"],
+    "falcon-without-glancing": ["--drafter", "falcon", "--glancing", "0"],
+    "parallelspec": ["--drafter", "parallelspec"],
+    "pard": ["--drafter", "pard", "--config", "num_hidden_layers=2", "--position-share", "0.2"],
 }
-"""Of `train`, by kind."""
-PLAIN = "plain"
+"""Of `train`, by what is trained; also the name of its folder. A step of pard takes four times as long as one of the
+others at as many positions: its own head of all tokens learns."""
+PLAIN, PADDED = "plain", "plain with more padding"
+MORE_PADDING = 3
 
 
 def main(arguments: argparse.Namespace) -> None:
@@ -57,19 +61,30 @@ def main(arguments: argparse.Namespace) -> None:
     for kind, folder in folders.items():
         if not (folder / "training.json").exists():
             print(kind, flush=True)
-            command = [sys.executable, "-m", "specformer.scripts.train", *options_of(kind, name, folder, arguments)]
-            subprocess.run(command, check=True, env={**KEEP_MEMORY, **os.environ})
+            command = [sys.executable, "-m", "specformer.scripts.train", *options_of(kind, folder, arguments)]
+            # logits of all tokens, now more of them and now fewer, leave gaps in memory that is kept
+            keeping = {} if kind == "pard" else KEEP_MEMORY
+            subprocess.run(command, check=True, env={**keeping, **os.environ})
 
-    target = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).eval()
-    target.to("cuda" if torch.cuda.is_available() else "cpu")
-    drafters = {kind: drafting_model(folder, target).to(target.device) for kind, folder in folders.items()}
-    found = {kind: of_kind(kind, folders[kind], drafters[kind], target, evaluation, arguments) for kind in folders}
+    found, decoded_texts = dict[str, dict](), list[dict]()
     tokenizer = AutoTokenizer.from_pretrained(name)
+    for dtype in arguments.dtypes:
+        target = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype)).eval()
+        target.to("cuda" if torch.cuda.is_available() else "cpu")
+        drafters = {kind: drafting_model(folder, target).to(target.device) for kind, folder in folders.items()}
+        for kind in [] if found else folders:
+            found[kind] = of_kind(kind, folders[kind], drafters[kind], target, evaluation, arguments)
+        for size in arguments.time_at:
+            path = arguments.output / f"decoded-{dtype}-{size}.json"
+            if not path.exists():
+                figures = decoded(size, drafters, target, tokenizer, evaluation, arguments)
+                path.write_text(json.dumps(figures) + "\n", encoding="utf-8")
+            decoded_texts.append(json.loads(path.read_text(encoding="utf-8")))
     result = {
         **provenance("benchmarks.kinds"),
         "regime": {
             "target": identity,
-            "dtype": "float32",
+            "dtype": arguments.dtypes[0],  # of the figures by slot
             "num_assistant_tokens": arguments.num_draft_tokens,
             "max_new_tokens": arguments.max_new_tokens,
             "decoding": "greedy, to that length",
@@ -77,21 +92,22 @@ def main(arguments: argparse.Namespace) -> None:
         },
         "trial": min(each["tokens_seen"] for each in found.values()) < ENOUGH_TOKENS,
         "kinds": found,
-        "decoded": [decoded(size, drafters, target, tokenizer, evaluation, arguments) for size in arguments.time_at],
+        "decoded": decoded_texts,
     }
     arguments.result.parent.mkdir(parents=True, exist_ok=True)
     arguments.result.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print(table(result))
+    print("\n".join(kinds_lines(result)))
 
 
-def options_of(kind: str, target: str, folder: Path, arguments: argparse.Namespace) -> list[str]:
+def options_of(kind: str, folder: Path, arguments: argparse.Namespace) -> list[str]:
     """Of `train`: those of the kind, and those of all."""
-    options = ["--drafter", kind, "--data", str(arguments.data), "--target", target, "--output", str(folder)]
+    options = ["--data", str(arguments.data), "--output", str(folder)]
+    options += [] if arguments.target is None else ["--target", arguments.target]
     options += ["--num-draft-tokens", str(arguments.num_draft_tokens), "--acceptance-weights", "0.5"]
     if kind != "pard":  # it reads no states, and its vocabulary is its own
         options += ["--draft-vocab-size", str(arguments.draft_vocab_size)]
         options += ["--store-hidden-states", str(arguments.output / STATES)]
-    return [*options, *OPTIONS[kind], *arguments.train]
+    return [*options, *arguments.train, *OPTIONS[kind]]
 
 
 def of_kind(
@@ -128,7 +144,8 @@ def decoded(
     size: int, drafters: dict, target, tokenizer, evaluation: Evaluation, arguments: argparse.Namespace
 ) -> dict[str, object]:
     """What real decoding of batches of `size` different prompts comes to: medians over the repeats of times and of the
-    ratios to plain decoding in the same turn."""
+    ratios to plain decoding in the same turn. Plain decoding with other padding says how far texts may differ in half
+    precision."""
     settings = dict(max_new_tokens=arguments.max_new_tokens, eos_token_id=None, do_sample=False)
     counts: defaultdict[str, list[dict[str, float]]] = defaultdict(list)
     same: defaultdict[str, int] = defaultdict(int)
@@ -136,16 +153,17 @@ def decoded(
         start = repeat * size
         prompts = [evaluation.prompts[(start + row) % len(evaluation.prompts)] for row in range(size)]
         batch, turn, texts = encode(tokenizer, prompts).to(target.device), {}, {}
-        for kind, drafter in {PLAIN: None, **drafters}.items():
+        for kind, drafter in {PLAIN: None, PADDED: None, **drafters}.items():
             drafting = {"num_assistant_tokens": 0}
             if drafter is not None:
                 drafting = {"assistant_model": drafter, "num_assistant_tokens": arguments.num_draft_tokens}
                 drafting |= {} if kind == "pard" else {"prompt_lookup_num_tokens": 0}
+            given = with_more_padding(batch) if kind == PADDED else batch
             began = time.perf_counter()
-            output = generate(target, **batch, **settings, **drafting, return_dict_in_generate=True)
+            output = generate(target, **given, **settings, **drafting, return_dict_in_generate=True)
             seconds, statistics = time.perf_counter() - began, output.statistics
             rounds = max(1, statistics.rounds)
-            texts[kind] = output.sequences
+            texts[kind] = output.sequences[:, given["input_ids"].shape[1] :]
             turn[kind] = {
                 "seconds": seconds,
                 "draft_seconds": statistics.seconds.get("draft", 0.0) / rounds,
@@ -156,6 +174,7 @@ def decoded(
             counts[kind].append({**values, "times_plain": turn[PLAIN]["seconds"] / values["seconds"]})
             same[kind] += int((texts[kind] == texts[PLAIN]).all(dim=1).sum())
     return {
+        "dtype": str(target.dtype).removeprefix("torch."),
         "batch_size": size,
         "texts": arguments.repeats * size,
         "kinds": {
@@ -168,28 +187,12 @@ def decoded(
     }
 
 
-def table(result: dict) -> str:
-    """Markdown: one line per kind."""
-    k, sizes = result["regime"]["num_assistant_tokens"], [each["batch_size"] for each in result["decoded"]]
-    batches = ", ".join(map(str, sizes))
-    titles = ["kind", "million weights, of them copied", f"right at slots 1 to {k}", f"tokens per pass at {k}"]
-    titles += ["minutes", f"draft, ms a round, batch {batches}", f"times plain, batch {batches}"]
-    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
-    for kind, found in result["kinds"].items():
-        figures = found["offline"]["all"]
-        timed = [each["kinds"][kind] for each in result["decoded"]]
-        low, high = figures[f"tokens_per_pass_k{k}_95"]
-        cells = [
-            kind,
-            f"{found['parameters'] / 1e6:.1f}, {found['copied_from_target'] / 1e6:.1f}",
-            ", ".join(f"{figures[f'accuracy_slot_{slot}']:.0%}" for slot in range(k)),
-            f"{figures[f'tokens_per_pass_k{k}']:.3f} ({low:.3f} to {high:.3f})",
-            f"{found['minutes']:.0f}",
-            ", ".join(f"{1e3 * each['draft_seconds']:.1f}" for each in timed),
-            ", ".join(f"{each['times_plain']:.2f}" for each in timed),
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+def with_more_padding(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A few columns more on the left."""
+    return {
+        name: torch.cat([torch.zeros_like(part[:, :1]).expand(-1, MORE_PADDING), part], dim=1)
+        for name, part in batch.items()
+    }
 
 
 def parse() -> argparse.Namespace:
@@ -201,6 +204,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--prompts", nargs="+", required=True, help="those that each of --answers answered")
     parser.add_argument("--target", help="folder or Hub id of the target; default: the one of `specformer fetch`")
     parser.add_argument("--kinds", nargs="+", default=list(OPTIONS), choices=list(OPTIONS))
+    parser.add_argument(
+        "--dtypes", nargs="+", default=["float32", "bfloat16"], help="to decode with; the first evaluates as well"
+    )
     parser.add_argument("--num-draft-tokens", type=int, default=4)
     parser.add_argument("--draft-vocab-size", type=int, default=8192, help="of all but pard")
     parser.add_argument("--batch-size", type=int, default=8, help="texts at once in the evaluation on --answers")

@@ -22,8 +22,8 @@ ACCEPTED = re.compile(
 def ask_server(
     python: str, environment: dict[str, str], folder: str, prompts: list[list[int]], new_tokens: int, most_tokens: int
 ) -> dict:
-    """What vLLM's server of `folder` answers to `prompts`, greedily, one after the other: new tokens as "texts", and its
-    counters, as `serve_vllm_worker` has them.
+    """What vLLM's server of `folder` answers to `prompts`, greedily, one after the other: new tokens as "texts", and
+    its counters, as `serve_vllm_worker` has them.
 
     Raises:
         RuntimeError: the server ended, or did not come up; what it printed is above.

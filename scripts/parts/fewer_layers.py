@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import re
 
+from specformer.generation.target_states import find_decoder
+
 
 def keep_layers(target, count: int):
     """A smaller model of `count` of the target's own layers: two thirds from its beginning, one third from its end."""
@@ -14,9 +16,10 @@ def keep_layers(target, count: int):
     config.num_hidden_layers = count
     if getattr(config, "layer_types", None):
         config.layer_types = [config.layer_types[layer] for layer in layers]
-    weights = {}
+    layer_list, weights = find_decoder(target)[1], {}
+    called = next(name for name, module in target.named_modules() if module is layer_list)  # "model.layers"
     for name, weight in target.state_dict().items():
-        match = re.search(r"(?<=\.layers\.)\d+(?=\.)", name)
+        match = re.search(rf"(?<=^{re.escape(called)}\.)\d+(?=\.)", name)
         if match is None:
             weights[name] = weight
         elif int(match[0]) in layers:

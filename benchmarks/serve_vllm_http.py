@@ -9,8 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
+from http.client import HTTPConnection
 
 STARTS_WITHIN, ANSWERS_WITHIN = 600, 300  # seconds
 DRAFTS = re.compile(r"^vllm:spec_decode_num_drafts_total\{.*\} (\S+)$", re.MULTILINE)
@@ -41,10 +40,10 @@ def ask_server(
         wait_for(server, address)
         asked = dict(model=folder, max_tokens=new_tokens, temperature=0, ignore_eos=True, return_token_ids=True)
         texts = [
-            json.loads(fetch(f"http://{address}/v1/completions", {**asked, "prompt": prompt}))["choices"][0]
+            json.loads(fetch(address, "/v1/completions", {**asked, "prompt": prompt}))["choices"][0]
             for prompt in prompts
         ]
-        counted = fetch(f"http://{address}/metrics")
+        counted = fetch(address, "/metrics")
     finally:
         server.terminate()
         server.wait()
@@ -63,18 +62,31 @@ def wait_for(server: subprocess.Popen, address: str) -> None:
         if server.poll() is not None:
             raise RuntimeError(f"vLLM's server ended with status {server.returncode}; see what it printed above.")
         try:
-            fetch(f"http://{address}/health")
-        except (urllib.error.URLError, ConnectionError):
+            fetch(address, "/health")
+        except OSError:
             time.sleep(1)
         else:
             return
     raise RuntimeError(f"vLLM's server did not answer within {STARTS_WITHIN} seconds.")
 
 
-def fetch(url: str, asked: dict | None = None) -> str:
-    """The answer, to `asked` as JSON if there is something to ask. No proxy is between."""
-    data = None if asked is None else json.dumps(asked).encode()
-    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    with opener.open(request, timeout=ANSWERS_WITHIN) as answer:
-        return answer.read().decode()
+def fetch(address: str, path: str, asked: dict | None = None) -> str:
+    """What is at `path` of the server, or its answer to `asked`.
+
+    Raises:
+        OSError: nobody answers, or not within the time.
+        RuntimeError: an answer that is none.
+    """
+    connection = HTTPConnection(address, timeout=ANSWERS_WITHIN)
+    try:
+        if asked is None:
+            connection.request("GET", path)
+        else:
+            connection.request("POST", path, json.dumps(asked), {"Content-Type": "application/json"})
+        answer = connection.getresponse()
+        text = answer.read().decode("utf-8")
+    finally:
+        connection.close()
+    if answer.status != 200:
+        raise RuntimeError(f"vLLM's server answered {answer.status} to {path}: {text}")
+    return text

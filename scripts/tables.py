@@ -399,6 +399,7 @@ SECTIONS = {
     },
     "docs/default_drafter.md": {"drafter": drafter_section, "by task": by_task_section, "copies": copies_section},
     "docs/lossless.md": {"half precision": half_precision_section},
+    "docs/drafters.md": {"kinds": kinds_section},
     "docs/devices.md": {"ranks": ranks_section, "divided": divided_section},
     "docs/scaling.md": {"processes": processes_section},
     "docs/experiments.md": {

@@ -63,7 +63,7 @@ def wait_for(server: subprocess.Popen, address: str) -> None:
             raise RuntimeError(f"vLLM's server ended with status {server.returncode}; see what it printed above.")
         try:
             fetch(address, "/health")
-        except OSError:
+        except (OSError, RuntimeError):  # not there, or not ready yet
             time.sleep(1)
         else:
             return

@@ -241,30 +241,25 @@ def packed_widths_section() -> str:
 
 
 def kinds_lines(result: dict) -> list[str]:
-    """What drafters of each kind came to that were trained under one budget."""
-    k, decoded = result["regime"]["num_assistant_tokens"], result["decoded"]
-    titles = ["kind", "million weights, of them copied", f"right at slots 1 to {k}", f"tokens per pass at {k}"]
-    titles.append("minutes of training")
-    for dtype, batches in runs_by_dtype(decoded).items():
-        sizes = ", ".join(str(each["batch_size"]) for each in batches)
-        titles += [f"draft, ms a round, {dtype}, batch {sizes}", f"times plain, {dtype}, batch {sizes}"]
-    rows = []
+    """What drafters of each kind came to that were trained under one budget: what they draft, and what that costs."""
+    k, timed = result["regime"]["num_assistant_tokens"], result["decoded"]
+    several = len(runs_by_dtype(timed)) > 1
+    titles = ["kind", "minutes of training", "tokens per pass", "from", "to"]
+    titles += [f"right at slot {slot + 1}" for slot in range(k)]
+    costs = ["kind", "million weights", "copied from the target"]
+    for what in ("drafting a round, ms", "times plain"):
+        costs += [f"{what}, {each['dtype'] + ', ' if several else ''}batch {each['batch_size']}" for each in timed]
+    rows, cost_rows = [], []
     for kind, found in result["kinds"].items():
-        figures = found["offline"]["all"]
-        low, high = figures[f"tokens_per_pass_k{k}_95"]
-        row = [
-            kind.replace("-", " "),
-            f"{found['parameters'] / 1e6:.1f}, {found['copied_from_target'] / 1e6:.1f}",
-            ", ".join(f"{figures[f'accuracy_slot_{slot}']:.0%}" for slot in range(k)),
-            f"{figures[f'tokens_per_pass_k{k}']:.2f} ({low:.2f} to {high:.2f})",
-            f"{found['minutes']:.0f}",
-        ]
-        for batches in runs_by_dtype(decoded).values():
-            timed = [each["kinds"][kind] for each in batches]
-            row.append(", ".join(f"{1e3 * each['draft_seconds']:.1f}" for each in timed))
-            row.append(", ".join(f"{each['times_plain']:.2f}" for each in timed))
-        rows.append(row)
-    return markdown(titles, rows)
+        name, figures = kind.replace("-", " "), found["offline"]["all"]
+        rates = [figures[f"tokens_per_pass_k{k}"], *figures[f"tokens_per_pass_k{k}_95"]]
+        right = [f"{figures[f'accuracy_slot_{slot}']:.0%}" for slot in range(k)]
+        rows.append([name, f"{found['minutes']:.0f}", *(f"{rate:.2f}" for rate in rates), *right])
+        sizes = [f"{found[count] / 1e6:.1f}" for count in ("parameters", "copied_from_target")]
+        drafts = [f"{1e3 * each['kinds'][kind]['draft_seconds']:.1f}" for each in timed]
+        speeds = [f"{each['kinds'][kind]['times_plain']:.2f}" for each in timed]
+        cost_rows.append([name, *sizes, *drafts, *speeds])
+    return [*markdown(titles, rows), "", *markdown(costs, cost_rows)]
 
 
 def runs_by_dtype(decoded: list[dict]) -> dict[str, list[dict]]:

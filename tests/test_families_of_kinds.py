@@ -37,8 +37,17 @@ def taught(kind: str, target, batch: dict, sequences: torch.Tensor):
     return student.network.eval().requires_grad_(False)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES])
+IN_EVERY_RUN = [("gpt2", "pard")]  # whose layers have another name than most
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        pytest.param(name, kind, marks=() if (name, kind) in IN_EVERY_RUN else pytest.mark.slow)
+        for name in FAMILIES
+        for kind in KINDS
+    ],
+)
 def test_every_family_under_every_kind(name: str, kind: str, tmp_path: Path):
     target, batch, eos = meaningful_target(name)
     settings = dict(max_new_tokens=NEW_TOKENS, eos_token_id=None)

@@ -28,8 +28,16 @@ NAMES_OF_WAYS = {
 }
 KINDS_OF_PROMPTS = {"code": "code", "mbpp": "code (MBPP)", "mt_bench": "chat (MT-Bench)", "edit": "editing code"}
 """What the README calls the ways to generate and the prompts of `benchmarks.rivals`."""
-BY_ROWS = {"mbpp": "benchmark_qwen2.5_coder_0.5b_mbpp"}
-"""Results by number of rows."""
+BY_ROWS = [
+    f"benchmark_{name}"
+    for name in (
+        "qwen2.5_coder_1.5b_mt_bench",
+        "qwen2.5_coder_0.5b_mt_bench",
+        "smollm2_mt_bench",
+        "qwen2.5_coder_0.5b_mbpp",
+    )
+]
+"""Results by number of rows; those of chat are the README's."""
 OTHER_SPEEDS = [f"benchmark_cpu_{regime}" for regime in ("256", "sampling", "long", "8k", "64", "128")]
 """Other regimes: long answers, sampling, long prompts, large batches."""
 
@@ -97,23 +105,36 @@ def software_of(result: dict) -> str:
 
 
 def regime_of(result: dict) -> str:
-    regime, turns = result["regime"], result["contests"][0]["turns"]
+    regime, turns = result["regime"], span({contest["turns"] for contest in result["contests"]})
     return (
         f"Greedy, {regime['max_new_tokens']} new tokens, {regime['dtype']}, {prompts_of(result)} prompts, medians of "
         f"{turns} turns with other prompts each, {machine_of(result)}, {result['date']}"
     )
 
 
+def kind_of_prompts(result: dict) -> str:
+    return Path(result["regime"]["prompts"]).stem
+
+
 def prompts_of(result: dict) -> str:
-    stem = Path(result["regime"]["prompts"]).stem
-    return {"mbpp": "MBPP", "mt_bench": "MT-Bench"}.get(stem, stem)
+    kind = kind_of_prompts(result)
+    return {"mbpp": "MBPP", "mt_bench": "MT-Bench"}.get(kind, kind)
+
+
+def name_of_target(result: dict) -> str:
+    return result["regime"]["target"].split("/")[-1]
 
 
 def identical_of(result: dict) -> str:
-    """How many texts were those of plain generate()."""
-    found = [(figures["identical"], c["texts"]) for c in result["contests"] for figures in c["contenders"].values()]
+    """How many texts with drafts were those of plain generate()."""
+    found = [
+        (figures["identical"], contest["texts"])
+        for contest in result["contests"]
+        for name, figures in contest["contenders"].items()
+        if name not in (PLAIN, PLAIN_ONEDNN)
+    ]
     identical, texts = (sum(numbers) for numbers in zip(*found, strict=True))
-    return f"{identical} of {texts} texts identical to plain `generate`"
+    return f"with drafts {identical} of {texts} texts are identical to plain `generate`"
 
 
 def sampling_of(result: dict) -> str:
@@ -135,16 +156,27 @@ def headline_section() -> str:
 
 def default_by_rows() -> list[str]:
     """Default settings by number of rows, and what of it plain generate() would gain as well."""
-    result = result_of(BY_ROWS["mbpp"])
-    contests = in_order(result)
+    results = [result for result in map(result_of, BY_ROWS) if kind_of_prompts(result) == "mt_bench"]
     ways = {"SpecFormer, default settings": "default, auto", "plain `generate` with packed weights": PLAIN_ONEDNN}
     rows = [
-        [title, *(speed_up_over_torch(contest["contenders"][name]) for contest in contests)]
+        [
+            f"{size_of(name_of_target(result))}, {title}",
+            *(speed_up_over_torch(contest["contenders"].get(name)) for contest in in_order(result)),
+        ]
+        for result in results
         for title, name in ways.items()
     ]
-    target = result["regime"]["target"].split("/")[-1]
-    titles = ["code (MBPP)", *batch_titles(contests)]
-    return [*markdown(titles, rows), "", f"{target}, times plain `generate`. {regime_of(result)}."]
+    targets = ", ".join(map(name_of_target, results))
+    titles = [KINDS_OF_PROMPTS["mt_bench"], *batch_titles(in_order(results[0]))]
+    tokens = span({result["regime"]["max_new_tokens"] for result in results})
+    turns = span({contest["turns"] for result in results for contest in result["contests"]})
+    dtypes = ", ".join(dict.fromkeys(result["regime"]["dtype"] for result in results))
+    return [
+        *markdown(titles, rows),
+        "",
+        f"{targets}, {dtypes}, times plain `generate`. Greedy, {tokens} new tokens, medians of {turns} turns with "
+        f"other prompts each; {machine_of(results[0])}, {software_of(results[0])}; {results[0]['date']}.",
+    ]
 
 
 def rivals_section() -> str:
@@ -201,8 +233,10 @@ def size_of(target: str) -> str:
 def by_rows_section() -> str:
     """Chains, trees and "auto" by number of rows."""
     lines = []
-    for kind, name in BY_ROWS.items():
-        lines += [f"### {KINDS_OF_PROMPTS[kind]}", "", *speeds(name), "", f"![]({picture(name)})", ""]
+    for name in BY_ROWS:
+        result = result_of(name)
+        title = f"{name_of_target(result)}, {KINDS_OF_PROMPTS[kind_of_prompts(result)]}"
+        lines += [f"### {title}", "", *speeds(name), "", f"![]({picture(name)})", ""]
     return section(*lines[:-1])
 
 

@@ -14,7 +14,7 @@ import pytest
 from benchmarks import rivals
 from specformer.scripts.model_card import task_table
 from specformer.scripts.parts.contenders import PLAIN_ONEDNN
-from specformer.scripts.speed_tables import result_of
+from specformer.scripts.speed_tables import BY_ROWS, kind_of_prompts, result_of
 
 pytestmark = pytest.mark.one_version
 
@@ -158,6 +158,48 @@ def trees_and_chains() -> tuple[float, ...]:
     )
 
 
+BY_ROWS_OF_CHAT = [name for name in BY_ROWS if kind_of_prompts(result_of(name)) == "mt_bench"]
+OF_1_5B = "benchmark_qwen2.5_coder_1.5b_mt_bench"
+
+
+def tokens_in_trees_of_16() -> tuple[float, float]:
+    """Tokens per pass at one row, in times of a chain's, at least and at most."""
+    found = [contest(name, 1)["contenders"] for name in BY_ROWS_OF_CHAT]
+    times = [
+        each["default, tree of 16"]["tokens_per_pass"] / each["default, k = 4"]["tokens_per_pass"] for each in found
+    ]
+    return min(times), max(times)
+
+
+def auto_behind(name: str, batch_size: int, compared_with: str) -> float:
+    """Percent that "auto" is behind the better of a chain and plain generate()."""
+    chain, auto = (
+        contest(name, batch_size)["contenders"][f"default, {way}"][compared_with]["median"] for way in ("k = 4", "auto")
+    )
+    return 100 * (1 - auto / max(chain, 1.0))
+
+
+COMPARED_WITH = ("ratio_to_plain", "ratio_to_best_plain")
+
+
+def auto_behind_elsewhere() -> float:
+    """At most, without one row of the 1.5B."""
+    cells = {(name, found["batch_size"]) for name in BY_ROWS for found in result_of(name)["contests"]}
+    return max(auto_behind(*cell, way) for cell in cells - {(OF_1_5B, 1)} for way in COMPARED_WITH)
+
+
+def chain_ahead() -> tuple[float, float]:
+    """Percent that a chain is faster than "auto" at one row of the 1.5B, at least and at most."""
+    names = OF_1_5B, f"{OF_1_5B}_one_row_128"
+    behind = [auto_behind(name, 1, way) for name in names for way in COMPARED_WITH]
+    return 100 * (100 / (100 - min(behind)) - 1), 100 * (100 / (100 - max(behind)) - 1)
+
+
+def one_row_of_1_5b() -> tuple[float, ...]:
+    ways = [contest(f"{OF_1_5B}_one_row_128", 1)["contenders"][f"default, {way}"] for way in ("auto", "k = 4")]
+    return *(way["ratio_to_plain"]["median"] for way in ways), *(way["tokens_per_pass"] for way in ways)
+
+
 def packed_passes() -> tuple[float, ...]:
     """Milliseconds of passes over five tokens and over one, packed and not."""
     passes = {
@@ -193,6 +235,14 @@ def code_demo() -> tuple[float, float]:
 
 FIGURES: dict[str, list[tuple[str, Callable[[], tuple]]]] = {
     "docs/benchmarks.md": [
+        ("a tree of 16 has {:.2f} to {:.2f} times the tokens per pass of a chain of 4", tokens_in_trees_of_16),
+        ("or {:.0f} % behind at most, but for one row of the 1.5B", lambda: (auto_behind_elsewhere(),)),
+        ("where the chain of 4 is {:.0f} to {:.0f} % faster", chain_ahead),
+        (
+            '"auto" had {:.2f} and the chain {:.2f} times the speed of plain generate(), at {:.2f} and {:.2f} tokens '
+            "per pass",
+            one_row_of_1_5b,
+        ),
         (
             "takes {:.1f} plain steps with the sizes of LFM2-350M and {:.1f} with those of Qwen, for eight rows "
             "{:.1f} and {:.1f}.",

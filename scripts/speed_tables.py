@@ -168,7 +168,9 @@ def default_by_rows() -> list[str]:
     ]
     targets = ", ".join(map(name_of_target, results))
     titles = [KINDS_OF_PROMPTS["mt_bench"], *batch_titles(in_order(results[0]))]
-    tokens = span({result["regime"]["max_new_tokens"] for result in results})
+    tokens = ", ".join(
+        f"{result['regime']['max_new_tokens']} ({size_of(name_of_target(result))})" for result in results
+    )
     turns = span({contest["turns"] for result in results for contest in result["contests"]})
     dtypes = ", ".join(dict.fromkeys(result["regime"]["dtype"] for result in results))
     return [

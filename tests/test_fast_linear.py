@@ -17,7 +17,17 @@ from torch.nn import functional
 
 from specformer import generate
 from specformer.generation import backend_linear, backend_packed
-from specformer.generation.backend_linear import ANY, FEW, LARGE, NONE, fast_linears, faster_rows, gain, plain_linears
+from specformer.generation.backend_linear import (
+    ANY,
+    FEW,
+    LARGE,
+    NONE,
+    fast_linears,
+    faster_rows,
+    filling_gain,
+    gain,
+    plain_linears,
+)
 
 needs_onednn = pytest.mark.skipif(
     not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="torch was built without oneDNN"
@@ -180,6 +190,23 @@ def test_same_gradients(frozen: str | None, shape: tuple[int, ...], products):
 
 
 HALVES = [torch.bfloat16, torch.float32]
+
+
+@needs_onednn
+@pytest.mark.parametrize("shape", [(24,), (1, 24), (2, 1, 24), (1, 3, 24), (4, 24), (5, 24), (3, 2, 24)])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_few_rows_are_filled_up_where_that_takes_no_longer(shape, has_bias: bool, packed_only, monkeypatch):
+    seen, multiply = [], backend_linear.onednn_linear
+    monkeypatch.setattr(backend_linear, "onednn_linear", lambda *given: seen.append(given[0].shape) or multiply(*given))
+    monkeypatch.setattr(backend_linear, "filling_gain", lambda num_threads, dtype: 1.0)
+    monkeypatch.setattr(backend_linear, "LARGE", 24 * 40)
+    states, layer = torch.randn(shape), nn.Linear(24, 40, bias=has_bias)
+    found, small = multiplied(layer, states), nn.Linear(24, 39)
+    torch.testing.assert_close(found, layer(states), rtol=1e-5, atol=1e-5)
+    assert seen.pop() == ((5, 24) if states.numel() < 5 * 24 else shape)
+    assert multiplied(small, states).shape == (*shape[:-1], 39) and seen.pop() == shape
+    monkeypatch.setattr(backend_linear, "filling_gain", lambda num_threads, dtype: 0.9)
+    assert multiplied(layer, states).shape == found.shape and seen.pop() == shape
 
 
 @needs_onednn
@@ -519,7 +546,7 @@ def test_torch_without_the_product(error: type[Exception], monkeypatch):
         raise error
 
     monkeypatch.setattr(backend_linear, "onednn_linear", multiply)
-    assert gain.__wrapped__(3, 1) == gain.__wrapped__(10, 1) == 0.0
+    assert gain.__wrapped__(3, 1) == gain.__wrapped__(10, 1) == filling_gain.__wrapped__(1, torch.float32) == 0.0
 
 
 def test_where_it_does_not_pay_nothing_is_touched(monkeypatch):

@@ -34,7 +34,7 @@ from .target_refusals import UnsupportedTargetError, unwrapped
 
 MOST_WITHOUT_NUMBER = 16
 """A drafter without an end of its own, such as a causal LM, drafts no more than this where no number is given."""
-MOST_IN_TREE = 16
+MOST_IN_TREE = 15
 """Tokens of a tree where no number is given."""
 
 

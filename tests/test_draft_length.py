@@ -588,7 +588,7 @@ def test_who_decides(arguments: dict, expected, monkeypatch):
         assert type(length) is DraftLength and length.most == expected and not length.tree_size
     elif expected == "auto, trees":
         assert type(length) is AutoTreeSize and (length.most, length.start) == (8, 3)
-        assert length.largest == arguments.get("tree_size", 16)
+        assert length.largest == arguments.get("tree_size", 15)
         assert length.longest_chain == (0 if "tree_size" in arguments else 4)
     else:
         assert type(length) is AutoDraftLength and length.start == 3

@@ -25,7 +25,8 @@ class Experience:
         passes: seconds of the rest of a round, which verifies 0, 1, ... of them.
         promises: of the last rounds that drafted, per slot, how likely its draft and all in front of it were said to be
             accepted; means over the rows. A drafter that does not tell how sure it is promises all of its drafts.
-        of_trees: such promises of trees alone, means that fade; empty where there were none.
+        of_trees: of trees alone, how likely their first token was said to be wrong, and such promises of their tokens;
+            means that fade. Empty where there were none.
         trust: per slot, how many drafts are accepted of a promised one, where those in front of it are.
         tried: the round that verified 0, 1, ... drafts last; `rounds` counts them.
         allowance: seconds that the next trial may lose.

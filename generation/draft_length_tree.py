@@ -10,8 +10,7 @@ from .proposal_tree import staying
 
 SIZES = (0, 1, 2, 3, 4, 5, 7, 11, 15, 23, 31, 47, 63)
 """That come into question: among more of them each would be timed too seldom. A pass is over one token more, and fills
-the blocks of rows in which products are made: of 6 rows on a CPU, of 8 or 16 on a GPU. One more row costs another block.
-"""
+the blocks of rows in which products are made, of 6 on a CPU, of 8 or 16 on a GPU: one more costs another block."""
 
 LONGEST_CHAIN = 4
 """Fewer tokens than a tree is worth: whatever its size, it takes longer to make and to go through than a chain."""
@@ -49,13 +48,20 @@ class AutoTreeSize(AutoDraftLength):
 
     def keep(self, proposal, idle, started) -> int:
         kept = super().keep(proposal, idle, started)
-        if proposal.parents is not None:
-            self.experience.of_trees = faded(self.experience.of_trees, self.promises)
+        if proposal.parents is not None and self.promises:
+            known = self.experience
+            known.of_trees = faded(
+                known.of_trees or guess(self.largest), [1 - min(self.promises[0], 1.0), *self.promises]
+            )
         return kept
 
     def _expected(self, promises: list[float]) -> list[float]:
         # a chain says nothing of what a tree would have had instead of going on
-        return super()._expected([*promises, *self.experience.of_trees[len(promises) :]])
+        wrong = 1 - min(promises[0], 1.0) if promises else 0.0
+        seen, *trees = self.experience.of_trees or guess(self.largest)
+        return super()._expected(
+            [*promises, *(wrong * promise / max(seen, 1e-9) for promise in trees[len(promises) :])]
+        )
 
     def _shares(self, trust):
         return trust
@@ -77,6 +83,15 @@ class AutoTreeSize(AutoDraftLength):
         for place, promise in enumerate(self.promises[:drafted]):
             self.promised[place] = fading * self.promised[place] + len(rows) * promise
             self.kept[place] = fading * self.kept[place] + kept[place]
+
+
+def guess(size: int) -> list[float]:
+    """What `faded` has to begin with: how likely the first token of a tree is wrong, and promises of `size` tokens.
+
+    Those behind a chain's stand for what comes in place of its first token, and matter as that may be wrong: trees of
+    the drafters for Qwen2.5-Coder and SmolLM2 have begun with an eighth of that, and less by a fourteenth from token to
+    token."""
+    return [1.0, *(0.125 * 0.93**place for place in range(-LONGEST_CHAIN, size - LONGEST_CHAIN))]
 
 
 def faded(before: list[float], now: list[float], share: float = 0.1) -> list[float]:

@@ -366,6 +366,25 @@ def test_chains_and_trees_whichever_pays(slope: float, tree: float, best: float)
     assert in_trees < 0.1 if tree else in_trees > 0.6, chosen
 
 
+def test_further_tokens_of_a_tree_count_as_its_first_may_be_wrong():
+    """Before a tree was seen and afterwards; a chain of one token says how sure the first is."""
+    length = AutoTreeSize(8, 15, 4, Experience(), longest_chain=4)
+    length.worth = [1.0] * 15
+
+    def behind_a_chain(first: float) -> float:
+        expected = length._expected([first, 0.3 * first, 0.1 * first, 0.0])
+        return expected[15] - expected[4]
+
+    before = behind_a_chain(0.5)
+    assert before > 0 and behind_a_chain(0.9) == pytest.approx(before / 5) and behind_a_chain(1.0) == 0
+    proposal = Proposal(torch.zeros(1, 15), None)
+    proposal.confidences, proposal.parents = torch.full((1, 15), 0.5), torch.full((1, 15), -1)
+    for _ in range(50):  # trees whose tokens are all said to be as likely as their first
+        keep(length, proposal, 0.1)
+    assert behind_a_chain(0.5) == pytest.approx(11 * 0.5, rel=0.02)
+    assert behind_a_chain(0.9) == pytest.approx(11 * 0.1, rel=0.02)
+
+
 # ---- in generate()
 
 

